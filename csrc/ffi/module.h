@@ -1,0 +1,34 @@
+// What both extension modules share: an XLA FFI handler over an operation's run function, and the
+// Python functions that hand the handlers over.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+
+#include <utility>
+
+#include "ffi/status.h"
+#include "ffi/to_params.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace flashmla::ffi {
+
+// Called by XLA with the platform's execution context, then everything that bindings.h lists.
+template <typename Params, auto kRun>
+constexpr auto handler = [](auto context, const auto&... buffers_and_attrs) {
+  return run_to_error([&]() -> Status {
+    Params params;
+    if (Status status = to_params(buffers_and_attrs..., &params); !status.ok()) return status;
+    return kRun(params, context);
+  });
+};
+
+inline nanobind::capsule to_capsule(XLA_FFI_Handler* xla_handler) {
+  return nanobind::capsule(reinterpret_cast<void*>(xla_handler));
+}
+
+// The version of the FFI headers that the module was built with: a jaxlib runs handlers of its own
+// version and of older ones.
+inline std::pair<int, int> ffi_api_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+
+}  // namespace flashmla::ffi

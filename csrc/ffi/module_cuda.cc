@@ -1,0 +1,44 @@
+// The extension module jax_flashmla._cuda: XLA FFI handlers for the platform "CUDA". They allocate
+// nothing, never wait for the device and launch the same kernels whatever the data, so XLA may
+// capture them in CUDA graphs.
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+
+#include "ffi/module.h"
+#include "sm90/cache_append.h"
+#include "sm90/dense_decode.h"
+#include "sm90/make_schedule.h"
+
+namespace flashmla::ffi {
+namespace {
+
+namespace nb = nanobind;
+using xla::ffi::Ffi;
+using xla::ffi::Traits;
+using Stream = xla::ffi::PlatformStream<cudaStream_t>;
+
+XLA_FFI_DEFINE_HANDLER(make_schedule, (handler<MakeScheduleParams, sm90::run_make_schedule>),
+                       bind_make_schedule(Ffi::Bind().Ctx<Stream>()),
+                       {Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(dense_decode, (handler<DenseDecodeParams, sm90::run_dense_decode>),
+                       bind_dense_decode(Ffi::Bind().Ctx<Stream>()),
+                       {Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(cache_append, (handler<CacheAppendParams, sm90::run_cache_append>),
+                       bind_cache_append(Ffi::Bind().Ctx<Stream>()),
+                       {Traits::kCmdBufferCompatible});
+
+nb::dict registrations() {
+  nb::dict handlers;
+  handlers["flashmla_make_schedule_v1"] = to_capsule(make_schedule);
+  handlers["flashmla_dense_decode_v1"] = to_capsule(dense_decode);
+  handlers["flashmla_cache_append_v1"] = to_capsule(cache_append);
+  return handlers;
+}
+
+}  // namespace
+}  // namespace flashmla::ffi
+
+NB_MODULE(_cuda, module) {
+  module.def("registrations", &flashmla::ffi::registrations);
+  module.def("ffi_api_version", &flashmla::ffi::ffi_api_version);
+}
