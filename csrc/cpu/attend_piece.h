@@ -1,0 +1,54 @@
+// The inner work of dense_decode: one run of tokens of one sequence against a group of query rows.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "params.h"
+#include "split_schedule.h"
+
+namespace flashmla::cpu {
+
+constexpr int kMaxRows = 64;  // query rows that share one conversion of a tile to float
+
+// Rows are those that read one KV head of one sequence: row r is query r / group, head
+// kv_head * group + r % group, where group = h_q / h_kv.
+struct PieceTask {
+  int sequence, kv_head;
+  int row_begin, num_rows;         // num_rows <= kMaxRows
+  int32_t seqlen;                  // clamped to the table
+  int64_t token_begin, token_end;  // token_end <= seqlen
+};
+
+// One thread's working memory, and the state of the online softmax that a piece leaves there. Scores
+// are in base 2: 2^score is the weight of a token. A vector holds `lanes` rows.
+struct Attention {
+  void resize(int d_qk, int d_v);
+
+  int tile_stride = 0, acc_stride = 0;  // floats, multiples of kAlignment
+  float* query;    // [kMaxRows / lanes, d_qk, lanes] times sm_scale * log2(e)
+  float* tile;     // [kSplitTile, tile_stride] keys, whose first d_v columns are the values
+  float* weights;  // [kMaxRows / lanes, kSplitTile, lanes] scores, then 2^(score - row_max)
+  float* decay;    // [kMaxRows] 2^(row_max before - row_max after a tile)
+  int32_t* limit;  // [kMaxRows] tokens of the sequence that the row sees
+  float* row_max;  // [kMaxRows] largest score so far, -inf where there is none
+  float* row_sum;  // [kMaxRows] sum of 2^(score - row_max)
+  float* acc;      // [kMaxRows, acc_stride] sum of 2^(score - row_max) * value
+
+ private:
+  static constexpr int kAlignment = 16;  // floats: the widest vector, and a cache line
+  std::vector<float> storage_;
+};
+
+// Index of the row's query in q, out (times d_qk, d_v) and lse, all [b, s_q, h_q, ...].
+inline int64_t query_index(const DenseDecodeParams& params, const PieceTask& task, int row) {
+  const int group = params.h_q / params.h_kv;
+  const int r = task.row_begin + row;
+  return (int64_t{task.sequence} * params.s_q + r / group) * params.h_q + task.kv_head * group +
+         r % group;
+}
+
+// Leaves row_max, row_sum and acc of the piece in `state`.
+void attend_piece(const DenseDecodeParams& params, const PieceTask& task, Attention& state);
+
+}  // namespace flashmla::cpu

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "cpu/parallel_for.h"
+#include "params.h"
+#include "status.h"
+
+namespace flashmla::cpu {
+
+// Copies new rows into the blocks of their sequences, in place.
+Status run_cache_append(const CacheAppendParams& params, const ParallelFor& parallel_for);
+
+}  // namespace flashmla::cpu

@@ -1,0 +1,126 @@
+#include "cpu/dense_decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/attend_piece.h"
+#include "cpu/combine.h"
+#include "cpu/elements.h"
+#include "split_schedule.h"
+
+namespace flashmla::cpu {
+namespace {
+
+Status check(const DenseDecodeParams& params) {
+  const auto expect = [](bool holds, const char* what, int64_t got) {
+    return holds ? Status::Ok()
+                 : Status::InvalidArgument(std::string(what) + ", got " + std::to_string(got));
+  };
+  for (const Status& status : {
+           expect(params.d_qk >= 1, "d_qk must be at least 1", params.d_qk),
+           expect(params.d_v >= 1 && params.d_v <= params.d_qk,
+                  "d_v must be in [1, d_qk]", params.d_v),
+           expect(params.block_size >= 1, "block_size must be at least 1", params.block_size),
+           expect(params.num_parts >= 1, "num_parts must be at least 1", params.num_parts),
+           expect(params.h_kv >= 1, "h_kv must be at least 1", params.h_kv),
+           expect(params.h_kv >= 1 && params.h_q % params.h_kv == 0,
+                  "h_q must be a multiple of h_kv", params.h_q),
+       }) {
+    if (!status.ok()) return status;
+  }
+  return Status::Ok();
+}
+
+// The cuts, made such that they cover every sequence once whatever they held: each is moved into the
+// batch and behind the one before it, the first to the start of the batch, the last to its end.
+std::vector<Cut> ordered_cuts(const DenseDecodeParams& params) {
+  std::vector<Cut> cuts(params.num_parts + 1);
+  Cut last = {0, 0};
+  for (int part = 1; part < params.num_parts; ++part) {
+    Cut cut = {params.cuts[2 * int64_t{part}], std::max(params.cuts[2 * int64_t{part} + 1], 0)};
+    if (cut.sequence >= params.b) cut = {params.b, 0};
+    if (cut.sequence > last.sequence ||
+        (cut.sequence == last.sequence && cut.tile > last.tile)) {
+      last = cut;
+    }
+    cuts[part] = last;
+  }
+  cuts[0] = {0, 0};
+  cuts[params.num_parts] = {params.b, 0};
+  return cuts;
+}
+
+template <class Element>
+void store_row(const float* acc, float scale, int n, void* to, int64_t row) {
+  Element* out = static_cast<Element*>(to) + row * n;
+  for (int c = 0; c < n; ++c) out[c] = Element::from_float(acc[c] * scale);
+}
+
+// Writes what attend_piece left: to out and lse if the piece is the whole sequence, else to its slot.
+void store_piece(const DenseDecodeParams& params, const PieceTask& task, const Piece& piece, int part,
+                 const Attention& state) {
+  for (int row = 0; row < task.num_rows; ++row) {
+    const float* acc = state.acc + row * state.acc_stride;
+    const float sum = state.row_sum[row];
+    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float lse_log2 = state.row_max[row] + std::log2(sum);  // -inf where the sum is 0
+    const int64_t index = query_index(params, task, row);
+    if (piece.continued || piece.unfinished) {
+      const int64_t in_slot = index % (int64_t{params.s_q} * params.h_q);
+      const int64_t slot_row =
+          int64_t{piece_slot(part, piece.continued)} * params.s_q * params.h_q + in_slot;
+      float* out = params.out_accum + slot_row * params.d_v;
+      for (int c = 0; c < params.d_v; ++c) out[c] = acc[c] * scale;
+      params.lse_accum[slot_row] = lse_log2;
+    } else {
+      if (params.dtype == DType::kBFloat16) {
+        store_row<BFloat16>(acc, scale, params.d_v, params.out, index);
+      } else {
+        store_row<Float16>(acc, scale, params.d_v, params.out, index);
+      }
+      params.lse[index] = lse_log2 * kLn2;
+    }
+  }
+}
+
+}  // namespace
+
+Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& parallel_for) {
+  if (Status status = check(params); !status.ok()) return status;
+  const std::vector<Cut> cuts = ordered_cuts(params);
+  const int64_t capacity = int64_t{params.max_blocks} * params.block_size;
+
+  // A task: one part, for one group of rows of one KV head.
+  const int rows = params.s_q * (params.h_q / params.h_kv);
+  const int groups = (rows + kMaxRows - 1) / kMaxRows;
+  parallel_for(params.num_parts * params.h_kv * groups, [&](int index) {
+    static thread_local Attention state;
+    state.resize(params.d_qk, params.d_v);
+    const int part = index / (params.h_kv * groups);
+    PieceTask task;
+    task.kv_head = index / groups % params.h_kv;
+    task.row_begin = index % groups * kMaxRows;
+    task.num_rows = std::min(rows - task.row_begin, kMaxRows);
+
+    const Cut begin = cuts[part], end = cuts[part + 1];
+    for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
+      const int32_t seqlen = static_cast<int32_t>(
+          std::clamp<int64_t>(params.cache_seqlens[sequence], 0, capacity));
+      const Piece piece = piece_of(begin, end, sequence, seqlen);
+      task.sequence = sequence;
+      task.seqlen = seqlen;
+      task.token_begin = int64_t{piece.tile_begin} * kSplitTile;
+      task.token_end = std::min<int64_t>(int64_t{piece.tile_end} * kSplitTile, seqlen);
+      attend_piece(params, task, state);
+      store_piece(params, task, piece, part, state);
+    }
+  });
+
+  combine(params, cuts, parallel_for);
+  return Status::Ok();
+}
+
+}  // namespace flashmla::cpu

@@ -1,0 +1,68 @@
+// The 16-bit element types of q, cache and out, to and from float. Bit arithmetic rather than compiler
+// types, so that it builds everywhere and is right where denormals are flushed, as on XLA's threads.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace flashmla::cpu {
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+
+  static float to_float(BFloat16 x) { return float_of_bits(uint32_t{x.bits} << 16); }
+
+  static BFloat16 from_float(float value) {  // to nearest, ties to even
+    const uint32_t bits = bits_of_float(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};  // NaN
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+
+  static float to_float(Float16 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+    uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
+    if (magnitude >= 0x0f800000) {  // infinity, NaN
+      return float_of_bits(sign | magnitude | 0x7f800000);
+    }
+    if (magnitude < 0x00800000) {  // zero, denormal: borrow the implicit one, then take it off
+      const float value = float_of_bits(magnitude + 0x38800000) - float_of_bits(0x38800000);
+      return float_of_bits(sign | bits_of_float(value));
+    }
+    return float_of_bits(sign | (magnitude + 0x38000000));  // exponent bias 15 to 127
+  }
+
+  static Float16 from_float(float value) {  // to nearest, ties to even
+    const uint32_t sign = bits_of_float(value) & 0x80000000;
+    uint32_t magnitude = bits_of_float(value) ^ sign;
+    uint32_t half;
+    if (magnitude > 0x7f800000) {
+      half = 0x7e00;  // NaN
+    } else if (magnitude >= 0x477ff000) {
+      half = 0x7c00;  // rounds past 65504
+    } else if (magnitude < 0x38800000) {  // denormal: 0.5 aligns its last bit with the float's
+      half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000;
+    } else {
+      magnitude += 0xc8000fff + ((magnitude >> 13) & 1);  // exponent bias 127 to 15, round
+      half = magnitude >> 13;
+    }
+    return {static_cast<uint16_t>(half | (sign >> 16))};
+  }
+};
+
+}  // namespace flashmla::cpu
