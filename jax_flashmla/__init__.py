@@ -1,0 +1,14 @@
+"""Paged multi-head latent attention (MLA) decoding for JAX: CPU and Hopper kernels behind XLA FFI."""
+
+from jax_flashmla.allocator import BlockAllocator as BlockAllocator
+from jax_flashmla.attention import dense_decode as dense_decode
+from jax_flashmla.attention import export_checks as export_checks
+from jax_flashmla.attention import kernel_refusal as kernel_refusal
+from jax_flashmla.compat import flash_mla_with_kvcache as flash_mla_with_kvcache
+from jax_flashmla.compat import get_mla_metadata as get_mla_metadata
+from jax_flashmla.merge import merge_lse as merge_lse
+from jax_flashmla.schedule import SplitSchedule as SplitSchedule
+from jax_flashmla.schedule import make_schedule as make_schedule
+from jax_flashmla.sharding import decode_specs as decode_specs
+
+__version__ = "0.1.0"

@@ -1,0 +1,83 @@
+"""How the work of a step is split over a device's multiprocessors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jax_flashmla import _dims, _ffi
+
+_HOPPER_SM_COUNT = 132  # H100 and H200
+_HEADS_PER_TILE = 64  # query rows that one multiprocessor takes at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitSchedule:
+    """A ragged batch cut into parts of equal cost, shared by all layers of a step.
+
+    A pytree with one leaf; its shape depends only on how many parts there are. A schedule whose
+    sequences have since changed length still gives the right answer, only more slowly.
+
+    Attributes:
+        cuts: [num_parts + 1, 2] int32, the (sequence, tile of 64 tokens) where each part begins.
+        b: the number of sequences it was made for (static).
+    """
+
+    cuts: jax.Array
+    b: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_parts(self) -> int:
+        return self.cuts.shape[0] - 1
+
+
+def make_schedule(
+    cache_seqlens: jax.Array,
+    *,
+    h_q: int,
+    h_kv: int = 1,
+    s_q: int = 1,
+    num_parts: int | None = None,
+    implementation: str | None = None,
+) -> SplitSchedule:
+    """Splits a ragged batch over the device's multiprocessors, on the device.
+
+    Make it once per step, when the lengths change, and pass it to every layer's `dense_decode`.
+
+    Args:
+        cache_seqlens: [b] int32, tokens in each sequence's cache. Negative counts as 0.
+        h_q: query heads, as in `dense_decode`.
+        h_kv: heads of the cache; divides h_q.
+        s_q: query tokens per sequence.
+        num_parts: parts to cut into. By default as many as fill the local CUDA device, or an H100
+            or H200 where there is none: its multiprocessors over the tiles of 64 query rows.
+        implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
+            pure JAX.
+
+    Returns:
+        A SplitSchedule for these b sequences.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        NotImplementedError: implementation is "kernel" and the platform has none.
+    """
+    _dims.check_heads(h_q, h_kv, s_q)
+    if num_parts is None:
+        tiles = h_kv * -(-s_q * h_q // h_kv // _HEADS_PER_TILE)
+        num_parts = max(1, _sm_count() // tiles)
+    _dims.check_make_schedule(cache_seqlens, num_parts)
+    _dims.check_implementation(implementation)
+    cuts = _ffi.make_schedule(
+        cache_seqlens, num_parts=int(num_parts), implementation=implementation
+    )
+    return SplitSchedule(cuts, b=cache_seqlens.shape[0])
+
+
+def _sm_count() -> int:
+    """Multiprocessors of the local CUDA device; a Hopper's where there is none."""
+    try:
+        return jax.local_devices(backend="cuda")[0].core_count
+    except RuntimeError:
+        return _HOPPER_SM_COUNT
