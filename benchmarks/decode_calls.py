@@ -1,0 +1,110 @@
+"""Builds the caches of a row and the jitted functions that attend to them, and checks a result."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from shapes import BLOCK_SIZE, D_QK, D_V, Row
+
+import jax_flashmla
+
+MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
+
+
+def make_pool(num_blocks: int, dtype: Any, device: jax.Device) -> jax.Array:
+    """Random blocks [num_blocks, BLOCK_SIZE, 1, D_QK], generated in place, a slab at a time."""
+    slab = min(num_blocks, 2048)
+
+    @partial(jax.jit, donate_argnums=0)
+    def fill(pool: jax.Array, start: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(1), start)
+        values = jax.random.normal(key, (slab, BLOCK_SIZE, 1, D_QK), dtype)
+        return jax.lax.dynamic_update_slice(pool, values, (start, 0, 0, 0))
+
+    with jax.default_device(device):
+        pool = jnp.zeros((num_blocks, BLOCK_SIZE, 1, D_QK), dtype)
+        for start in range(0, num_blocks, slab):
+            pool = fill(pool, jnp.int32(min(start, num_blocks - slab)))
+    return pool
+
+
+def make_tables(row: Row, calls: int) -> list[np.ndarray]:
+    """One block table int32[b, max_blocks] per call.
+
+    Call n's cache is the n-th run of row.num_blocks blocks of the pool, in random order.
+    """
+    blocks_of = -(-row.seqlens() // BLOCK_SIZE)
+    used = np.arange(blocks_of.max()) < blocks_of[:, None]
+    generator = np.random.default_rng(2)
+    tables = []
+    for call in range(calls):
+        table = np.zeros(used.shape, np.int32)
+        table[used] = call * row.num_blocks + generator.permutation(row.num_blocks)
+        tables.append(table)
+    return tables
+
+
+def make_q(row: Row, dtype: Any, device: jax.Device) -> jax.Array:
+    """Random queries [b, s_q, h_q, D_QK]."""
+    with jax.default_device(device):
+        return jax.random.normal(jax.random.key(3), (row.b, row.s_q, row.h_q, D_QK), dtype)
+
+
+Decode = Callable[..., list[jax.Array]]
+
+
+def package_decode(row: Row, implementation: str) -> Decode:
+    """(q, pool, tables, cache_seqlens) -> one out per table, through jax_flashmla."""
+
+    @jax.jit
+    def decode(
+        q: jax.Array, pool: jax.Array, tables: list[jax.Array], cache_seqlens: jax.Array
+    ) -> list[jax.Array]:
+        schedule = jax_flashmla.make_schedule(cache_seqlens, h_q=row.h_q, s_q=row.s_q)
+        attend = partial(
+            jax_flashmla.dense_decode, causal=True, schedule=schedule, implementation=implementation
+        )
+        return [attend(q, pool, table, cache_seqlens)[0] for table in tables]
+
+    return decode
+
+
+def composed_decode() -> Decode:
+    """As package_decode, but what a JAX user writes without it: gather, einsum, softmax, einsum."""
+
+    def attend(
+        q: jax.Array, pool: jax.Array, table: jax.Array, cache_seqlens: jax.Array
+    ) -> jax.Array:
+        b, s_q = q.shape[:2]
+        keys = pool[table].reshape(b, -1, D_QK)
+        scores = jnp.einsum("bshd,bkd->bshk", q, keys, preferred_element_type=jnp.float32)
+        end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)
+        visible = jnp.arange(keys.shape[1]) < end[..., None]
+        p = jax.nn.softmax(jnp.where(visible[:, :, None], scores * D_QK**-0.5, -jnp.inf))
+        return jnp.einsum("bshk,bkd->bshd", p.astype(q.dtype), keys[..., :D_V])
+
+    @jax.jit
+    def decode(
+        q: jax.Array, pool: jax.Array, tables: list[jax.Array], cache_seqlens: jax.Array
+    ) -> list[jax.Array]:
+        return [attend(q, pool, table, cache_seqlens) for table in tables]
+
+    return decode
+
+
+def relative_error(
+    out: jax.Array, q: jax.Array, pool: jax.Array, table: np.ndarray, row: Row
+) -> float:
+    """Error of the last query and head of the longest sequence against NumPy in float32."""
+    sequence = int(row.seqlens().argmax())
+    tokens = int(row.seqlens()[sequence])
+    ids = table[sequence, : -(-tokens // BLOCK_SIZE)]
+    keys = np.asarray(pool[jnp.asarray(ids)]).astype(np.float32).reshape(-1, D_QK)[:tokens]
+    scores = keys @ np.asarray(q[sequence, -1, -1]).astype(np.float32) * D_QK**-0.5
+    weights = np.exp(scores - scores.max())
+    expected = weights @ keys[:, :D_V] / weights.sum()
+    got = np.asarray(out[sequence, -1, -1]).astype(np.float32)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -1,0 +1,104 @@
+"""How long a jitted function takes on its device, and what that device can do at best."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one row is timed.
+
+    One jitted function makes `calls` calls, each over a cache of its own, so that no call finds its
+    cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
+    time divided by all calls, launch gaps and the schedule (once per function) included. The result
+    is the median of `samples`.
+    """
+
+    cache_bytes: int  # that the caches of one function reach together, if max_calls allows it
+    min_calls: int
+    max_calls: int
+    samples: int
+    sample_seconds: float  # 0: one run a sample
+
+    def calls(self, cache_bytes: int) -> int:
+        """How many caches of `cache_bytes` one function reads."""
+        wanted = math.ceil(self.cache_bytes / max(1, cache_bytes))
+        return min(self.max_calls, max(self.min_calls, wanted))
+
+
+METHODS = {
+    "gpu": Method(256_000_000, 8, 128, samples=9, sample_seconds=0.010),
+    "cpu": Method(64_000_000, 2, 4, samples=5, sample_seconds=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: the median, least and greatest of the samples."""
+
+    us: float
+    us_min: float
+    us_max: float
+
+
+def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
+    """Times `run`, which dispatches a jitted function of `calls` calls and returns its results."""
+
+    def sample(repeats: int) -> float:
+        out = None
+        start = time.perf_counter()
+        for _ in range(repeats):
+            # Results are freed before the next run so that it gets the same memory: XLA records a
+            # command buffer anew whenever an address in it has changed.
+            out = None
+            out = run()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / repeats
+
+    for _ in range(3):  # compile; record the command buffer; settle
+        once = sample(1)
+    repeats = max(1, math.ceil(method.sample_seconds / once))
+    seconds = [sample(repeats) for _ in range(method.samples)]
+    per_call = [s / calls * 1e6 for s in seconds]
+    return Timing(statistics.median(per_call), min(per_call), max(per_call))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What plain XLA programs reach on this device in this run."""
+
+    copy_gbs: float  # x + 1 over float32: bytes read and written
+    read_gbs: float  # a sum over float32: bytes read
+    matmul_tflops: float
+    matmul_size: int  # of the square bf16 operands
+
+
+def measure_ceilings(device: jax.Device, method: Method) -> dict[str, float]:
+    """Device copy and read bandwidth, and a square bf16 matrix product."""
+    on_gpu = device.platform == "gpu"
+    elements = (1 << 30) if on_gpu else (1 << 23)
+    size = 8192 if on_gpu else 512
+    with jax.default_device(device):
+        x = jnp.ones((elements,), jnp.float32)
+        copy = jax.jit(lambda x: x + 1)
+        copy_us = time_calls(lambda: copy(x), 1, method).us
+        read = jax.jit(jnp.sum)
+        read_us = time_calls(lambda: read(x), 1, method).us
+        a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+        matmul = jax.jit(jnp.matmul)
+        matmul_us = time_calls(lambda: matmul(a, b), 1, method).us
+    return asdict(
+        Ceilings(
+            copy_gbs=2 * x.nbytes / copy_us / 1e3,
+            read_gbs=x.nbytes / read_us / 1e3,
+            matmul_tflops=2 * size**3 / matmul_us / 1e6,
+            matmul_size=size,
+        )
+    )
