@@ -15,7 +15,7 @@ namespace flashmla::ffi {
 
 // Called by XLA with the platform's execution context, then everything that bindings.h lists.
 template <typename Params, auto kRun>
-constexpr auto handler = [](auto context, const auto&... buffers_and_attrs) {
+constexpr auto checked_call = [](auto context, const auto&... buffers_and_attrs) {
   return run_to_error([&]() -> Status {
     Params params;
     if (Status status = to_params(buffers_and_attrs..., &params); !status.ok()) return status;

@@ -20,7 +20,7 @@ Status run_on_pool(const Params& params, ThreadPool& pool) {
 }
 
 template <typename Params, auto kRun>
-constexpr auto cpu_handler = handler<Params, run_on_pool<Params, kRun>>;
+constexpr auto cpu_handler = checked_call<Params, run_on_pool<Params, kRun>>;
 
 XLA_FFI_DEFINE_HANDLER(make_schedule, (cpu_handler<MakeScheduleParams, cpu::run_make_schedule>),
                        bind_make_schedule(Ffi::Bind().Ctx<ThreadPool>()));

@@ -17,13 +17,13 @@ using xla::ffi::Ffi;
 using xla::ffi::Traits;
 using Stream = xla::ffi::PlatformStream<cudaStream_t>;
 
-XLA_FFI_DEFINE_HANDLER(make_schedule, (handler<MakeScheduleParams, sm90::run_make_schedule>),
+XLA_FFI_DEFINE_HANDLER(make_schedule, (checked_call<MakeScheduleParams, sm90::run_make_schedule>),
                        bind_make_schedule(Ffi::Bind().Ctx<Stream>()),
                        {Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(dense_decode, (handler<DenseDecodeParams, sm90::run_dense_decode>),
+XLA_FFI_DEFINE_HANDLER(dense_decode, (checked_call<DenseDecodeParams, sm90::run_dense_decode>),
                        bind_dense_decode(Ffi::Bind().Ctx<Stream>()),
                        {Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(cache_append, (handler<CacheAppendParams, sm90::run_cache_append>),
+XLA_FFI_DEFINE_HANDLER(cache_append, (checked_call<CacheAppendParams, sm90::run_cache_append>),
                        bind_cache_append(Ffi::Bind().Ctx<Stream>()),
                        {Traits::kCmdBufferCompatible});
 
