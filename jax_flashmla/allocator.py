@@ -9,18 +9,18 @@ import numpy as np
 
 
 class OutOfBlocks(RuntimeError):
-    """Fewer blocks are free than a call to :class:`BlockAllocator` needs; nothing has changed."""
+    """Fewer blocks are free than a call to `BlockAllocator` needs; nothing has changed."""
 
 
 class BlockAllocator:
     """Hands out the blocks of a paged cache to sequences, and takes them back.
 
-    A sequence of ``n`` tokens holds ``ceil(n / block_size)`` blocks. :meth:`fork` makes two sequences
+    A sequence of `n` tokens holds `ceil(n / block_size)` blocks. `fork` makes two sequences
     share the blocks that they have in common; a block that several sequences hold is never written:
-    whichever of them is extended into it first is given a copy, and :meth:`extend` says which block to
+    whichever of them is extended into it first is given a copy, and `extend` says which block to
     copy where. A call that raises leaves the allocator as it was. Not thread-safe.
 
-    Arguments:
+    Args:
         num_blocks: blocks in the cache, with ids 0 to num_blocks - 1.
         block_size: tokens that one block holds.
 
@@ -64,7 +64,7 @@ class BlockAllocator:
     def allocate(self, num_tokens: int = 0, seq: Hashable | None = None) -> Hashable:
         """Starts a sequence with room for its first `num_tokens` tokens.
 
-        Arguments:
+        Args:
             num_tokens: its length in tokens; 0 starts it without a block.
             seq: the id to give it, anything hashable; by default an integer not in use.
 
@@ -85,8 +85,8 @@ class BlockAllocator:
         """Gives a sequence room for `num_new_tokens` more tokens, which it alone may write.
 
         Returns:
-            ``(src_block, dst_block)`` pairs (none, or one): copy block `src_block` to `dst_block` on
-            the device before anything else is written to the cache. See :meth:`plan_copies`.
+            `(src_block, dst_block)` pairs (none, or one): copy block `src_block` to `dst_block` on
+            the device before anything else is written to the cache. See `plan_copies`.
 
         Raises:
             OutOfBlocks: too few blocks are free.
@@ -95,8 +95,8 @@ class BlockAllocator:
         blocks = self._known(seq)
         num_new_tokens = _count("num_new_tokens", num_new_tokens)
         length = self._lengths[seq]
-        # Tokens are written from `length` on, so of the blocks held only a partly filled last one is
-        # written; full ones may stay shared.
+        # Tokens are written from `length` on, so of the blocks held only a partly filled last one
+        # is written; full ones may stay shared.
         writes_last = num_new_tokens > 0 and length % self.block_size != 0
         copies_last = writes_last and self._holders[blocks[-1]] > 1
         num_added = self._blocks_for(length + num_new_tokens) - len(blocks)
@@ -114,8 +114,8 @@ class BlockAllocator:
     def fork(self, seq: Hashable, new_seq: Hashable | None = None) -> Hashable:
         """Starts a sequence that begins with all of `seq`'s tokens and shares its blocks.
 
-        Needs no free block by itself: a partly filled last block is copied when one of its holders is
-        extended.
+        Needs no free block by itself: a partly filled last block is copied when one of its holders
+        is extended. What is shared is what the cache holds: fork after `seq`'s tokens are written.
 
         Returns:
             The new sequence's id: `new_seq`, by default an integer not in use.
@@ -162,7 +162,7 @@ class BlockAllocator:
     def block_table(self, seqs: Iterable[Hashable | None], max_blocks: int) -> np.ndarray:
         """The block ids of a batch, int32 [b, max_blocks], padded with -1.
 
-        Arguments:
+        Args:
             seqs: the batch's b sequences; None leaves a row empty.
             max_blocks: columns of the table.
 
@@ -200,19 +200,19 @@ class BlockAllocator:
     def plan_copies(
         pairs: Sequence[tuple[int, int]], size: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays for :func:`copy_blocks` from the pairs of one or several :meth:`extend` calls.
+        """Arrays for `copy_blocks` from the pairs of one or several `extend` calls.
 
-        `copy_blocks` copies all at once, as the cache was before; a block that is copied onwards, or
-        handed out again, between the calls is resolved here, so pass the pairs in the order in which
-        they came.
+        `copy_blocks` copies all at once, as the cache was before; a block that is copied onwards,
+        or handed out again, between the calls is resolved here, so pass the pairs in the order in
+        which they came.
 
-        Arguments:
-            pairs: ``(src_block, dst_block)``, concatenated over the calls.
+        Args:
+            pairs: `(src_block, dst_block)`, concatenated over the calls.
             size: length of the arrays, for a shape that stays the same from step to step; filled up
                 with -1, which copies nothing. By default as long as needed.
 
         Returns:
-            ``src`` and ``dst``, int32 [size].
+            `src` and `dst`, int32 [size].
 
         Raises:
             ValueError: `size` is too small.

@@ -27,7 +27,7 @@ from jax_flashmla.allocator import BlockAllocator, OutOfBlocks
 class AllocatorMachine(RuleBasedStateMachine):
     """Drives an allocator and a cache of one number per token, as a user drives the device's.
 
-    Copies and writes wait in `copies` and `writes` until `flush`, as they do while a step is prepared.
+    Copies and writes wait until `flush`, as they do while a step is prepared.
     """
 
     seqs = Bundle("seqs")

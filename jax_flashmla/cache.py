@@ -1,0 +1,470 @@
+"""A model's paged cache as pytrees: how a row is stored, who owns which block, and the blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import _dims
+from jax_flashmla.cache_ops import cache_append, copy_blocks
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike, DTypeLike
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheFormat:
+    """How one token's row is stored, and how many rows make a block. Static and hashable.
+
+    Args:
+        d_qk: columns of a row: the latent, then the rotary key.
+        d_v: leading columns of a row that are its value.
+        h_kv: KV heads; 1 for multi-head latent attention.
+        block_size: tokens of a block.
+        dtype: bfloat16 or float16.
+        name: the layout. "dense", the only one so far: blocks [num_blocks, block_size, h_kv, d_qk].
+
+    Raises:
+        ValueError, TypeError: a number or dtype that no cache can have.
+    """
+
+    d_qk: int = 576
+    d_v: int = 512
+    h_kv: int = 1
+    block_size: int = 64
+    dtype: DTypeLike = jnp.bfloat16
+    name: str = "dense"
+
+    def __post_init__(self):
+        if self.name != "dense":
+            raise ValueError(f'name must be "dense", got {self.name!r}')
+        for name in ("d_qk", "d_v", "h_kv", "block_size"):
+            value = _dims.check_int(name, getattr(self, name), 1, _dims.INT32_MAX)
+            object.__setattr__(self, name, value)
+        if self.d_v > self.d_qk:
+            raise ValueError(f"d_v must be at most d_qk = {self.d_qk}, got {self.d_v}")
+        dtype = jnp.dtype(self.dtype)
+        if dtype not in _dims.CACHE_DTYPES:
+            raise TypeError(f"dtype must be bfloat16 or float16, got {dtype}")
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes in one layer."""
+        return self.h_kv * self.d_qk * jnp.dtype(self.dtype).itemsize
+
+    def allocate(
+        self, num_blocks: int, *, layers: int | None = None, device: Any = None
+    ) -> jax.Array:
+        """Zeroed blocks for one layer, or for `layers` of them, stacked on a leading axis.
+
+        Args:
+            num_blocks: blocks of each layer.
+            layers: length of the leading axis; None for none.
+            device: a `jax.Device` or `jax.sharding.Sharding` to put them on; JAX's default if None.
+
+        Raises:
+            ValueError, TypeError: a count that is not an int, or 2^31 blocks or more in all.
+        """
+        num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX)
+        stack = ()
+        if layers is not None:  # block ids count over all of them: see PagedCache.layer
+            most_layers = _dims.INT32_MAX // num_blocks
+            stack = (_dims.check_int("layers", layers, 1, most_layers),)
+        shape = (*stack, num_blocks, self.block_size, self.h_kv, self.d_qk)
+        return jnp.zeros(shape, self.dtype, device=device)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockTable:
+    """Which blocks hold each sequence's tokens, and how many tokens there are. One for all layers.
+
+    Args:
+        block_table: block ids [b, max_blocks], int32. Token t of sequence i is in block
+            `block_table[i, t // block_size]`. Entries past a sequence's blocks are -1, or any other
+            id that the cache does not have.
+        cache_seqlens: tokens of each sequence that are in the cache [b], int32.
+        block_size: tokens of a block. Static.
+    """
+
+    block_table: jax.Array
+    cache_seqlens: jax.Array
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls, block_table: ArrayLike, cache_seqlens: ArrayLike | None = None, *, block_size: int = 64
+    ) -> BlockTable:
+        """A table from arrays, which are copied. Lengths are 0 by default.
+
+        Raises:
+            ValueError, TypeError: a rank, shape or dtype that does not fit.
+        """
+        block_table = jnp.array(block_table)
+        if cache_seqlens is None:
+            cache_seqlens = jnp.zeros(block_table.shape[:1], jnp.int32)
+        cache_seqlens = jnp.array(cache_seqlens)
+        block_size = _dims.check_int("block_size", block_size, 1, _dims.INT32_MAX)
+        b = _dims.check_cache_seqlens(cache_seqlens)
+        _dims._check_table(block_table, b, block_size)
+        return cls(block_table, cache_seqlens, block_size)
+
+    @property
+    def max_blocks(self) -> int:
+        return self.block_table.shape[1]
+
+    def capacity(self, num_blocks: int) -> jax.Array:
+        """Tokens that each sequence's blocks can hold [b]: those of its leading valid ids."""
+        ends = ~self._in_range(num_blocks)
+        owned = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), self.max_blocks)
+        return owned.astype(jnp.int32) * self.block_size
+
+    def of_layer(self, layer: int | jax.Array, num_blocks: int) -> jax.Array:
+        """The table's ids as ids into the blocks of all layers, end to end [b, max_blocks]."""
+        ids = self.block_table + jnp.asarray(layer, jnp.int32) * num_blocks
+        return jnp.where(self._in_range(num_blocks), ids, -1)  # never into another layer
+
+    def _in_range(self, num_blocks: int) -> jax.Array:
+        return (self.block_table >= 0) & (self.block_table < num_blocks)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where a step's new tokens go, the same in every layer. Made by `PagedCache.advance`.
+
+    Args:
+        positions: token position of each sequence's first new token [b], int32; also what rotary
+            embeddings of the new tokens start from.
+        num_new: tokens to write [b], int32: those asked for that fit.
+        s_new: rows that a call of `PagedCache.write` brings for each sequence. Static.
+    """
+
+    positions: jax.Array
+    num_new: jax.Array
+    s_new: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """The paged cache of a model: its blocks, and one block table for all layers.
+
+    Methods return a new cache; inside a jitted function that donates the old one, writes are in
+    place. Outside of one they copy the blocks.
+
+    A step of the model calls `advance` once, then in each layer `write` with the slots
+    that `advance` gave, and `dense_decode` on what `layer` returns. With stacked blocks, `layer`
+    may be traced, so that the layers can be a `lax.scan` that carries the cache.
+
+    >>> import functools
+    >>> import jax, jax.numpy as jnp
+    >>> from jax_flashmla import BlockAllocator, BlockTable, CacheFormat, PagedCache
+    >>> from jax_flashmla import dense_decode, make_schedule
+    >>> layers, h_q = 2, 4
+    >>> format = CacheFormat(d_qk=24, d_v=16, block_size=8)
+    >>> allocator = BlockAllocator(num_blocks=6, block_size=8)
+    >>> seqs = [allocator.allocate(20), allocator.allocate(5)]  # room for all that is to come
+    >>> table = BlockTable.create(allocator.block_table(seqs, max_blocks=3), block_size=8)
+    >>> cache = PagedCache.create(format, table, num_blocks=6, layers=layers)
+
+    >>> def project(w, x):  # stands for a model's projections: [b, 24] -> query, cache row
+    ...     row = jnp.tanh(x * w)[:, None, None, :]
+    ...     return jnp.repeat(row, h_q, axis=2), row
+    >>> @functools.partial(jax.jit, donate_argnames="cache")
+    ... def decode_step(weights, x, cache):
+    ...     cache, slots = cache.advance()  # once a step
+    ...     schedule = make_schedule(cache.table.cache_seqlens, h_q=h_q)
+    ...     def layer(carry, layer_input):
+    ...         x, cache = carry
+    ...         i, w = layer_input
+    ...         q, row = project(w, x)
+    ...         cache = cache.write(row, slots, layer=i)
+    ...         out, _ = dense_decode(q, *cache.layer(i), d_v=16, schedule=schedule)
+    ...         x = x.at[:, :16].add(out[:, 0].mean(axis=1))
+    ...         return (x, cache), None
+    ...     layer_inputs = (jnp.arange(layers), weights)
+    ...     (x, cache), _ = jax.lax.scan(layer, (x, cache), layer_inputs)
+    ...     return x, cache
+
+    >>> weights = jnp.ones((layers, 24), jnp.bfloat16)
+    >>> x = jnp.ones((2, 24), jnp.bfloat16)
+    >>> for _ in range(10):
+    ...     x, cache = decode_step(weights, x, cache)
+    >>> cache.table.cache_seqlens  # sequence 1 has one block of 8 tokens
+    Array([10,  8], dtype=int32)
+    >>> cache.overflow
+    Array([0, 2], dtype=int32)
+
+    Args:
+        blocks: one layer's blocks [num_blocks, block_size, h_kv, d_qk]; or those of several layers,
+            stacked [layers, num_blocks, ...] or as a tuple of arrays.
+        table: the block table.
+        overflow: rows of each sequence that were dropped because its blocks were full, [b] int32.
+        format: how rows are stored. Static.
+    """
+
+    blocks: jax.Array | tuple[jax.Array, ...]
+    table: BlockTable
+    overflow: jax.Array
+    format: CacheFormat = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        format: CacheFormat,
+        table: BlockTable,
+        *,
+        num_blocks: int,
+        layers: int | None = None,
+        stacked: bool = True,
+        device: Any = None,
+    ) -> PagedCache:
+        """An empty cache.
+
+        Args:
+            format: how rows are stored.
+            table: the block table, with the format's block_size.
+            num_blocks: blocks of each layer.
+            layers: how many layers; None for one without a layer axis.
+            stacked: True for one array with a layer axis; False for a tuple of arrays.
+            device: a `jax.Device` or `jax.sharding.Sharding` for each array of blocks.
+
+        Raises:
+            ValueError, TypeError: the table's block_size is not the format's, or a bad count.
+        """
+        if table.block_size != format.block_size:
+            raise ValueError(
+                f"table must have the format's block_size = {format.block_size}, got "
+                f"{table.block_size}"
+            )
+        if layers is None or stacked:
+            blocks = format.allocate(num_blocks, layers=layers, device=device)
+        else:
+            layers = _dims.check_int("layers", layers, 1, _dims.INT32_MAX)
+            blocks = tuple(format.allocate(num_blocks, device=device) for _ in range(layers))
+        overflow = jnp.zeros(table.cache_seqlens.shape, jnp.int32)
+        return cls(blocks, table, overflow, format)
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of a stacked or tuple cache; None for one layer's."""
+        if isinstance(self.blocks, tuple):
+            return len(self.blocks)
+        return self.blocks.shape[0] if self.blocks.ndim == 5 else None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of each layer."""
+        blocks = self.blocks[0] if isinstance(self.blocks, tuple) else self.blocks
+        return blocks.shape[-4]
+
+    def with_table(
+        self, block_table: ArrayLike, cache_seqlens: ArrayLike | None = None
+    ) -> PagedCache:
+        """The same blocks under a new block table [b, max_blocks].
+
+        Without `cache_seqlens`, the batch stays and has been given more blocks: lengths and
+        overflow stay too. With it [b], it is a new batch, and `overflow` starts at 0.
+
+        Raises:
+            ValueError, TypeError: a rank, shape or dtype that does not fit.
+        """
+        overflow = self.overflow
+        if cache_seqlens is None:
+            cache_seqlens = self.table.cache_seqlens
+        else:
+            overflow = jnp.zeros(jnp.shape(cache_seqlens), jnp.int32)
+        table = BlockTable.create(block_table, cache_seqlens, block_size=self.table.block_size)
+        return dataclasses.replace(self, table=table, overflow=overflow)
+
+    def advance(self, s_new: int = 1, num_new: ArrayLike | None = None) -> tuple[PagedCache, Slots]:
+        """Makes room for a step's new tokens: once a step, before the layers write them.
+
+        Lengths grow by the tokens that fit into the blocks that a sequence has; `overflow` grows by
+        those that do not.
+
+        Args:
+            s_new: new tokens of each sequence, as many as the rows that `write` will bring.
+            num_new: how many of them each sequence has [b], int32, clamped to [0, s_new]; s_new by
+                default. 0 leaves a sequence as it is.
+
+        Returns:
+            The cache with its new lengths, and the slots for `write`.
+        """
+        s_new = _dims.check_int("s_new", s_new, 1, _dims.INT32_MAX)
+        seqlens = self.table.cache_seqlens
+        if num_new is None:
+            num_new = jnp.full(seqlens.shape, s_new, jnp.int32)
+        else:
+            num_new = jnp.asarray(num_new)
+            _dims._check_per_sequence("num_new", num_new, seqlens.shape[0])
+            num_new = jnp.clip(num_new, 0, s_new)
+        capacity = self.table.capacity(self.num_blocks)
+        positions = jnp.clip(seqlens, 0, capacity)
+        fitting = jnp.minimum(num_new, capacity - positions)
+        cache = dataclasses.replace(
+            self,
+            table=dataclasses.replace(self.table, cache_seqlens=positions + fitting),
+            overflow=self.overflow + (num_new - fitting),
+        )
+        return cache, Slots(positions, fitting, s_new)
+
+    def write(
+        self,
+        rows: jax.Array,
+        slots: Slots,
+        *,
+        layer: int | jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> PagedCache:
+        """Writes one layer's rows to the slots that `advance` gave.
+
+        Args:
+            rows: the new rows [b, s_new, h_kv, d_qk].
+            slots: this step's slots.
+            layer: which layer; None for a cache of one layer. May be traced if blocks are stacked.
+            implementation: as for `cache_append`.
+
+        Raises:
+            ValueError, TypeError: rows that do not fit the slots or the format, or a bad layer.
+        """
+        if len(jnp.shape(rows)) == 4 and rows.shape[1] != slots.s_new:
+            raise ValueError(
+                f"rows must have the s_new = {slots.s_new} of the step's advance(), got shape "
+                f"{rows.shape}"
+            )
+        blocks, block_table, _ = self.layer(layer)
+        blocks = cache_append(
+            blocks,
+            rows,
+            block_table,
+            slots.positions,
+            num_new=slots.num_new,
+            implementation=implementation,
+        )
+        if isinstance(self.blocks, tuple):
+            blocks = (*self.blocks[:layer], blocks, *self.blocks[layer + 1 :])
+        else:
+            blocks = blocks.reshape(self.blocks.shape)
+        return dataclasses.replace(self, blocks=blocks)
+
+    def append(
+        self,
+        rows: jax.Array,
+        *,
+        num_new: ArrayLike | None = None,
+        implementation: str | None = None,
+    ) -> PagedCache:
+        """Advances and writes the rows of all layers: a whole step at once, such as a prefill's.
+
+        Args:
+            rows: the new rows [b, s_new, h_kv, d_qk], or [layers, b, s_new, h_kv, d_qk] for a cache
+                of several layers.
+            num_new: as for `advance`.
+            implementation: as for `cache_append`.
+
+        Raises:
+            ValueError, TypeError: rows that do not fit the cache.
+        """
+        layers = self.num_layers
+        rank, dims = (4, "[b,") if layers is None else (5, f"[layers = {layers}, b,")
+        if rows.ndim != rank or (layers is not None and rows.shape[0] != layers):
+            raise ValueError(f"rows must be {dims} s_new, h_kv, d_qk], got shape {rows.shape}")
+        cache, slots = self.advance(rows.shape[-3], num_new)
+        if layers is None:
+            return cache.write(rows, slots, implementation=implementation)
+
+        def write(i: int | jax.Array, cache: PagedCache) -> PagedCache:
+            return cache.write(rows[i], slots, layer=i, implementation=implementation)
+
+        if isinstance(self.blocks, tuple):
+            for i in range(layers):
+                cache = write(i, cache)
+            return cache
+        return jax.lax.fori_loop(0, layers, write, cache)
+
+    def layer(
+        self, layer: int | jax.Array | None = None
+    ) -> tuple[
+        jax.Array,
+        jax.Array,
+        jax.Array,
+    ]:
+        """A layer as `dense_decode` takes it: `dense_decode(q, *cache.layer(i), d_v=format.d_v)`.
+
+        Args:
+            layer: which layer; None for a cache of one layer. May be traced if blocks are stacked.
+
+        Returns:
+            blocks, block_table, cache_seqlens. Of a stacked cache, `blocks` are those of all layers
+            end to end, without a copy, and `block_table` has the ids of this layer's among them.
+
+        Raises:
+            ValueError, TypeError: a layer that the cache does not have, or a traced one in a tuple.
+        """
+        layers, seqlens = self.num_layers, self.table.cache_seqlens
+        if layers is None:
+            if layer is not None:
+                raise ValueError(f"layer must be None for a cache of one layer, got {layer!r}")
+            return self.blocks, self.table.block_table, seqlens
+        if not isinstance(layer, jax.Array) or isinstance(self.blocks, tuple):
+            layer = _dims.check_int("layer", layer, 0, layers - 1)
+        if isinstance(self.blocks, tuple):
+            return self.blocks[layer], self.table.block_table, seqlens
+        blocks = self.blocks.reshape(-1, *self.blocks.shape[2:])
+        return blocks, self.table.of_layer(layer, self.num_blocks), seqlens
+
+    def copy_blocks(self, src: ArrayLike, dst: ArrayLike) -> PagedCache:
+        """Copies blocks in every layer, as a fork asks for: `copy_blocks`. Donates the blocks.
+
+        Args:
+            src: ids of the blocks to read [n], int32.
+            dst: ids of the blocks to overwrite [n], int32.
+        """
+        blocks = jax.tree.map(lambda x: copy_blocks(x, src, dst), self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
+
+    def check(self) -> list[str]:
+        """What is wrong with the values, a sentence each: a debugging aid that reads the device.
+
+        Lists lengths outside the table, block ids out of range within a length, blocks that a
+        sequence's next tokens would go to while another entry of the table holds them too (a fork
+        that was not extended, for one), and rows dropped so far. Empty if all is well. Not under
+        jit.
+        """
+        ids = np.asarray(self.table.block_table)
+        seqlens = np.asarray(self.table.cache_seqlens)
+        size, max_blocks = self.table.block_size, self.table.max_blocks
+        in_range = (ids >= 0) & (ids < self.num_blocks)
+        found = []
+        for i in np.flatnonzero((seqlens < 0) | (seqlens > max_blocks * size)):
+            found.append(
+                f"sequence {i} has {seqlens[i]} tokens, its table holds 0 to {max_blocks * size}"
+            )
+        covered = np.clip(-(-seqlens.astype(np.int64) // size), 0, max_blocks)
+        column = np.arange(max_blocks)
+        for i, j in np.argwhere(~in_range & (column < covered[:, None])):
+            found.append(
+                f"sequence {i} reads block {ids[i, j]} at entry {j}, the cache has blocks 0 to "
+                f"{self.num_blocks - 1}"
+            )
+        # Appends write to entries from length // block_size on, and only read those before.
+        written = in_range & (column >= np.clip(seqlens // size, 0, max_blocks)[:, None])
+        holders = np.bincount(ids[in_range], minlength=self.num_blocks)
+        for i, j in np.argwhere(written):
+            if holders[ids[i, j]] > 1:
+                others = sorted({int(k) for k in np.argwhere(ids == ids[i, j])[:, 0] if k != i})
+                found.append(
+                    f"sequence {i} writes block {ids[i, j]} at entry {j}, "
+                    + (f"which sequences {others} hold" if others else "which it holds twice")
+                )
+        for i in np.flatnonzero(np.asarray(self.overflow)):
+            found.append(f"sequence {i} dropped {np.asarray(self.overflow)[i]} rows")
+        return found
