@@ -1,0 +1,155 @@
+"""The walls between the parts: which module imports which, and which header includes which."""
+
+import ast
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "jax_flashmla"
+CSRC = ROOT / "csrc"
+
+CORE = sorted(PACKAGE.glob("*.py"))
+EXTRAS = ("layers", "cli")
+CORE_DEPENDENCIES = {"jax", "jaxlib", "numpy", "jaxtyping", "jax_flashmla"}
+
+
+def module_name(path: pathlib.Path, root: pathlib.Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Absolute names of all that a module imports, anywhere in it, import_module(...) included."""
+    package = module if is_package else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found.update(arg.value for arg in node.args if isinstance(arg, ast.Constant))
+    return found
+
+
+def python_files() -> list[pathlib.Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    name = module_name(path)
+    return imports(path.read_text(), name, is_package=path.name == "__init__.py")
+
+
+def importers_of(*targets: str) -> set[str]:
+    """The modules of the package that import a target or anything inside it."""
+    return {
+        module_name(path).removeprefix("jax_flashmla.")
+        for path in python_files()
+        for name in imports_of(path)
+        if any(name == target or name.startswith(target + ".") for target in targets)
+    }
+
+
+def includes(path: pathlib.Path) -> set[str]:
+    return set(re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE))
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+    return sorted(
+        path
+        for folder in folders
+        for path in (CSRC / folder).rglob("*")
+        if path.suffix in {".h", ".cuh", ".cc", ".cu", ".inc"}
+    )
+
+
+def test_walker_sees_every_kind_of_import():
+    source = (
+        "import a.b\nfrom c import d\n"
+        "def f():\n    from ..e import g\n    from . import h\n"
+        "    importlib.import_module('i.j')\n"
+    )
+    found = imports(source, "top.sub.module")
+    assert {"a.b", "c", "c.d", "top.e", "top.e.g", "top.sub.h", "i.j"} <= found
+    assert "top.sub.module.x" in imports("from .x import y", "top.sub.module", is_package=True)
+
+
+def test_walker_sees_both_kinds_of_include(tmp_path):
+    header = tmp_path / "x.h"
+    header.write_text('#include <a/b.h>\n  # include "c.h"\n// #include "no.h"\n')
+    assert includes(header) == {"a/b.h", "c.h"}
+
+
+def test_only_ffi_imports_the_extension_modules():
+    assert importers_of("jax_flashmla._cpu", "jax_flashmla._cuda") <= {"_ffi"}
+    # A name put together at run time would escape the walker.
+    dynamic = {path.name for path in CORE if "import_module(f" in path.read_text()}
+    assert dynamic <= {"_ffi.py"}
+
+
+def test_only_the_operations_import_ffi():
+    assert importers_of("jax_flashmla._ffi") == {"attention", "schedule", "cache_ops"}
+
+
+def test_allocator_needs_numpy_at_most():
+    roots = {name.partition(".")[0] for name in imports_of(PACKAGE / "allocator.py")}
+    assert roots - set(sys.stdlib_module_names) <= {"numpy"}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_core_depends_on_jax_and_numpy_alone(path):
+    found = imports_of(path)
+    roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+    assert roots <= CORE_DEPENDENCIES
+    for extra in EXTRAS:
+        assert not {name for name in found if name.startswith(f"jax_flashmla.{extra}")}
+
+
+def test_nnx_and_linen_layers_do_not_know_each_other():
+    assert "layers.linen" not in importers_of("jax_flashmla.layers.nnx", "flax.nnx")
+    assert "layers.nnx" not in importers_of("jax_flashmla.layers.linen", "flax.linen")
+
+
+def test_nothing_imports_cli_tests_or_benchmarks():
+    outside = {
+        name
+        for name in importers_of("jax_flashmla.cli", "tests", "benchmarks", "cases", "tolerances")
+        if not name.startswith("cli")
+    }
+    assert not outside
+
+
+@pytest.mark.parametrize("name", ["params.h", "split_schedule.h", "status.h"])
+def test_shared_headers_are_plain_cpp(name):
+    # Standard headers have no folder and no suffix.
+    foreign = {header for header in includes(CSRC / name) if not header.isalnum()}
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", sources("cpu", "sm90"), ids=lambda path: path.name)
+def test_operations_do_not_know_xla_or_python(path):
+    assert not {
+        header for header in includes(path) if header.startswith(("xla/", "nanobind/", "ffi/"))
+    }
+
+
+@pytest.mark.parametrize("path", sources("cpu"), ids=lambda path: path.name)
+def test_cpu_operations_do_not_know_cuda(path):
+    assert not {header for header in includes(path) if header.startswith(("sm90/", "cuda"))}
+
+
+@pytest.mark.parametrize("path", sources("ffi"), ids=lambda path: path.name)
+def test_ffi_takes_only_the_entry_points(path):
+    """No PTX wrapper and no kernel: at most `sm90/<op>.h` and `cpu/<op>.h`."""
+    entry_points = re.compile(r"(cpu|sm90)/(make_schedule|dense_decode|cache_append|parallel_for)\.h")
+    inside = {header for header in includes(path) if header.startswith(("cpu/", "sm90/"))}
+    assert all(entry_points.fullmatch(header) for header in inside)
