@@ -19,6 +19,7 @@ constexpr int kScoreTokens = FLASHMLA_REGISTERS / 4;   // x 2 vectors of rows
 constexpr int kValueRows = 4;
 constexpr int kValueVectors = FLASHMLA_REGISTERS / 8;  // x kValueRows
 
+constexpr int kPrefetch = 32;  // elements in a cache line
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class Vector, class T>
@@ -91,21 +92,37 @@ FLASHMLA_TARGET void load_query(const DenseDecodeParams& params, const PieceTask
   }
 }
 
-// tile[t, :] = the key of token token + t for t < n; zeros for a block id out of range, and for t >= n.
+// The key of a token in the cache; null for a block id out of range.
 template <class Element>
-FLASHMLA_TARGET void load_tile(const DenseDecodeParams& params, const PieceTask& task, int64_t token,
-                               int n, Attention& state) {
-  const auto* blocks = static_cast<const Element*>(params.blocks);
-  const int32_t* table = params.block_table + int64_t{task.sequence} * params.max_blocks;
-  for (int t = 0; t < kSplitTile; ++t) {
+FLASHMLA_TARGET const Element* find_key(const DenseDecodeParams& params, const PieceTask& task,
+                                        int64_t token) {
+  const int64_t block = params.block_table[int64_t{task.sequence} * params.max_blocks +
+                                           token / params.block_size];
+  if (block < 0 || block >= params.num_blocks) return nullptr;
+  const int64_t slot = block * params.block_size + token % params.block_size;
+  return static_cast<const Element*>(params.blocks) +
+         (slot * params.h_kv + task.kv_head) * params.d_qk;
+}
+
+// tile[t, :] = the key of token `token` + t for kScoreTokens tokens from t = first, with zeros past the
+// piece's end. Meanwhile the keys after these are on their way from memory.
+template <class Element>
+FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask& task, int64_t token,
+                               int first, Attention& state) {
+  for (int t = first; t < first + kScoreTokens; ++t) {
     float* to = state.tile + t * state.tile_stride;
-    const int64_t block = t < n ? table[(token + t) / params.block_size] : -1;
-    if (block < 0 || block >= params.num_blocks) {
+    const Element* key =
+        token + t < task.token_end ? find_key<Element>(params, task, token + t) : nullptr;
+    if (key == nullptr) {
       std::fill_n(to, params.d_qk, 0.0f);
-      continue;
+    } else {
+      convert(key, params.d_qk, to);
     }
-    const int64_t slot = block * params.block_size + (token + t) % params.block_size;
-    convert(blocks + (slot * params.h_kv + task.kv_head) * params.d_qk, params.d_qk, to);
+    const int64_t later = token + t + kScoreTokens;
+    if (later >= task.token_end) continue;
+    const Element* next = find_key<Element>(params, task, later);
+    if (next == nullptr) continue;
+    for (int k = 0; k < params.d_qk; k += kPrefetch) __builtin_prefetch(next + k);
   }
 }
 
@@ -128,14 +145,19 @@ FLASHMLA_TARGET void score_block(const float* query, const float* tile, int d_qk
   }
 }
 
-FLASHMLA_TARGET void score_tile(int d_qk, int num_vectors, int num_tokens, Attention& state) {
-  for (int t = 0; t < num_tokens; t += kScoreTokens) {
+// weights = query . tile, a few tokens at a time: their keys are used while in the first cache.
+template <class Element>
+FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask& task,
+                                int64_t token, int n, Attention& state) {
+  const int num_vectors = (task.num_rows + kLanes - 1) / kLanes;
+  for (int t = 0; t < n; t += kScoreTokens) {
+    load_keys<Element>(params, task, token, t, state);
     const float* tile = state.tile + t * state.tile_stride;
     for (int v = 0; v < num_vectors; v += 2) {
-      const float* query = state.query + int64_t{v} * d_qk * kLanes;
+      const float* query = state.query + int64_t{v} * params.d_qk * kLanes;
       float* weights = state.weights + (v * kSplitTile + t) * kLanes;
       const auto block = v + 2 <= num_vectors ? score_block<2> : score_block<1>;
-      block(query, tile, d_qk, state.tile_stride, weights);
+      block(query, tile, params.d_qk, state.tile_stride, weights);
     }
   }
 }
@@ -226,8 +248,7 @@ FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& ta
 
   for (int64_t token = task.token_begin; token < task.token_end; token += kSplitTile) {
     const int n = static_cast<int>(std::min<int64_t>(kSplitTile, task.token_end - token));
-    load_tile<Element>(params, task, token, n, state);
-    score_tile(params.d_qk, num_vectors, n, state);
+    score_tile<Element>(params, task, token, n, state);
     for (int v = 0; v < num_vectors; ++v) {
       const Ints limit = load<Ints>(state.limit + v * kLanes) - static_cast<int32_t>(token);
       softmax_tile(v, n, limit, state);

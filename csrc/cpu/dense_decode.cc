@@ -34,22 +34,32 @@ Status check(const DenseDecodeParams& params) {
   return Status::Ok();
 }
 
-// The cuts, made such that they cover every sequence once whatever they held: each is moved into the
-// batch and behind the one before it, the first to the start of the batch, the last to its end.
-std::vector<Cut> ordered_cuts(const DenseDecodeParams& params) {
-  std::vector<Cut> cuts(params.num_parts + 1);
-  Cut last = {0, 0};
-  for (int part = 1; part < params.num_parts; ++part) {
-    Cut cut = {params.cuts[2 * int64_t{part}], std::max(params.cuts[2 * int64_t{part} + 1], 0)};
+int32_t seqlen_of(const DenseDecodeParams& params, int sequence) {
+  const int64_t capacity = int64_t{params.max_blocks} * params.block_size;
+  return static_cast<int32_t>(std::clamp<int64_t>(params.cache_seqlens[sequence], 0, capacity));
+}
+
+// The cuts to work by. They are made to cover every sequence once, whatever params.cuts holds: each is
+// moved into the batch and behind the one before it, the first to the batch's start, the last to its
+// end. And a schedule for many workers leaves parts of a tile or two, whose partial results cost as
+// much as the attention: so many neighbours are merged that a part has about kPartCost. That depends
+// on the arguments alone, not on the threads: neither do the result's bits.
+std::vector<Cut> choose_cuts(const DenseDecodeParams& params) {
+  constexpr int64_t kPartCost = 8;  // tiles
+  int64_t cost = 1;
+  for (int i = 0; i < params.b; ++i) cost += sequence_cost(seqlen_of(params, i));
+  const int64_t merged = std::max<int64_t>(1, params.num_parts * kPartCost / cost);
+
+  std::vector<Cut> cuts = {{0, 0}};
+  for (int64_t part = merged; part < params.num_parts; part += merged) {
+    Cut cut = {params.cuts[2 * part], std::max(params.cuts[2 * part + 1], 0)};
     if (cut.sequence >= params.b) cut = {params.b, 0};
-    if (cut.sequence > last.sequence ||
-        (cut.sequence == last.sequence && cut.tile > last.tile)) {
-      last = cut;
-    }
-    cuts[part] = last;
+    const Cut last = cuts.back();
+    const bool behind = cut.sequence != last.sequence ? cut.sequence > last.sequence
+                                                      : cut.tile > last.tile;
+    cuts.push_back(behind ? cut : last);
   }
-  cuts[0] = {0, 0};
-  cuts[params.num_parts] = {params.b, 0};
+  cuts.push_back({params.b, 0});
   return cuts;
 }
 
@@ -90,13 +100,13 @@ void store_piece(const DenseDecodeParams& params, const PieceTask& task, const P
 
 Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& parallel_for) {
   if (Status status = check(params); !status.ok()) return status;
-  const std::vector<Cut> cuts = ordered_cuts(params);
-  const int64_t capacity = int64_t{params.max_blocks} * params.block_size;
+  const std::vector<Cut> cuts = choose_cuts(params);
+  const int num_parts = static_cast<int>(cuts.size()) - 1;
 
   // A task: one part, for one group of rows of one KV head.
   const int rows = params.s_q * (params.h_q / params.h_kv);
   const int groups = (rows + kMaxRows - 1) / kMaxRows;
-  parallel_for(params.num_parts * params.h_kv * groups, [&](int index) {
+  parallel_for(num_parts * params.h_kv * groups, [&](int index) {
     static thread_local Attention state;
     state.resize(params.d_qk, params.d_v);
     const int part = index / (params.h_kv * groups);
@@ -107,8 +117,7 @@ Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& para
 
     const Cut begin = cuts[part], end = cuts[part + 1];
     for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
-      const int32_t seqlen = static_cast<int32_t>(
-          std::clamp<int64_t>(params.cache_seqlens[sequence], 0, capacity));
+      const int32_t seqlen = seqlen_of(params, sequence);
       const Piece piece = piece_of(begin, end, sequence, seqlen);
       task.sequence = sequence;
       task.seqlen = seqlen;
