@@ -103,8 +103,8 @@ def relative_error(
     tokens = int(row.seqlens()[sequence])
     ids = table[sequence, : -(-tokens // BLOCK_SIZE)]
     keys = np.asarray(pool[jnp.asarray(ids)]).astype(np.float32).reshape(-1, D_QK)[:tokens]
-    scores = keys @ np.asarray(q[sequence, -1, -1]).astype(np.float32) * D_QK**-0.5
+    scores = keys @ np.asarray(q)[sequence, -1, -1].astype(np.float32) * D_QK**-0.5
     weights = np.exp(scores - scores.max())
     expected = weights @ keys[:, :D_V] / weights.sum()
-    got = np.asarray(out[sequence, -1, -1]).astype(np.float32)
+    got = np.asarray(out)[sequence, -1, -1].astype(np.float32)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -40,7 +40,9 @@ def describe(device: jax.Device) -> dict[str, Any]:
         if smi:
             fields = (field.strip() for field in smi.splitlines()[0].split(","))
             hardware |= dict(
-                zip(("name", "driver", "power_limit", "max_sm_clock", "memory"), fields)
+                zip(
+                    ("name", "driver", "power_limit", "max_sm_clock", "memory"), fields, strict=True
+                )
             )
     else:
         hardware["device"] = _cpu_model()

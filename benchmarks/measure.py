@@ -34,7 +34,7 @@ class Method:
 
 
 METHODS = {
-    "gpu": Method(256_000_000, 8, 128, samples=9, sample_seconds=0.010),
+    "gpu": Method(256_000_000, 8, 128, samples=9, sample_seconds=0.020),
     "cpu": Method(64_000_000, 2, 4, samples=5, sample_seconds=0.0),
 }
 

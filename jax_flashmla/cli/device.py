@@ -1,0 +1,33 @@
+"""Which device runs what, told from compiled programs rather than from intentions."""
+
+from __future__ import annotations
+
+import jax
+import jax.stages
+
+from jax_flashmla import kernel_refusal
+
+DECODE_TARGET = "flashmla_dense_decode_v1"
+
+
+def platform_of(device: jax.Device) -> str:
+    """The platform as lowering rules name it: a "gpu" is "cuda" or "rocm"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def describe_device(device: jax.Device) -> str:
+    """Name, and compute capability where there is one."""
+    capability = getattr(device, "compute_capability", None)
+    suffix = f", compute capability {capability}" if capability else ""
+    return f"{device.device_kind} ({platform_of(device)}:{device.id}{suffix})"
+
+
+def describe_decode(compiled: jax.stages.Compiled, device: jax.Device) -> str:
+    """Which implementation of dense_decode is in a compiled program's HLO."""
+    calls = (compiled.as_text() or "").count(f'custom_call_target="{DECODE_TARGET}"')
+    if calls:
+        return f"{platform_of(device)} kernel, custom call {DECODE_TARGET} x {calls}"
+    reason = kernel_refusal(platform_of(device)) or "the kernel was not asked for"
+    return f"pure-JAX reference ({reason})"

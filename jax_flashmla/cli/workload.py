@@ -1,0 +1,112 @@
+"""What the demo decodes: lengths of the prompts, size of the model, number of steps."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DEFAULT_BATCH = 8
+MAX_DRAWN_LENGTH = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A ragged batch of prompts and what is decoded from it."""
+
+    lengths: tuple[int, ...]  # tokens of each prompt; 0 is allowed
+    heads: int = 16
+    layers: int = 4
+    steps: int = 32
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("lengths must name at least one sequence")
+        if min(self.lengths) < 0:
+            raise ValueError(f"lengths must not be negative, got {min(self.lengths)}")
+        for name in ("heads", "layers", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be between 0 and 2^31 - 1, got {self.seed}")
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest sequence after the last step."""
+        return max(self.lengths) + self.steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the demo's options."""
+    parser.add_argument(
+        "--batch", type=int, help=f"sequences, default {DEFAULT_BATCH}, or as many as lengths"
+    )
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--lengths",
+        metavar="5,300,...",
+        help="prompt lengths in tokens; default: drawn from --seed",
+    )
+    lengths.add_argument(
+        "--lengths-file",
+        type=Path,
+        metavar="FILE",
+        help="prompt lengths, separated by commas or white space",
+    )
+    parser.add_argument("--heads", type=int, default=Workload.heads, help="default %(default)s")
+    parser.add_argument("--layers", type=int, default=Workload.layers, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=Workload.steps, help="default %(default)s")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default=Workload.dtype)
+    parser.add_argument("--seed", type=int, default=Workload.seed, help="default %(default)s")
+
+
+def from_arguments(arguments: argparse.Namespace) -> Workload:
+    """The workload that the options ask for.
+
+    Raises:
+        OSError: the file of lengths cannot be read.
+        ValueError: an option's value makes no sense, or --batch contradicts the lengths.
+    """
+    if arguments.lengths is not None:
+        lengths = parse_lengths(arguments.lengths)
+    elif arguments.lengths_file is not None:
+        lengths = parse_lengths(arguments.lengths_file.read_text())
+    else:
+        batch = DEFAULT_BATCH if arguments.batch is None else arguments.batch
+        lengths = draw_lengths(batch, arguments.seed)
+    if arguments.batch not in (None, len(lengths)):
+        raise ValueError(f"batch is {arguments.batch}, but {len(lengths)} lengths are given")
+    return Workload(
+        lengths=lengths,
+        heads=arguments.heads,
+        layers=arguments.layers,
+        steps=arguments.steps,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Integers separated by commas or white space."""
+    words = [word for word in re.split(r"[\s,]+", text) if word]
+    for word in words:
+        if not re.fullmatch(r"-?\d+", word):
+            raise ValueError(f"lengths must be integers, got {word!r}")
+    return tuple(int(word) for word in words)
+
+
+def draw_lengths(batch: int, seed: int) -> tuple[int, ...]:
+    """Prompt lengths as ragged as real ones: log-normal around 150 tokens, at most 1024."""
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    drawn = np.random.default_rng(abs(seed)).lognormal(mean=5.0, sigma=1.0, size=batch)
+    return tuple(int(n) for n in np.clip(drawn, 1, MAX_DRAWN_LENGTH))

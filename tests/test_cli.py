@@ -1,0 +1,161 @@
+"""The command line: what it accepts, what it checks, what it says."""
+
+import argparse
+import importlib.util
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashmla import PagedCache
+from jax_flashmla.cli import main, model, naive, workload
+
+# A prompt without tokens, one that ends a block, one that fills several: 5 steps cross into new
+# blocks in two of them.
+SMALL = ("demo", "--lengths", "0,62,130", "--heads", "3", "--layers", "2", "--steps", "5")
+
+
+def parse(*options: str) -> workload.Workload:
+    parser = argparse.ArgumentParser()
+    workload.add_arguments(parser)
+    return workload.from_arguments(parser.parse_args(options))
+
+
+@pytest.mark.parametrize("text", ["5,300,17", "5 300 17", "5,\n300\t17\n"])
+def test_lengths_from_option_and_file(text, tmp_path):
+    file = tmp_path / "lengths.txt"
+    file.write_text(text)
+    assert parse("--lengths", text).lengths == (5, 300, 17)
+    assert parse("--lengths-file", str(file), "--batch", "3").lengths == (5, 300, 17)
+
+
+def test_drawn_lengths_are_ragged_and_follow_the_seed():
+    drawn = parse("--batch", "32", "--seed", "3").lengths
+    assert drawn == parse("--batch", "32", "--seed", "3").lengths
+    assert drawn != parse("--batch", "32", "--seed", "4").lengths
+    assert len(drawn) == 32
+    assert len(set(drawn)) > 16
+    assert 1 <= min(drawn) <= max(drawn) <= workload.MAX_DRAWN_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "5,x"], "lengths must be integers, got 'x'"),
+        (["--lengths", "5,-1"], "lengths must not be negative, got -1"),
+        (["--lengths", ""], "lengths must name at least one sequence"),
+        (["--lengths", "5,6", "--batch", "3"], "batch is 3, but 2 lengths are given"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--heads", "0"], "heads must be at least 1, got 0"),
+        (["--layers", "0"], "layers must be at least 1, got 0"),
+        (["--steps", "-2"], "steps must be at least 1, got -2"),
+        (["--seed", "-1"], "seed must be between 0 and 2^31 - 1, got -1"),
+        (["--lengths-file", "no-such-file"], "No such file"),
+        (["--lengths", "5", "--lengths-file", "f"], "not allowed with"),
+        (["--dtype", "float32"], "invalid choice"),
+    ],
+)
+def test_bad_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_matches_and_reports(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(SMALL) == 0
+    said = capsys.readouterr().out
+    assert "all 5 steps match" in said
+    assert "flashmla_dense_decode_v1 x 2" in said
+    assert "3 sequences, prompts of 0 to 130 tokens" in said
+    assert "blocks │ 6 of 64 tokens" in " ".join(said.split())  # 1 + 2 + 3
+    assert "tokens/s" in said
+    # 576 values against 3 heads of 192 + 128, 2 bytes each
+    assert "1,152 in each layer" in said
+    assert "1,920, 1.7 times" in said
+
+
+def test_demo_runs_in_float16(capsys):
+    assert main([*SMALL, "--dtype", "float16"]) == 0
+    assert "float16" in capsys.readouterr().out
+
+
+def test_wrong_attention_is_a_failure(capsys, monkeypatch):
+    real = model.dense_decode
+
+    def forgets_the_newest_token(q, blocks, block_table, cache_seqlens, **options):
+        return real(q, blocks, block_table, cache_seqlens - 1, **options)
+
+    monkeypatch.setattr(model, "dense_decode", forgets_the_newest_token)
+    assert main(SMALL) == 1
+    assert "MISMATCH against naive attention in 5 of 5 steps" in capsys.readouterr().out
+
+
+def test_nan_in_one_place_is_a_failure(capsys, monkeypatch):
+    real = model.dense_decode
+
+    def spoils_one_value(*arguments, **options):
+        out, lse = real(*arguments, **options)
+        return out.at[1, 0, 2, 7].set(jnp.nan), lse
+
+    monkeypatch.setattr(model, "dense_decode", spoils_one_value)
+    assert main(SMALL) == 1
+    assert "MISMATCH" in capsys.readouterr().out
+
+
+def test_lost_rows_are_a_failure(capsys, monkeypatch):
+    real = PagedCache.write
+
+    def loses_a_layer(self, rows, slots, *, layer=None, **options):
+        return self if layer == 1 else real(self, rows, slots, layer=layer, **options)
+
+    monkeypatch.setattr(PagedCache, "write", loses_a_layer)
+    assert main(SMALL) == 1
+    assert "MISMATCH" in capsys.readouterr().out
+
+
+def test_naive_check_agrees_with_float64_loops():
+    """The demo's judge is itself judged: by a loop over heads and tokens in NumPy."""
+    rng = np.random.default_rng(0)
+    layers, b, h_q, d_qk, d_v, lengths = 2, 2, 3, 8, 5, np.array([4, 7], np.int32)
+    history = rng.normal(size=(layers, b, 7, d_qk)).astype(np.float32)
+    q = rng.normal(size=(layers, b, h_q, d_qk)).astype(np.float32)
+    out, lse = np.zeros((layers, b, h_q, d_v)), np.zeros((layers, b, h_q))
+    for layer, sequence, head in np.ndindex(layers, b, h_q):
+        keys = history[layer, sequence, : lengths[sequence]].astype(np.float64)
+        weights = np.exp(keys @ q[layer, sequence, head] * 0.5)
+        out[layer, sequence, head] = weights @ keys[:, :d_v] / weights.sum()
+        lse[layer, sequence, head] = np.log(weights.sum())
+
+    def errors(out, lse):
+        arrays = [jnp.asarray(x, jnp.float32) for x in (history, q, out, lse)]
+        return naive.step_errors(
+            arrays[0], jnp.asarray(lengths), *arrays[1:], d_v=d_v, sm_scale=0.5
+        )
+
+    assert max(map(float, errors(out, lse))) < 1e-5
+    out[1, 0, 2, 3] += 0.25
+    lse[0, 1, 0] -= 0.125
+    spoilt = errors(out, lse)
+    assert float(spoilt.out_absolute) == pytest.approx(0.25, rel=1e-3)
+    assert float(spoilt.lse) == pytest.approx(0.125 / (1 + abs(lse[0, 1, 0] + 0.125)), rel=1e-3)
+
+
+def test_info_says_what_runs_here(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    for expected in ("jaxlib", "CPU kernels", "CUDA kernels", "custom call flashmla_dense_decode"):
+        assert expected in said
+    assert "WRONG" not in said
+    assert "fails" not in said
+
+
+def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "rich" else real(name)
+    )
+    assert main(["info"]) == 2
+    assert "pip install 'jax-flashmla[cli]'" in capsys.readouterr().err
