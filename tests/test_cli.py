@@ -49,7 +49,7 @@ def test_drawn_lengths_are_ragged_and_follow_the_seed():
         (["--heads", "0"], "heads must be at least 1, got 0"),
         (["--layers", "0"], "layers must be at least 1, got 0"),
         (["--steps", "-2"], "steps must be at least 1, got -2"),
-        (["--seed", "-1"], "seed must be between 0 and 2^31 - 1, got -1"),
+        (["--seed", "-1"], "--seed: must be an integer from 0 to 2^31 - 1, got '-1'"),
         (["--lengths-file", "no-such-file"], "No such file"),
         (["--lengths", "5", "--lengths-file", "f"], "not allowed with"),
         (["--dtype", "float32"], "invalid choice"),

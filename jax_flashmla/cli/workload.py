@@ -32,8 +32,6 @@ class Workload:
         for name in ("heads", "layers", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be between 0 and 2^31 - 1, got {self.seed}")
 
     @property
     def batch(self) -> int:
@@ -66,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=Workload.layers, help="default %(default)s")
     parser.add_argument("--steps", type=int, default=Workload.steps, help="default %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default=Workload.dtype)
-    parser.add_argument("--seed", type=int, default=Workload.seed, help="default %(default)s")
+    parser.add_argument("--seed", type=_seed, default=Workload.seed, help="default %(default)s")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^31 - 1, got {text!r}")
+    return int(text)
 
 
 def from_arguments(arguments: argparse.Namespace) -> Workload:
@@ -108,5 +112,5 @@ def draw_lengths(batch: int, seed: int) -> tuple[int, ...]:
     """Prompt lengths as ragged as real ones: log-normal around 150 tokens, at most 1024."""
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    drawn = np.random.default_rng(abs(seed)).lognormal(mean=5.0, sigma=1.0, size=batch)
+    drawn = np.random.default_rng(seed).lognormal(mean=5.0, sigma=1.0, size=batch)
     return tuple(int(n) for n in np.clip(drawn, 1, MAX_DRAWN_LENGTH))
