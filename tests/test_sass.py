@@ -1,0 +1,105 @@
+"""What the compiled CUDA module holds, read without a GPU: SASS, and what ptxas said when it was built."""
+
+import collections
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+PACKAGE = pathlib.Path(importlib.util.find_spec("jax_flashmla").origin).parent
+MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
+pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
+
+KERNELS = ("make_schedule_kernel", "dense_decode_kernel", "combine_kernel", "cache_append_kernel")
+
+
+def tool(name: str) -> str:
+    """From the nvidia-cuda-* packages, else from a CUDA toolkit on the PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else []:
+        path = pathlib.Path(folder) / "cu13" / "bin" / name
+        if path.is_file():
+            return str(path)
+    found = shutil.which(name)
+    assert found, f"{name} is neither installed (pip install nvidia-cuda-{name}) nor on the PATH"
+    return found
+
+
+def cuobjdump(*options: str) -> str:
+    command = [tool("cuobjdump"), *options, str(MODULES[0])]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def instructions() -> dict[str, collections.Counter[str]]:
+    """Of each kernel, how often each opcode (HGMMA.64x64x16.F32.BF16: HGMMA) stands in it."""
+    counts: dict[str, collections.Counter[str]] = {}
+    # "Function : NAME", then lines like "/*0090*/  @!P0 LDG.E R2, ... ;   /* 0x... */"
+    line = re.compile(r"Function : (\S+)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+    name = ""
+    for match in line.finditer(cuobjdump("-sass")):
+        if match[1]:
+            name = match[1]
+            counts[name] = collections.Counter()
+        else:
+            counts[name][match[2]] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def ptxas_report() -> str:
+    return (PACKAGE / "_cuda.ptxas.txt").read_text()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_is_there(instructions, kernel):
+    found = {name: count for name, count in instructions.items() if kernel in name}
+    assert found
+    assert all(count["EXIT"] >= 1 for count in found.values())
+
+
+def test_machine_code_is_for_hopper_alone():
+    assert set(re.findall(r"sm_\w+", cuobjdump("-lelf"))) == {"sm_90a"}
+    assert "sm_" not in cuobjdump("-lptx")
+
+
+def test_no_kernel_uses_local_memory(instructions):
+    local = {
+        name: (count["LDL"], count["STL"])
+        for name, count in instructions.items()
+        if count["LDL"] or count["STL"]
+    }
+    assert not local
+
+
+def test_dense_decode_uses_tensor_cores_and_tma(instructions):
+    kernels = {name: count for name, count in instructions.items() if "dense_decode_kernel" in name}
+    for name, count in kernels.items():
+        assert count["HGMMA"] > 0, name
+        assert count["UTMALDG"] > 0, name
+        assert count["HMMA"] == 0, name
+
+
+def test_both_element_types_are_built(instructions):
+    names = [name for name in instructions if "dense_decode_kernel" in name]
+    assert any("__nv_bfloat16" in name for name in names)
+    assert any("__half" in name for name in names)
+
+
+def test_ptxas_reported_on_every_kernel(instructions, ptxas_report):
+    reported = set(re.findall(r"Compiling entry function '(\S+)'", ptxas_report))
+    assert reported == set(instructions)
+
+
+def test_ptxas_serialised_no_wgmma(ptxas_report):
+    """C75xx: wgmma that ptxas had to serialise, setmaxnreg that it ignored, and their like."""
+    assert not re.findall(r".*\bC75\d\d\b.*", ptxas_report)
+
+
+def test_ptxas_spilled_no_register(ptxas_report):
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", ptxas_report)
+    assert spills
+    assert set(spills) == {("0", "0", "0")}
