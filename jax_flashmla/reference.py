@@ -55,11 +55,10 @@ def dense_decode(
         preferred_element_type=jnp.float32,
     )
     # Query i sees keys below seen[b, i]; a causal query ends s_q - 1 - i keys before the last.
-    seen = jnp.clip(cache_seqlens, 0, tokens)[:, None]
-    if causal:
-        seen = seen - jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32)
-    mask = jnp.arange(tokens, dtype=jnp.int32) < seen[:, None, None, :, None]
-    scores = jnp.where(mask, scores * sm_scale, -jnp.inf)
+    before_last = jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
+    seen = jnp.clip(cache_seqlens, 0, tokens)[:, None] - before_last[None, :]
+    mask = jnp.arange(tokens, dtype=jnp.int32)[None, None, :] < seen[:, :, None]
+    scores = jnp.where(mask[:, None, None], scores * sm_scale, -jnp.inf)
 
     # A row with nothing to attend has top = -inf and total = 0.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -87,7 +86,7 @@ def cache_append(
 ) -> Num[Array, "num_blocks block_size h_kv row"]:
     num_blocks, block_size = blocks.shape[:2]
     max_blocks = block_table.shape[1]
-    step = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    step = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
     token = positions[:, None] + step  # [b, s_new]; past 2^31 - 1 it wraps to below 0
     slot = token // block_size
     block = jnp.take_along_axis(block_table, jnp.clip(slot, 0, max_blocks - 1), axis=1)
@@ -107,6 +106,6 @@ def _gather_rows(
     in_range = (block_table >= 0) & (block_table < num_blocks)
     rows = blocks[jnp.where(in_range, block_table, 0)]
     rows = rows.reshape(b, max_blocks * block_size, h_kv, d_qk)
-    token = jnp.arange(max_blocks * block_size, dtype=jnp.int32)
+    token = jnp.arange(max_blocks * block_size, dtype=jnp.int32)[None, :]
     keep = (token < cache_seqlens[:, None]) & jnp.repeat(in_range, block_size, axis=1)
     return jnp.where(keep[:, :, None, None], rows, jnp.zeros((), rows.dtype))

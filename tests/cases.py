@@ -1,0 +1,218 @@
+"""The cases that every implementation is tested on, and the hostile caches they are made of.
+
+What must not be read is poisoned: cache slots past a sequence's length and blocks of nobody are NaN,
+and table entries past the last block are 2147480000, far outside the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+SEED = int(os.environ.get("JAX_FLASHMLA_TEST_SEED", "0"))
+UNUSED_ENTRY = 2147480000
+SPARE_BLOCKS = 3  # in every cache, of nobody
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    b: int
+    s_q: int
+    s_k: int  # the longest sequence, tokens
+    h_q: int
+    h_kv: int = 1
+    ragged: bool = True
+    causal: bool = False
+    zero_lengths: bool = False  # every third sequence is empty
+    dtype: str = "bfloat16"
+    d_qk: int = 576
+    d_v: int = 512
+    block_size: int = 64
+
+    def __str__(self) -> str:
+        parts = [f"b{self.b}", f"sq{self.s_q}", f"sk{self.s_k}", f"hq{self.h_q}", f"hkv{self.h_kv}"]
+        parts += ["ragged" if self.ragged else "even", "causal" if self.causal else "full"]
+        if self.zero_lengths:
+            parts.append("zeros")
+        if self.dtype != "bfloat16":
+            parts.append(self.dtype)
+        if (self.d_qk, self.d_v, self.block_size) != (576, 512, 64):
+            parts.append(f"d{self.d_qk}v{self.d_v}bs{self.block_size}")
+        return "-".join(parts)
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.s_k // self.block_size) + 1  # one more than is ever used
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.b * self.s_q * self.h_q * self.s_k * (self.d_qk + self.d_v)
+
+    @property
+    def cache_numbers(self) -> int:
+        return self.b * self.s_k * self.h_kv * self.d_qk
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeInputs:
+    q: np.ndarray  # [b, s_q, h_q, d_qk]
+    keys: np.ndarray  # [b, s_k, h_kv, d_qk] the cache unpaged; anything past a sequence's length
+    blocks: np.ndarray  # [num_blocks, block_size, h_kv, d_qk]
+    block_table: np.ndarray  # [b, max_blocks]
+    cache_seqlens: np.ndarray  # [b]
+
+    @property
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.q, self.blocks, self.block_table, self.cache_seqlens
+
+
+def make_lengths(case: DecodeCase) -> np.ndarray:
+    rng = np.random.default_rng([SEED, case.b, case.s_k])
+    lengths = np.full(case.b, case.s_k)
+    if case.ragged:
+        lengths = rng.integers(1, case.s_k + 1, case.b)
+        lengths[rng.integers(case.b)] = case.s_k
+    if case.zero_lengths:
+        lengths[rng.integers(3) :: 3] = 0
+    return lengths.astype(np.int32)
+
+
+def make_table(lengths: np.ndarray, block_size: int, max_blocks: int) -> tuple[np.ndarray, int]:
+    """A table of shuffled blocks, each with one owner, and the number of blocks of the cache."""
+    used = -(-lengths // block_size)
+    num_blocks = int(used.sum()) + SPARE_BLOCKS
+    table = np.full((len(lengths), max_blocks), UNUSED_ENTRY, np.int32)
+    ids = np.random.default_rng([SEED, num_blocks]).permutation(num_blocks)
+    table[np.arange(max_blocks)[None, :] < used[:, None]] = ids[: used.sum()]
+    return table, num_blocks
+
+
+def make_inputs(case: DecodeCase) -> DecodeInputs:
+    rng = np.random.default_rng([SEED, case.b, case.h_q])
+    lengths = make_lengths(case)
+    table, num_blocks = make_table(lengths, case.block_size, case.max_blocks)
+    keys = normal(rng, (case.b, case.s_k, case.h_kv, case.d_qk), case.dtype)
+    blocks = np.full((num_blocks, case.block_size, case.h_kv, case.d_qk), np.nan, keys.dtype)
+    for i, length in enumerate(lengths):
+        token = np.arange(length)
+        block, offset = table[i, token // case.block_size], token % case.block_size
+        blocks[block, offset] = keys[i, :length]
+    q = normal(rng, (case.b, case.s_q, case.h_q, case.d_qk), case.dtype)
+    return DecodeInputs(q, keys, blocks, table, lengths)
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+
+
+def naive_attention(
+    q: np.ndarray,
+    keys: np.ndarray,
+    length: int,
+    *,
+    d_v: int,
+    sm_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of one sequence over its unpaged keys in float64, one query token at a time.
+
+    q [s_q, h_q, d_qk], keys [s_k, h_kv, d_qk] -> out [s_q, h_q, d_v], lse [s_q, h_q].
+    """
+    s_q, h_q, d_qk = q.shape
+    h_kv = keys.shape[1]
+    out, lse = np.zeros((s_q, h_q, d_v)), np.full((s_q, h_q), -np.inf)
+    q, keys = q.astype(np.float64), keys[:length].astype(np.float64)
+    for i, kv in itertools.product(range(s_q), range(h_kv)):
+        seen = length - (s_q - 1 - i) if causal else length
+        if seen <= 0:
+            continue
+        heads = slice(kv * (h_q // h_kv), (kv + 1) * (h_q // h_kv))
+        rows = keys[:seen, kv]
+        scores = q[i, heads] @ rows.T * (d_qk**-0.5 if sm_scale is None else sm_scale)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        out[i, heads] = weights @ rows[:, :d_v] / total
+        lse[i, heads] = (top + np.log(total))[:, 0]
+    return out, lse
+
+
+def naive_decode(case: DecodeCase, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
+    results = [
+        naive_attention(q, keys, int(length), d_v=case.d_v, causal=case.causal)
+        for q, keys, length in zip(inputs.q, inputs.keys, inputs.cache_seqlens, strict=True)
+    ]
+    outs, lses = zip(*results, strict=True)
+    return np.stack(outs), np.stack(lses)
+
+
+# The space that FlashMLA's own dense tests sweep.
+
+FLASHMLA_B = (1, 2, 6, 64)
+FLASHMLA_S_Q = (1, 2, 4)
+FLASHMLA_S_K = (20, 140, 4096)
+FLASHMLA_H_Q = (1, 3, 9, 63, 64, 126, 128)
+FLASHMLA_H_KV = (1, 2, 3, 8)
+
+
+def flashmla_groups() -> Iterator[tuple[int, int, int, int]]:
+    """(s_k, h_kv, s_q, h_q), those of one cache side by side."""
+    for s_k, h_kv, s_q, h_q in itertools.product(
+        FLASHMLA_S_K, FLASHMLA_H_KV, FLASHMLA_S_Q, FLASHMLA_H_Q
+    ):
+        if h_q % h_kv == 0:
+            yield s_k, h_kv, s_q, h_q
+
+
+def flashmla_cases() -> list[DecodeCase]:
+    return [
+        DecodeCase(b, s_q, s_k, h_q, h_kv, ragged=ragged, causal=causal)
+        for s_k, h_kv, s_q, h_q in flashmla_groups()
+        for ragged, causal, b in itertools.product((True, False), (True, False), FLASHMLA_B)
+    ]
+
+
+def pairwise(candidates: list[DecodeCase], fields: tuple[str, ...]) -> list[DecodeCase]:
+    """A few of the candidates in which every pair of values that occurs in them occurs."""
+
+    def pairs(case: DecodeCase) -> set:
+        values = [(field, getattr(case, field)) for field in fields]
+        return set(itertools.combinations(values, 2))
+
+    missing = set().union(*map(pairs, candidates))
+    order = np.random.default_rng(SEED).permutation(len(candidates))
+    shuffled = [candidates[i] for i in order]
+    chosen = []
+    while missing:
+        best = max(shuffled, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def cpu_cases() -> list[DecodeCase]:
+    """FlashMLA's space, pairwise, less what takes long; and what only the CPU's handler takes."""
+    affordable = [
+        case
+        for case in flashmla_cases()
+        if case.flops <= 3e9 and case.cache_numbers <= 2e7 and case.h_q * case.s_q * case.b <= 2048
+    ]
+    fields = ("b", "s_q", "s_k", "h_q", "h_kv", "ragged", "causal")
+    return [
+        *pairwise(affordable, fields),
+        DecodeCase(128, 1, 100, 4, zero_lengths=True),
+        DecodeCase(128, 2, 70, 3, zero_lengths=True, causal=True),
+        DecodeCase(3, 4, 5, 2, causal=True),  # sequences shorter than s_q
+        DecodeCase(2, 2, 300, 16, dtype="float16"),
+        DecodeCase(2, 1, 300, 6, 2, causal=True, dtype="float16"),
+        DecodeCase(2, 1, 300, 8, d_qk=320, d_v=256),
+        DecodeCase(2, 1, 300, 8, d_qk=288, d_v=256, block_size=16),
+        DecodeCase(2, 2, 130, 5, d_qk=7, d_v=3, block_size=5, causal=True),
+        DecodeCase(2, 1, 20, 4, 2, d_qk=33, d_v=33, block_size=1),
+        DecodeCase(2, 1, 700, 4, d_qk=512, d_v=512, block_size=256),
+    ]

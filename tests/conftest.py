@@ -1,0 +1,72 @@
+"""What holds for every test: 8 CPU devices, warnings as errors, checked shapes, GPU tests skipped."""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Iterator
+from unittest import mock
+
+if os.path.exists("/dev/nvidiactl"):
+    # References are compiled for hundreds of shapes: do not time GEMM variants for each.
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+
+import beartype  # noqa: F401 (before the patch below)
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes in signatures are checked where users do not pass: their own errors stay as we word them.
+# The annotations are imported for type checkers only, hence the patch.
+with (
+    mock.patch.object(typing, "TYPE_CHECKING", True),
+    jaxtyping.install_import_hook(["jax_flashmla.reference"], "beartype.beartype"),
+):
+    import jax_flashmla
+
+import cases
+
+
+def pytest_report_header() -> str:
+    return f"jax_flashmla {jax_flashmla.__version__}, jax {jax.__version__}, seed {cases.SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    try:
+        jax.local_devices(backend="cuda")
+        reason = jax_flashmla.kernel_refusal("cuda")
+    except RuntimeError:
+        reason = "no CUDA device"
+    if reason:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+CPU_KERNEL = pytest.param("kernel", id="cpu")
+GPU_KERNEL = pytest.param("kernel", id="gpu", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=[pytest.param("xla", id="reference"), CPU_KERNEL, GPU_KERNEL])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation in turn, on the device that it is tested on."""
+    with jax.default_device(_tested_device(request)):
+        yield request.param
+
+
+@pytest.fixture(params=[CPU_KERNEL, GPU_KERNEL])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation but the reference."""
+    with jax.default_device(_tested_device(request)):
+        yield request.param
+
+
+def _tested_device(request: pytest.FixtureRequest) -> jax.Device:
+    is_gpu = request.node.get_closest_marker("gpu") is not None
+    return jax.devices("cuda" if is_gpu else "cpu")[0]

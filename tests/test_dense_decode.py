@@ -1,0 +1,158 @@
+"""dense_decode against attention computed naively in float64, on every implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cases
+import tolerances
+from cases import DecodeCase
+from jax_flashmla import dense_decode, make_schedule
+
+HOPPER_ONLY = (576, 512, 64)  # d_qk, d_v, block_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    case: DecodeCase
+    inputs: cases.DecodeInputs
+    out: np.ndarray
+    lse: np.ndarray
+
+
+@pytest.fixture(scope="module", params=cases.cpu_cases(), ids=str)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    inputs = cases.make_inputs(request.param)
+    return Problem(request.param, inputs, *cases.naive_decode(request.param, inputs))
+
+
+def test_matches_naive_attention(
+    problem: Problem, implementation: str, request: pytest.FixtureRequest
+) -> None:
+    case = problem.case
+    is_gpu = request.node.get_closest_marker("gpu") is not None
+    if is_gpu and (case.d_qk, case.d_v, case.block_size) != HOPPER_ONLY:
+        pytest.skip("dimensions that the sm90 kernel does not take")
+    run = functools.partial(
+        dense_decode,
+        *problem.inputs.arguments,
+        d_v=case.d_v,
+        causal=case.causal,
+        implementation=implementation,
+    )
+    out, lse = run()
+    assert out.dtype == case.dtype
+    assert lse.dtype == jnp.float32
+    tolerances.assert_close("out", out, problem.out, tolerances.OUT)
+    tolerances.assert_close("lse", lse, problem.lse, tolerances.LSE)
+
+    again = run()
+    np.testing.assert_array_equal(bits(out), bits(again[0]))
+    np.testing.assert_array_equal(bits(lse), bits(again[1]))
+
+
+def bits(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).view(np.uint16 if x.dtype.itemsize == 2 else np.uint32)
+
+
+def test_scale_and_default_scale(implementation: str) -> None:
+    inputs = cases.make_inputs(DecodeCase(5, 2, 200, 6))
+    decode = functools.partial(dense_decode, *inputs.arguments, implementation=implementation)
+    default, given = decode(), decode(sm_scale=576**-0.5)
+    np.testing.assert_array_equal(bits(default[0]), bits(given[0]))
+    out, lse = decode(sm_scale=0.2)
+    for i in range(5):
+        expected_out, expected_lse = cases.naive_attention(
+            inputs.q[i],
+            inputs.keys[i],
+            int(inputs.cache_seqlens[i]),
+            d_v=512,
+            sm_scale=0.2,
+        )
+        tolerances.assert_close("out", out[i], expected_out, tolerances.OUT)
+        tolerances.assert_close("lse", lse[i], expected_lse, tolerances.LSE)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 64, 500])
+def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) -> None:
+    case = DecodeCase(4, 1, 900, 3, causal=True)
+    inputs = cases.make_inputs(case)
+    expected_out, expected_lse = cases.naive_decode(case, inputs)
+    schedule = make_schedule(
+        inputs.cache_seqlens, h_q=3, num_parts=num_parts, implementation=kernel
+    )
+    out, lse = dense_decode(
+        *inputs.arguments, causal=True, schedule=schedule, implementation=kernel
+    )
+    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
+    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+
+
+@pytest.mark.parametrize("was", [[900, 1, 0, 64], [0, 0, 0, 0], [1, 2000, 128, 65]])
+def test_schedule_of_other_lengths_gives_the_same_result(
+    was: list[int], kernel: str
+) -> None:
+    case = DecodeCase(4, 1, 900, 3)
+    inputs = cases.make_inputs(case)
+    expected_out, expected_lse = cases.naive_decode(case, inputs)
+    schedule = make_schedule(
+        jnp.asarray(was, jnp.int32), h_q=3, num_parts=9, implementation=kernel
+    )
+    out, lse = dense_decode(*inputs.arguments, schedule=schedule, implementation=kernel)
+    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
+    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+
+
+def test_row_with_nothing_to_attend_is_zero_and_minus_infinity(implementation: str) -> None:
+    case = DecodeCase(3, 4, 64, 2, causal=True)
+    inputs = cases.make_inputs(case)
+    lengths = jnp.asarray([0, 2, 4], jnp.int32)
+    out, lse = dense_decode(
+        *inputs.arguments[:3], lengths, causal=True, implementation=implementation
+    )
+    seen = np.maximum(0, np.asarray(lengths)[:, None] - np.arange(3, -1, -1)[None, :])
+    np.testing.assert_array_equal(np.isneginf(lse).all(axis=-1), seen == 0)
+    assert not np.asarray(out, np.float32)[seen == 0].any()
+    assert np.asarray(out, np.float32)[seen > 0].any(axis=(-1, -2)).all()
+
+
+def test_out_of_range_blocks_read_as_zeros(implementation: str) -> None:
+    case = DecodeCase(2, 1, 200, 4, ragged=False)
+    inputs = cases.make_inputs(case)
+    table, keys = inputs.block_table.copy(), inputs.keys.copy()
+    num_blocks = inputs.blocks.shape[0]
+    for (i, block), bad in {
+        (0, 0): -1,
+        (0, 2): num_blocks,
+        (1, 1): 2**31 - 1,
+        (1, 3): -(2**31),
+    }.items():
+        table[i, block] = bad
+        keys[i, 64 * block : 64 * block + 64] = 0
+    out, lse = dense_decode(
+        inputs.q, inputs.blocks, table, inputs.cache_seqlens, implementation=implementation
+    )
+    for i in range(2):
+        expected = cases.naive_attention(inputs.q[i], keys[i], 200, d_v=512)
+        tolerances.assert_close("out", out[i], expected[0], tolerances.OUT)
+        tolerances.assert_close("lse", lse[i], expected[1], tolerances.LSE)
+
+
+def test_lengths_are_clamped_to_the_table(implementation: str) -> None:
+    rng = np.random.default_rng(cases.SEED)
+    blocks = jnp.asarray(rng.standard_normal((6, 64, 1, 576)), ml_dtypes.bfloat16)
+    q = jnp.asarray(rng.standard_normal((3, 1, 2, 576)), ml_dtypes.bfloat16)
+    table = jnp.asarray([[0, 1], [2, 3], [4, 5]], jnp.int32)
+    decode = functools.partial(dense_decode, q, blocks, table, implementation=implementation)
+    hostile = decode(jnp.asarray([2**31 - 1, -(2**31), 129], jnp.int32))
+    clamped = decode(jnp.asarray([128, 0, 128], jnp.int32))
+    tolerances.assert_close("out", hostile[0], clamped[0], tolerances.OUT)
+    tolerances.assert_close("lse", hostile[1], clamped[1], tolerances.LSE)
+    assert np.isneginf(hostile[1][1]).all()

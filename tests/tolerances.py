@@ -1,0 +1,57 @@
+"""How far from the truth an implementation may be, with the reason beside each number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    absolute: float
+    relative: float
+    cosine: float | None = None  # of the array as a whole: 1 - 2 x.y / (x.x + y.y)
+
+
+# FlashMLA's own, for bfloat16 and float16 alike. Absolute: outputs average many values, so small
+# ones are differences of large ones. Relative: 2 units of bfloat16's 8 bits (2^-7 each). Cosine:
+# errors of single elements must be noise, not a scale or a missing key.
+OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
+
+# FlashMLA's own: lse is float32, of scores whose products are exact and whose sum is rounded, with
+# exp2 and log2 taken approximately.
+LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
+
+# Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
+MERGE = Tolerance(absolute=2e-6, relative=1e-5)
+
+# Of gradients through the float32 reference against finite differences in float32: the difference
+# of two roundings over a step of 1e-2.
+GRADIENT = Tolerance(absolute=5e-2, relative=5e-2)
+
+
+def assert_close(
+    name: str, got: np.ndarray, expected: np.ndarray, tolerance: Tolerance
+) -> None:
+    """Every element within the absolute or the relative bound, infinities equal, no NaN."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+    assert not np.isnan(expected).any(), f"{name}: NaN expected"
+    assert not np.isnan(got).any(), f"{name}: {np.isnan(got).sum()} NaN of {got.size}"
+    infinite = np.isinf(expected)
+    np.testing.assert_array_equal(got[infinite], expected[infinite], err_msg=name)
+    got, expected = np.where(infinite, 0, got), np.where(infinite, 0, expected)
+    error = np.abs(got - expected)
+    bound = np.maximum(tolerance.absolute, tolerance.relative * np.abs(expected))
+    if (error > bound).any():
+        worst = np.unravel_index(np.argmax(error - bound), error.shape)
+        raise AssertionError(
+            f"{name}: {(error > bound).sum()} of {error.size} elements out of bounds; at "
+            f"{tuple(int(i) for i in worst)} got {got[worst]}, expected {expected[worst]}, bound "
+            f"{bound[worst]:.3g}"
+        )
+    size = np.sum(got**2 + expected**2)
+    if tolerance.cosine is not None and size > 0:
+        distance = 1 - 2 * np.sum(got * expected) / size
+        assert distance <= tolerance.cosine, f"{name}: cosine distance {distance:.3g}"
