@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Everything that a machine with a Hopper GPU should run: build and install, the tests marked `gpu`,
+# compute-sanitizer's memcheck over a small subset of them, and the benchmark.
+#
+#   scripts/gpu_check.sh [LOG_DIR]
+#
+# Logs, the benchmark's JSON and summary.txt go to LOG_DIR, by default $OUT, else build/gpu_check/.
+# Every step runs whatever became of those before it; the exit status is 0 if all passed.
+#
+# Environment:
+#   PYTHON    the interpreter to make the virtual environment build/gpu_venv with (python3)
+#   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
+#             the extra `test`, and compute-sanitizer must be on the PATH or among its packages
+#   GRID      the benchmark's grid (targets)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+logs=${1:-${OUT:-build/gpu_check}}
+mkdir -p "$logs"
+logs=$(cd "$logs" && pwd)
+: >"$logs/summary.txt"
+python=${PYTHON:-python3}
+failures=0
+
+# step NAME COMMAND...: runs it, keeps its output in NAME.log, and notes how it ended.
+step() {
+  local name=$1 begin=$SECONDS status=0
+  shift
+  echo "== $name: $*"
+  "$@" 2>&1 | tee "$logs/$name.log" || status=$?
+  echo "$name: $([ "$status" -eq 0 ] && echo passed || echo "FAILED ($status)"), $((SECONDS - begin)) s" |
+    tee -a "$logs/summary.txt"
+  [ "$status" -eq 0 ] || failures=$((failures + 1))
+}
+
+install() {
+  "$python" -m venv build/gpu_venv &&
+    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' 'nvidia-cuda-sanitizer-api==13.*'
+}
+
+# Without a usable GPU the tests would be skipped, which must not pass for success.
+info() {
+  nvidia-smi && "$python" -c '
+import sys
+import jax
+import jax_flashmla
+from jax_flashmla.cli import main
+main(["info"])
+jax.local_devices(backend="cuda")
+sys.exit(jax_flashmla.kernel_refusal("cuda"))
+'
+}
+
+# The sanitizer of the Python packages, else the one on the PATH.
+sanitizer() {
+  local packaged
+  packaged=$("$python" -c '
+import importlib.util, pathlib
+spec = importlib.util.find_spec("nvidia")
+for folder in spec.submodule_search_locations if spec else []:
+    path = pathlib.Path(folder) / "cu13" / "bin" / "compute-sanitizer"
+    if path.is_file():
+        print(path)
+        break
+')
+  echo "${packaged:-compute-sanitizer}"
+}
+
+small_subset="cuda-kernel and (outside or bad_block or num_new) or out_of_range or clamped"
+small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
+
+# Hostile values, every way of splitting, dropped rows. Each buffer is an allocation of its own, so
+# that reaching past one is seen.
+memcheck() {
+  XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(sanitizer)" --tool memcheck --error-exitcode 9 \
+    --report-api-errors no --kernel-regex kns=flashmla \
+    "$python" -m pytest -q -m gpu tests/test_dense_decode.py tests/test_cache_ops.py \
+    -k "$small_subset"
+}
+
+if [ -z "${NO_VENV:-}" ]; then
+  step install install
+  python=$PWD/build/gpu_venv/bin/python
+fi
+step info info
+step tests "$python" -m pytest -m gpu
+step memcheck memcheck
+step benchmark "$python" benchmarks/bench_dense_decode.py --grid "${GRID:-targets}" \
+  --json "$logs/dense_decode.json"
+
+echo
+cat "$logs/summary.txt"
+[ "$failures" -eq 0 ]
