@@ -11,8 +11,7 @@
 #define FLASHMLA_X86_DISPATCH 1
 #endif
 
-// The same source for each instruction set: vectors are as wide as its registers, and a block of
-// scores holds kScoreTokens x 2 of them, a block of values 4 rows x kValueVectors.
+// The same source for each instruction set, with vectors as wide as its registers.
 #if FLASHMLA_X86_DISPATCH
 
 #define FLASHMLA_ISA avx512
@@ -47,21 +46,22 @@ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multip
 }  // namespace
 
 void Attention::resize(int d_qk, int d_v) {
-  tile_stride = round_up(d_qk, kAlignment) + kAlignment;  // one more: not a power of two
+  const int stride = round_up(d_qk, kAlignment) + kAlignment;  // one more: no power of two
+  if (stride == key_stride && round_up(d_v, kAlignment) == acc_stride) return;
+  key_stride = stride;
   acc_stride = round_up(d_v, kAlignment);
-  const size_t size = size_t{kMaxRows} * (d_qk + acc_stride + kSplitTile + 4) +
-                      size_t{kSplitTile} * tile_stride;
-  if (storage_.size() < size + kAlignment) storage_.resize(size + kAlignment);
+  const size_t size = size_t{kMaxRows} * (key_stride + kSplitTile + 3 + acc_stride) +
+                      size_t{kSplitTile} * key_stride;
+  storage_.assign(size + kAlignment, 0.0f);
 
   constexpr uintptr_t kBytes = kAlignment * sizeof(float);
-  auto* next = reinterpret_cast<float*>(
-      (reinterpret_cast<uintptr_t>(storage_.data()) + kBytes - 1) / kBytes * kBytes);
+  const auto start = reinterpret_cast<uintptr_t>(storage_.data());
+  float* next = storage_.data() + ((kBytes - start % kBytes) % kBytes) / sizeof(float);
   const auto take = [&next](size_t n) { return std::exchange(next, next + n); };
-  query = take(size_t{kMaxRows} * d_qk);
-  tile = take(size_t{kSplitTile} * tile_stride);
+  query = take(size_t{kMaxRows} * key_stride);
+  tile = take(size_t{kSplitTile} * key_stride);
   weights = take(size_t{kMaxRows} * kSplitTile);
   decay = take(kMaxRows);
-  limit = reinterpret_cast<int32_t*>(take(kMaxRows));
   row_max = take(kMaxRows);
   row_sum = take(kMaxRows);
   acc = take(size_t{kMaxRows} * acc_stride);
@@ -73,8 +73,8 @@ void attend_piece(const DenseDecodeParams& params, const PieceTask& task, Attent
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512 && task.num_rows > 8) return avx512::attend_piece(params, task, state);
-  if (has_avx2 && task.num_rows > 4) return avx2::attend_piece(params, task, state);
+  if (has_avx512) return avx512::attend_piece(params, task, state);
+  if (has_avx2) return avx2::attend_piece(params, task, state);
 #endif
   baseline::attend_piece(params, task, state);
 }

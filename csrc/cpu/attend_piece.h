@@ -21,16 +21,16 @@ struct PieceTask {
 };
 
 // One thread's working memory, and the state of the online softmax that a piece leaves there. Scores
-// are in base 2: 2^score is the weight of a token. A vector holds `lanes` rows.
-struct Attention {
+// are in base 2: 2^score is the weight of a token.
+class Attention {
+ public:
   void resize(int d_qk, int d_v);
 
-  int tile_stride = 0, acc_stride = 0;  // floats, multiples of kAlignment
-  float* query;    // [kMaxRows / lanes, d_qk, lanes] times sm_scale * log2(e)
-  float* tile;     // [kSplitTile, tile_stride] keys, whose first d_v columns are the values
-  float* weights;  // [kMaxRows / lanes, kSplitTile, lanes] scores, then 2^(score - row_max)
+  int key_stride = 0, acc_stride = 0;  // floats, multiples of kAlignment
+  float* query;    // [kMaxRows, key_stride] times sm_scale * log2(e); columns past d_qk are 0
+  float* tile;     // [kSplitTile, key_stride] keys, whose first d_v columns are the values; so too
+  float* weights;  // [kMaxRows, kSplitTile] scores, then 2^(score - row_max)
   float* decay;    // [kMaxRows] 2^(row_max before - row_max after a tile)
-  int32_t* limit;  // [kMaxRows] tokens of the sequence that the row sees
   float* row_max;  // [kMaxRows] largest score so far, -inf where there is none
   float* row_sum;  // [kMaxRows] sum of 2^(score - row_max)
   float* acc;      // [kMaxRows, acc_stride] sum of 2^(score - row_max) * value
@@ -46,6 +46,12 @@ inline int64_t query_index(const DenseDecodeParams& params, const PieceTask& tas
   const int r = task.row_begin + row;
   return (int64_t{task.sequence} * params.s_q + r / group) * params.h_q + task.kv_head * group +
          r % group;
+}
+
+// How many of the sequence's tokens, from its first on, the row attends to.
+inline int64_t visible_tokens(const DenseDecodeParams& params, const PieceTask& task, int row) {
+  const int query = (task.row_begin + row) / (params.h_q / params.h_kv);
+  return int64_t{task.seqlen} - (params.causal ? params.s_q - 1 - query : 0);
 }
 
 // Leaves row_max, row_sum and acc of the piece in `state`.

@@ -3,22 +3,23 @@
 //   FLASHMLA_TARGET     function attribute that turns the instruction set on
 //   FLASHMLA_LANES      floats in a register
 //   FLASHMLA_REGISTERS  vector registers
-// Only the compilers' vector extensions are used. Everything included by others stays outside the
+// It uses the compilers' vector extensions only. Whatever is included from elsewhere stays outside the
 // target attribute, so no function that needs a newer CPU can stand in for an ordinary one.
 
 namespace flashmla::cpu::FLASHMLA_ISA {
 
 constexpr int kLanes = FLASHMLA_LANES;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 // Blocks of sums that stay in registers, with room left for their operands.
-constexpr int kScoreTokens = FLASHMLA_REGISTERS / 4;   // x 2 vectors of rows
-constexpr int kValueRows = 4;
-constexpr int kValueVectors = FLASHMLA_REGISTERS / 8;  // x kValueRows
+constexpr int kScoreTokens = FLASHMLA_REGISTERS / 8;   // x 4 rows
+constexpr int kValueVectors = FLASHMLA_REGISTERS / 8;  // x 4 rows
 
+constexpr int kKeys = 8;       // converted and used at a time, so in the first cache
 constexpr int kPrefetch = 32;  // elements in a cache line
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -36,19 +37,36 @@ FLASHMLA_TARGET inline void store(T* to, const Vector& vector) {
 
 FLASHMLA_TARGET inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
+FLASHMLA_TARGET inline float sum_of_lanes(Floats x) {
+  Quad quads[kLanes / 4];
+  store(quads, x);
+  for (int n = kLanes / 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) quads[i] += quads[i + n];
+  }
+  return (quads[0][0] + quads[0][1]) + (quads[0][2] + quads[0][3]);
+}
+
+FLASHMLA_TARGET inline float max_of_lanes(Floats x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
+  return result;
+}
+
 // 2^x for x <= 0 within 2 units in the last place; 0 below 2^-125; NaN stays NaN.
 FLASHMLA_TARGET inline Floats exp2(Floats x) {
   const Floats clamped = x > -125.0f ? x : Floats{} - 125.0f;
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = clamped + kRound;
-  const Floats f = clamped - (shifted - kRound);  // in [-0.5, 0.5]
+  const Floats f = clamped - (shifted - kRound);   // in [-0.5, 0.5]
   Floats y = f * 1.54035304e-4f + 1.33335581e-3f;  // Taylor series of 2^f
   y = y * f + 9.61812911e-3f;
   y = y * f + 5.55041087e-2f;
   y = y * f + 2.40226507e-1f;
   y = y * f + 6.93147181e-1f;
   y = y * f + 1.0f;
-  y = (Floats)((Ints)y + ((Ints)shifted << 23));  // exponent += the integer
+  y = (Floats)((Words)y + ((Words)shifted << 23));  // exponent += the integer
   y = x < -125.0f ? Floats{} : y;
   return x == x ? y : x;
 }
@@ -75,20 +93,15 @@ FLASHMLA_TARGET void convert(const Element* from, int n, float* to) {
   for (; k < n; ++k) to[k] = Element::to_float(from[k]);
 }
 
-// query[row / kLanes, :, row % kLanes] = q of the row * sm_scale * log2(e); rows past the last are 0.
 template <class Element>
 FLASHMLA_TARGET void load_query(const DenseDecodeParams& params, const PieceTask& task,
                                 Attention& state) {
   const float scale = params.sm_scale * 1.44269504088896341f;
   const auto* q = static_cast<const Element*>(params.q);
-  for (int row = 0; row < (task.num_rows + kLanes - 1) / kLanes * kLanes; ++row) {
-    float* to = state.query + int64_t{row / kLanes} * params.d_qk * kLanes + row % kLanes;
-    if (row >= task.num_rows) {
-      for (int k = 0; k < params.d_qk; ++k) to[k * kLanes] = 0.0f;
-      continue;
-    }
-    const Element* from = q + query_index(params, task, row) * params.d_qk;
-    for (int k = 0; k < params.d_qk; ++k) to[k * kLanes] = Element::to_float(from[k]) * scale;
+  for (int row = 0; row < task.num_rows; ++row) {
+    float* to = state.query + row * state.key_stride;
+    convert(q + query_index(params, task, row) * params.d_qk, params.d_qk, to);
+    for (int k = 0; k < params.d_qk; ++k) to[k] *= scale;
   }
 }
 
@@ -104,13 +117,13 @@ FLASHMLA_TARGET const Element* find_key(const DenseDecodeParams& params, const P
          (slot * params.h_kv + task.kv_head) * params.d_qk;
 }
 
-// tile[t, :] = the key of token `token` + t for kScoreTokens tokens from t = first, with zeros past the
-// piece's end. Meanwhile the keys after these are on their way from memory.
+// keys[0 : kKeys] = the keys from `token` on, with zeros past the piece's end. Meanwhile those after
+// them are on their way from memory.
 template <class Element>
 FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask& task, int64_t token,
-                               int first, Attention& state) {
-  for (int t = first; t < first + kScoreTokens; ++t) {
-    float* to = state.tile + t * state.tile_stride;
+                               int key_stride, float* keys) {
+  for (int t = 0; t < kKeys; ++t) {
+    float* to = keys + t * key_stride;
     const Element* key =
         token + t < task.token_end ? find_key<Element>(params, task, token + t) : nullptr;
     if (key == nullptr) {
@@ -118,7 +131,7 @@ FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask&
     } else {
       convert(key, params.d_qk, to);
     }
-    const int64_t later = token + t + kScoreTokens;
+    const int64_t later = token + t + kKeys;
     if (later >= task.token_end) continue;
     const Element* next = find_key<Element>(params, task, later);
     if (next == nullptr) continue;
@@ -126,68 +139,79 @@ FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask&
   }
 }
 
-// weights[v, t] = query[v] . tile[t] for kVectors vectors of rows and kScoreTokens tokens.
-template <int kVectors>
-FLASHMLA_TARGET void score_block(const float* query, const float* tile, int d_qk, int tile_stride,
-                                 float* weights) {
-  Floats sum[kScoreTokens][kVectors] = {};
-  for (int k = 0; k < d_qk; ++k) {
-    Floats q[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      q[v] = load<Floats>(query + (int64_t{v} * d_qk + k) * kLanes);
+// weights[r, t] = query[r] . keys[t] for kKeys keys, kTokens of them at a time.
+template <int kRows, int kTokens>
+FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stride, float* weights) {
+  for (int first = 0; first < kKeys; first += kTokens, keys += kTokens * stride) {
+    Floats sum[kRows][kTokens] = {};
+    int k = 0;
+    do {
+      Floats key[kTokens];
+      for (int t = 0; t < kTokens; ++t) key[t] = load<Floats>(keys + t * stride + k);
+      for (int r = 0; r < kRows; ++r) {
+        const Floats q = load<Floats>(query + r * stride + k);
+        for (int t = 0; t < kTokens; ++t) sum[r][t] += q * key[t];
+      }
+    } while ((k += kLanes) < stride);
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kTokens; ++t) {
+        weights[r * kSplitTile + first + t] = sum_of_lanes(sum[r][t]);
+      }
     }
-    for (int t = 0; t < kScoreTokens; ++t) {
-      for (int v = 0; v < kVectors; ++v) sum[t][v] += q[v] * tile[t * tile_stride + k];
-    }
-  }
-  for (int t = 0; t < kScoreTokens; ++t) {
-    for (int v = 0; v < kVectors; ++v) store(weights + (v * kSplitTile + t) * kLanes, sum[t][v]);
   }
 }
 
-// weights = query . tile, a few tokens at a time: their keys are used while in the first cache.
 template <class Element>
 FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask& task,
                                 int64_t token, int n, Attention& state) {
-  const int num_vectors = (task.num_rows + kLanes - 1) / kLanes;
-  for (int t = 0; t < n; t += kScoreTokens) {
-    load_keys<Element>(params, task, token, t, state);
-    const float* tile = state.tile + t * state.tile_stride;
-    for (int v = 0; v < num_vectors; v += 2) {
-      const float* query = state.query + int64_t{v} * params.d_qk * kLanes;
-      float* weights = state.weights + (v * kSplitTile + t) * kLanes;
-      const auto block = v + 2 <= num_vectors ? score_block<2> : score_block<1>;
-      block(query, tile, params.d_qk, state.tile_stride, weights);
+  const int stride = state.key_stride;
+  for (int t = 0; t < n; t += kKeys) {
+    float* keys = state.tile + t * stride;
+    load_keys<Element>(params, task, token + t, stride, keys);
+    int row = 0;
+    while (row < task.num_rows) {
+      const float* query = state.query + row * stride;
+      float* weights = state.weights + row * kSplitTile + t;
+      const int left = task.num_rows - row;
+      if (left >= 4) {
+        score_block<4, kScoreTokens>(query, keys, stride, weights);
+        row += 4;
+      } else if (left >= 2) {
+        score_block<2, 4>(query, keys, stride, weights);
+        row += 2;
+      } else {
+        score_block<1, 8>(query, keys, stride, weights);
+        row += 1;
+      }
     }
   }
 }
 
-// Scores to weights for one vector of rows; a row sees the first `limit` of the n tokens.
-FLASHMLA_TARGET void softmax_tile(int v, int n, Ints limit, Attention& state) {
-  float* weights = state.weights + v * kSplitTile * kLanes;
-  const Floats old_max = load<Floats>(state.row_max + v * kLanes);
-  Floats new_max = old_max;
-  for (int t = 0; t < n; ++t) {
-    Floats score = load<Floats>(weights + t * kLanes);
-    score = t < limit ? score : Floats{} - kInfinity;
-    store(weights + t * kLanes, score);
-    new_max = max(score, new_max);
+// Scores to weights for one row, which sees the first `limit` of the tile's tokens.
+FLASHMLA_TARGET void softmax_row(int row, int64_t limit, Attention& state) {
+  float* weights = state.weights + row * kSplitTile;
+  for (int64_t t = std::max<int64_t>(limit, 0); t < kSplitTile; ++t) weights[t] = -kInfinity;
+  Floats tile_max = load<Floats>(weights);
+  for (int t = kLanes; t < kSplitTile; t += kLanes) {
+    tile_max = max(load<Floats>(weights + t), tile_max);
   }
+  const float old_max = state.row_max[row];
+  const float new_max = std::max(old_max, max_of_lanes(tile_max));
   // A row that has seen nothing yet: any finite base makes its weights 2^-inf = 0.
-  const Floats base = new_max == -kInfinity ? Floats{} : new_max;
-  const Floats decay = exp2(old_max - base);
-  Floats sum = load<Floats>(state.row_sum + v * kLanes) * decay;
-  for (int t = 0; t < n; ++t) {
-    const Floats weight = exp2(load<Floats>(weights + t * kLanes) - base);
-    store(weights + t * kLanes, weight);
+  const float base = new_max == -kInfinity ? 0.0f : new_max;
+  const float decay = exp2(Floats{} + (old_max - base))[0];
+  Floats sum = {};
+  for (int t = 0; t < kSplitTile; t += kLanes) {
+    const Floats weight = exp2(load<Floats>(weights + t) - base);
+    store(weights + t, weight);
     sum += weight;
   }
-  store(state.decay + v * kLanes, decay);
-  store(state.row_max + v * kLanes, new_max);
-  store(state.row_sum + v * kLanes, sum);
+  state.decay[row] = decay;
+  state.row_max[row] = new_max;
+  state.row_sum[row] = state.row_sum[row] * decay + sum_of_lanes(sum);
 }
 
-// acc = acc * decay + weights . tile for kRows rows (of one vector) and kVectors vectors of columns.
+// acc = acc * decay + weights . tile for kRows rows and kVectors vectors of columns.
 template <int kRows, int kVectors>
 FLASHMLA_TARGET void value_block(const float* weights, const float* decay, const float* tile, int n,
                                  int tile_stride, float* acc, int acc_stride) {
@@ -201,7 +225,7 @@ FLASHMLA_TARGET void value_block(const float* weights, const float* decay, const
     Floats value[kVectors];
     for (int c = 0; c < kVectors; ++c) value[c] = load<Floats>(tile + t * tile_stride + c * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kVectors; ++c) sum[r][c] += value[c] * weights[t * kLanes + r];
+      for (int c = 0; c < kVectors; ++c) sum[r][c] += value[c] * weights[r * kSplitTile + t];
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -212,15 +236,15 @@ FLASHMLA_TARGET void value_block(const float* weights, const float* decay, const
 template <int kVectors>
 FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, Attention& state) {
   const float* tile = state.tile + column;
-  for (int row = 0; row < num_rows; row += kValueRows) {
-    const float* weights = state.weights + row / kLanes * kSplitTile * kLanes + row % kLanes;
-    float* acc = state.acc + row * state.acc_stride + column;
-    const int rows = num_rows - row;
-    const auto block = rows >= 4   ? value_block<4, kVectors>
-                       : rows == 3 ? value_block<3, kVectors>
+  int rows;
+  for (int row = 0; row < num_rows; row += rows) {
+    const int left = num_rows - row;
+    rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const auto block = rows == 4   ? value_block<4, kVectors>
                        : rows == 2 ? value_block<2, kVectors>
                                    : value_block<1, kVectors>;
-    block(weights, state.decay + row, tile, n, state.tile_stride, acc, state.acc_stride);
+    block(state.weights + row * kSplitTile, state.decay + row, tile, n, state.key_stride,
+          state.acc + row * state.acc_stride + column, state.acc_stride);
   }
 }
 
@@ -236,22 +260,16 @@ FLASHMLA_TARGET void value_tile(int num_rows, int n, Attention& state) {
 template <class Element>
 FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& task,
                             Attention& state) {
-  const int num_vectors = (task.num_rows + kLanes - 1) / kLanes;
   load_query<Element>(params, task, state);
-  for (int t = 0; t < kSplitTile; ++t) {  // columns that only fill the last vector of values
-    std::fill(state.tile + t * state.tile_stride + params.d_qk,
-              state.tile + (t + 1) * state.tile_stride, 0.0f);
-  }
-  std::fill_n(state.row_max, kMaxRows, -kInfinity);
-  std::fill_n(state.row_sum, kMaxRows, 0.0f);
+  std::fill_n(state.row_max, task.num_rows, -kInfinity);
+  std::fill_n(state.row_sum, task.num_rows, 0.0f);
   std::fill_n(state.acc, int64_t{task.num_rows} * state.acc_stride, 0.0f);
 
   for (int64_t token = task.token_begin; token < task.token_end; token += kSplitTile) {
     const int n = static_cast<int>(std::min<int64_t>(kSplitTile, task.token_end - token));
     score_tile<Element>(params, task, token, n, state);
-    for (int v = 0; v < num_vectors; ++v) {
-      const Ints limit = load<Ints>(state.limit + v * kLanes) - static_cast<int32_t>(token);
-      softmax_tile(v, n, limit, state);
+    for (int row = 0; row < task.num_rows; ++row) {
+      softmax_row(row, visible_tokens(params, task, row) - token, state);
     }
     value_tile(task.num_rows, n, state);
   }
@@ -259,13 +277,6 @@ FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& ta
 
 FLASHMLA_TARGET void attend_piece(const DenseDecodeParams& params, const PieceTask& task,
                                   Attention& state) {
-  const int group = params.h_q / params.h_kv;
-  std::fill_n(state.limit, kMaxRows, 0);
-  for (int row = 0; row < task.num_rows; ++row) {
-    const int query = (task.row_begin + row) / group;
-    const int hidden = params.causal ? params.s_q - 1 - query : 0;
-    state.limit[row] = std::max(task.seqlen - hidden, 0);
-  }
   if (params.dtype == DType::kBFloat16) return attend<BFloat16>(params, task, state);
   attend<Float16>(params, task, state);
 }
