@@ -1,7 +1,7 @@
 """The C++ side by itself refuses calls that would make it read or write out of bounds.
 
-Every call here goes to the FFI target, past the package's own checks: first a good one, then the same
-with one operand, result or attribute wrong.
+Every call here goes to the FFI target, past the package's own checks: first a good one, then the
+same with one operand, result or attribute wrong.
 """
 
 import jax
@@ -102,148 +102,148 @@ def test_the_good_call_is_taken(device, operation):
 
 
 MAKE_SCHEDULE = {
-    "cache_seqlens of rank 2": (dict(cache_seqlens=i32(b, 1)), "rank"),
+    "cache_seqlens of rank 2": ({"cache_seqlens": i32(b, 1)}, "rank"),
     "cache_seqlens of int16": (
-        dict(cache_seqlens=zeros(b, dtype=jnp.int16)),
+        {"cache_seqlens": zeros(b, dtype=jnp.int16)},
         "dtype: expected S32",
     ),
-    "no sequence": (dict(cache_seqlens=i32(0)), r"cache_seqlens must have shape \[b\]"),
-    "too many sequences": (dict(cache_seqlens=i32(16385)), "b must be at most 16384"),
+    "no sequence": ({"cache_seqlens": i32(0)}, r"cache_seqlens must have shape \[b\]"),
+    "too many sequences": ({"cache_seqlens": i32(16385)}, "b must be at most 16384"),
     "no part": (
-        dict(cuts=result(1, 2, dtype=jnp.int32)),
+        {"cuts": result(1, 2, dtype=jnp.int32)},
         r"cuts must have shape \[num_parts \+ 1, 2\].*got \[1, 2\]",
     ),
     "three numbers a cut": (
-        dict(cuts=result(7, 3, dtype=jnp.int32)),
+        {"cuts": result(7, 3, dtype=jnp.int32)},
         r"cuts must have shape.*got \[7, 3\]",
     ),
-    "float cuts": (dict(cuts=result(7, 2)), "dtype: expected S32 but got F32"),
+    "float cuts": ({"cuts": result(7, 2)}, "dtype: expected S32 but got F32"),
 }
 
 DENSE_DECODE = {
-    "q of rank 3": (dict(q=zeros(b, h_q, d_qk)), r"q must have shape \[b, s_q, h_q, d_qk\]"),
-    "q without rows": (dict(q=zeros(b, 0, h_q, d_qk)), "q must have shape.*at least 1"),
+    "q of rank 3": ({"q": zeros(b, h_q, d_qk)}, r"q must have shape \[b, s_q, h_q, d_qk\]"),
+    "q without rows": ({"q": zeros(b, 0, h_q, d_qk)}, "q must have shape.*at least 1"),
     "q in f32": (
-        dict(q=zeros(b, s_q, h_q, d_qk, dtype=jnp.float32)),
+        {"q": zeros(b, s_q, h_q, d_qk, dtype=jnp.float32)},
         "q must be bf16 or f16",
     ),
     "q in f16, blocks in bf16": (
-        dict(q=zeros(b, s_q, h_q, d_qk, dtype=jnp.float16)),
+        {"q": zeros(b, s_q, h_q, d_qk, dtype=jnp.float16)},
         "blocks must have the element type of q",
     ),
     "q for more sequences": (
-        dict(q=zeros(b + 1, s_q, h_q, d_qk)),
+        {"q": zeros(b + 1, s_q, h_q, d_qk)},
         r"block_table must have shape \[b=3, max_blocks=3\], got \[2, 3\]",
     ),
     "heads that do not divide": (
-        dict(q=zeros(b, s_q, 3, d_qk)),
+        {"q": zeros(b, s_q, 3, d_qk)},
         "h_q must be a multiple of h_kv, got h_q=3 and h_kv=2",
     ),
     "narrow q": (
-        dict(q=zeros(b, s_q, h_q, d_qk - 8)),
+        {"q": zeros(b, s_q, h_q, d_qk - 8)},
         r"blocks must have shape \[.*d_qk=568\], got \[5, 64, 2, 576\]",
     ),
     "blocks of rank 3": (
-        dict(blocks=zeros(num_blocks, block_size, d_qk)),
+        {"blocks": zeros(num_blocks, block_size, d_qk)},
         r"blocks must have shape \[num_blocks",
     ),
-    "no block": (dict(blocks=zeros(0, block_size, h_kv, d_qk)), "blocks must.*at least 1"),
-    "block_table of rank 1": (dict(block_table=i32(b * max_blocks)), "rank: expected 2"),
+    "no block": ({"blocks": zeros(0, block_size, h_kv, d_qk)}, "blocks must.*at least 1"),
+    "block_table of rank 1": ({"block_table": i32(b * max_blocks)}, "rank: expected 2"),
     "block_table of a larger batch": (
-        dict(block_table=i32(b + 1, max_blocks)),
+        {"block_table": i32(b + 1, max_blocks)},
         r"block_table must have shape \[b=2, max_blocks=3\], got \[3, 3\]",
     ),
     "float block_table": (
-        dict(block_table=zeros(b, max_blocks, dtype=jnp.float32)),
+        {"block_table": zeros(b, max_blocks, dtype=jnp.float32)},
         "dtype: expected S32 but got F32",
     ),
     "fewer lengths": (
-        dict(cache_seqlens=i32(b - 1)),
+        {"cache_seqlens": i32(b - 1)},
         r"cache_seqlens must have shape \[b=2\], got \[1\]",
     ),
     "more lengths": (
-        dict(cache_seqlens=i32(b + 1)),
+        {"cache_seqlens": i32(b + 1)},
         r"cache_seqlens must have shape \[b=2\], got \[3\]",
     ),
-    "cuts without a part": (dict(cuts=i32(1, 2)), "cuts must have shape"),
+    "cuts without a part": ({"cuts": i32(1, 2)}, "cuts must have shape"),
     "cuts of another schedule": (
-        dict(cuts=i32(num_parts + 2, 2)),
+        {"cuts": i32(num_parts + 2, 2)},
         r"out_accum must have shape \[2 \* num_parts=14.*got \[12",
     ),
-    "cuts of one column": (dict(cuts=i32(num_parts + 1, 1)), "cuts must have shape"),
+    "cuts of one column": ({"cuts": i32(num_parts + 1, 1)}, "cuts must have shape"),
     "values wider than keys": (
-        dict(out=result(b, s_q, h_q, d_qk + 1, dtype=jnp.bfloat16)),
+        {"out": result(b, s_q, h_q, d_qk + 1, dtype=jnp.bfloat16)},
         "d_v must be at most d_qk, got d_v=577 and d_qk=576",
     ),
     "out for fewer heads": (
-        dict(out=result(b, s_q, h_q - 1, d_v, dtype=jnp.bfloat16)),
+        {"out": result(b, s_q, h_q - 1, d_v, dtype=jnp.bfloat16)},
         r"out must have shape \[b=2, s_q=1, h_q=4, d_v=512\], got \[2, 1, 3, 512\]",
     ),
     "out in another type": (
-        dict(out=result(b, s_q, h_q, d_v, dtype=jnp.float16)),
+        {"out": result(b, s_q, h_q, d_v, dtype=jnp.float16)},
         "out must have the element type of q",
     ),
     "short lse": (
-        dict(lse=result(b, s_q, h_q - 1)),
+        {"lse": result(b, s_q, h_q - 1)},
         r"lse must have shape \[b=2, s_q=1, h_q=4\]",
     ),
     "lse in bf16": (
-        dict(lse=result(b, s_q, h_q, dtype=jnp.bfloat16)),
+        {"lse": result(b, s_q, h_q, dtype=jnp.bfloat16)},
         "dtype: expected F32",
     ),
     "half the workspace": (
-        dict(out_accum=result(num_parts, s_q, h_q, d_v)),
+        {"out_accum": result(num_parts, s_q, h_q, d_v)},
         r"out_accum must have shape \[2 \* num_parts=12",
     ),
     "narrow workspace": (
-        dict(out_accum=result(2 * num_parts, s_q, h_q, d_v - 1)),
+        {"out_accum": result(2 * num_parts, s_q, h_q, d_v - 1)},
         r"out_accum must have shape .*d_v=512\], got \[12, 1, 4, 511\]",
     ),
     "half the lse workspace": (
-        dict(lse_accum=result(num_parts, s_q, h_q)),
+        {"lse_accum": result(num_parts, s_q, h_q)},
         r"lse_accum must have shape \[2 \* num_parts=12",
     ),
-    "no sm_scale": (dict(sm_scale=None), "expected 2 attributes but got 1"),
-    "sm_scale in double precision": (dict(sm_scale=0.04), "F32"),
-    "causal as an integer": (dict(causal=1), "(PRED|bool)"),
-    "a misspelt attribute": (dict(causal=None, casual=True), "causal"),
-    "a superfluous attribute": (dict(scale=np.float32(1)), "expected 2 attributes but got 3"),
+    "no sm_scale": ({"sm_scale": None}, "expected 2 attributes but got 1"),
+    "sm_scale in double precision": ({"sm_scale": 0.04}, "F32"),
+    "causal as an integer": ({"causal": 1}, "(PRED|bool)"),
+    "a misspelt attribute": ({"causal": None, "casual": True}, "causal"),
+    "a superfluous attribute": ({"scale": np.float32(1)}, "expected 2 attributes but got 3"),
 }
 
 CACHE_APPEND = {
-    "blocks of rank 2": (dict(blocks=zeros(num_blocks, d_qk)), "blocks must have shape"),
+    "blocks of rank 2": ({"blocks": zeros(num_blocks, d_qk)}, "blocks must have shape"),
     "blocks in f32": (
-        dict(blocks=zeros(num_blocks, block_size, h_kv, d_qk, dtype=jnp.float32)),
+        {"blocks": zeros(num_blocks, block_size, h_kv, d_qk, dtype=jnp.float32)},
         "blocks must be bf16 or f16",
     ),
-    "rows of rank 3": (dict(rows=zeros(b, h_kv, d_qk)), "rows must have shape"),
+    "rows of rank 3": ({"rows": zeros(b, h_kv, d_qk)}, "rows must have shape"),
     "rows for fewer heads": (
-        dict(rows=zeros(b, s_new, h_kv - 1, d_qk)),
+        {"rows": zeros(b, s_new, h_kv - 1, d_qk)},
         r"rows must have shape \[b=2, s_new=2, h_kv=2, row=576\], got \[2, 2, 1, 576\]",
     ),
     "narrow rows": (
-        dict(rows=zeros(b, s_new, h_kv, d_v)),
+        {"rows": zeros(b, s_new, h_kv, d_v)},
         r"rows must have shape .* got \[2, 2, 2, 512\]",
     ),
     "rows in another type": (
-        dict(rows=zeros(b, s_new, h_kv, d_qk, dtype=jnp.float16)),
+        {"rows": zeros(b, s_new, h_kv, d_qk, dtype=jnp.float16)},
         "rows must have the element type of blocks",
     ),
     "a short block_table": (
-        dict(block_table=i32(b - 1, max_blocks)),
+        {"block_table": i32(b - 1, max_blocks)},
         r"block_table must have shape \[b=2, max_blocks=3\], got \[1, 3\]",
     ),
-    "fewer positions": (dict(positions=i32(b - 1)), r"positions must have shape \[b=2\]"),
-    "scalar num_new": (dict(num_new=i32()), "rank: expected 1"),
-    "more num_new": (dict(num_new=i32(b + 1)), r"num_new must have shape \[b=2\], got \[3\]"),
+    "fewer positions": ({"positions": i32(b - 1)}, r"positions must have shape \[b=2\]"),
+    "scalar num_new": ({"num_new": i32()}, "rank: expected 1"),
+    "more num_new": ({"num_new": i32(b + 1)}, r"num_new must have shape \[b=2\], got \[3\]"),
     "a smaller result": (
-        dict(
-            updated=result(num_blocks - 1, block_size, h_kv, d_qk, dtype=jnp.bfloat16),
-            aliases=(),
-        ),
+        {
+            "updated": result(num_blocks - 1, block_size, h_kv, d_qk, dtype=jnp.bfloat16),
+            "aliases": (),
+        },
         r"the result must have shape \[num_blocks=5.*got \[4",
     ),
-    "a result of its own": (dict(aliases=()), "the result must be aliased to blocks"),
+    "a result of its own": ({"aliases": ()}, "the result must be aliased to blocks"),
 }
 
 

@@ -150,6 +150,8 @@ def test_cpu_operations_do_not_know_cuda(path):
 @pytest.mark.parametrize("path", sources("ffi"), ids=lambda path: path.name)
 def test_ffi_takes_only_the_entry_points(path):
     """No PTX wrapper and no kernel: at most `sm90/<op>.h` and `cpu/<op>.h`."""
-    entry_points = re.compile(r"(cpu|sm90)/(make_schedule|dense_decode|cache_append|parallel_for)\.h")
+    entry_points = re.compile(
+        r"(cpu|sm90)/(make_schedule|dense_decode|cache_append|parallel_for)\.h"
+    )
     inside = {header for header in includes(path) if header.startswith(("cpu/", "sm90/"))}
     assert all(entry_points.fullmatch(header) for header in inside)

@@ -1,4 +1,4 @@
-"""What the compiled CUDA module holds, read without a GPU: SASS, and what ptxas said when it was built."""
+"""What the compiled CUDA module holds, read without a GPU: its SASS and what ptxas said of it."""
 
 import collections
 import importlib.util
@@ -100,6 +100,5 @@ def test_ptxas_serialised_no_wgmma(ptxas_report):
 
 
 def test_ptxas_spilled_no_register(ptxas_report):
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", ptxas_report)
-    assert spills
-    assert set(spills) == {("0", "0", "0")}
+    frames = re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores.*", ptxas_report)
+    assert set(frames) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
