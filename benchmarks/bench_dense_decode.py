@@ -114,7 +114,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.grid or ("quick" if device.platform == "gpu" else "cpu")
     rows = grid(name)
     if arguments.rows:
-        rows = tuple(row for row in rows if any(matches(row, c) for c in arguments.rows))
+        try:
+            rows = tuple(row for row in rows if any(matches(row, c) for c in arguments.rows))
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     if not rows:
         raise SystemExit(f"no row of grid {name!r} meets {arguments.rows}")
 

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -57,6 +58,7 @@ def describe(device: jax.Device) -> dict[str, Any]:
     return {
         "hardware": hardware,
         "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
