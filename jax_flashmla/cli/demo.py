@@ -73,9 +73,7 @@ def decode(workload: Workload, format: CacheFormat, progress: Progress) -> Repor
     sequences = [allocator.allocate(int(n)) for n in lengths]
     ids = allocator.block_table(sequences, max_blocks)
     table = BlockTable.create(ids, block_size=format.block_size)
-    cache = PagedCache.create(
-        format, table, num_blocks=num_blocks, layers=workload.layers, stacked=False
-    )
+    cache = PagedCache.create(format, table, num_blocks=num_blocks, layers=workload.layers)
     history_shape = (workload.layers, workload.batch, workload.max_tokens, format.d_qk)
     history = jnp.zeros(history_shape, format.dtype)
     chunks = list(_prompt_chunks(lengths))
@@ -124,7 +122,7 @@ def _append_prompt(
 ) -> tuple[PagedCache, jax.Array]:
     """Appends random rows to all layers; returns them too, [layers, b, PREFILL_CHUNK, d_qk]."""
     key = jax.random.fold_in(jax.random.key(seed), index)
-    shape = (cache.num_layers, num_new.shape[0], PREFILL_CHUNK, 1, cache.format.d_qk)
+    shape = (cache.layers, num_new.shape[0], PREFILL_CHUNK, 1, cache.format.d_qk)
     rows = jax.random.normal(key, shape, cache.format.dtype)
     return cache.append(rows, num_new=num_new), rows[:, :, :, 0]
 
