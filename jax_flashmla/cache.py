@@ -58,25 +58,18 @@ class CacheFormat:
         """Bytes that one token takes in one layer."""
         return self.h_kv * self.d_qk * jnp.dtype(self.dtype).itemsize
 
-    def allocate(
-        self, num_blocks: int, *, layers: int | None = None, device: Any = None
-    ) -> jax.Array:
-        """Zeroed blocks for one layer, or for `layers` of them, stacked on a leading axis.
+    def allocate(self, num_blocks: int, *, device: Any = None) -> jax.Array:
+        """Zeroed blocks [num_blocks, block_size, h_kv, d_qk].
 
         Args:
-            num_blocks: blocks of each layer.
-            layers: length of the leading axis; None for none.
+            num_blocks: how many.
             device: a `jax.Device` or `jax.sharding.Sharding` to put them on; JAX's default if None.
 
         Raises:
-            ValueError, TypeError: a count that is not an int, or 2^31 blocks or more in all.
+            ValueError, TypeError: `num_blocks` is not an int between 1 and 2^31 - 1.
         """
         num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX)
-        stack = ()
-        if layers is not None:  # block ids count over all of them: see PagedCache.layer
-            most_layers = _dims.INT32_MAX // num_blocks
-            stack = (_dims.check_int("layers", layers, 1, most_layers),)
-        shape = (*stack, num_blocks, self.block_size, self.h_kv, self.d_qk)
+        shape = (num_blocks, self.block_size, self.h_kv, self.d_qk)
         return jnp.zeros(shape, self.dtype, device=device)
 
 
@@ -121,17 +114,9 @@ class BlockTable:
 
     def capacity(self, num_blocks: int) -> jax.Array:
         """Tokens that each sequence's blocks can hold [b]: those of its leading valid ids."""
-        ends = ~self._in_range(num_blocks)
+        ends = (self.block_table < 0) | (self.block_table >= num_blocks)
         owned = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), self.max_blocks)
         return owned.astype(jnp.int32) * self.block_size
-
-    def of_layer(self, layer: int | jax.Array, num_blocks: int) -> jax.Array:
-        """The table's ids as ids into the blocks of all layers, end to end [b, max_blocks]."""
-        ids = self.block_table + jnp.asarray(layer, jnp.int32) * num_blocks
-        return jnp.where(self._in_range(num_blocks), ids, -1)  # never into another layer
-
-    def _in_range(self, num_blocks: int) -> jax.Array:
-        return (self.block_table >= 0) & (self.block_table < num_blocks)
 
 
 @jax.tree_util.register_dataclass
@@ -160,8 +145,9 @@ class PagedCache:
     place. Outside of one they copy the blocks.
 
     A step of the model calls `advance` once, then in each layer `write` with the slots
-    that `advance` gave, and `dense_decode` on what `layer` returns. With stacked blocks, `layer`
-    may be traced, so that the layers can be a `lax.scan` that carries the cache.
+    that `advance` gave, and `dense_decode` on what `layer` returns. Where all layers share one
+    array, the layer's number may be traced, so that the layers can be a `lax.scan` that carries the
+    cache.
 
     >>> import functools
     >>> import jax, jax.numpy as jnp
@@ -175,7 +161,7 @@ class PagedCache:
     >>> cache = PagedCache.create(format, table, num_blocks=6, layers=layers)
 
     >>> def project(w, x):  # stands for a model's projections: [b, 24] -> query, cache row
-    ...     row = jnp.tanh(x * w)[:, None, None, :]
+    ...     row = jnp.tanh(x @ w)[:, None, None, :]
     ...     return jnp.repeat(row, h_q, axis=2), row
     >>> @functools.partial(jax.jit, donate_argnames="cache")
     ... def decode_step(weights, x, cache):
@@ -193,7 +179,7 @@ class PagedCache:
     ...     (x, cache), _ = jax.lax.scan(layer, (x, cache), layer_inputs)
     ...     return x, cache
 
-    >>> weights = jnp.ones((layers, 24), jnp.bfloat16)
+    >>> weights = jnp.ones((layers, 24, 24), jnp.bfloat16)
     >>> x = jnp.ones((2, 24), jnp.bfloat16)
     >>> for _ in range(10):
     ...     x, cache = decode_step(weights, x, cache)
@@ -203,17 +189,22 @@ class PagedCache:
     Array([0, 2], dtype=int32)
 
     Args:
-        blocks: one layer's blocks [num_blocks, block_size, h_kv, d_qk]; or those of several layers,
-            stacked [layers, num_blocks, ...] or as a tuple of arrays.
+        blocks: the blocks of all layers end to end [layers * num_blocks, block_size, h_kv, d_qk];
+            or a tuple with an array [num_blocks, block_size, h_kv, d_qk] for each layer.
         table: the block table.
         overflow: rows of each sequence that were dropped because its blocks were full, [b] int32.
         format: how rows are stored. Static.
+        layers: how many layers. Static.
     """
+
+    # Layers are not an axis of their own: reshaping it away inside a loop, as the operations would
+    # need, makes XLA copy the whole cache on each round.
 
     blocks: jax.Array | tuple[jax.Array, ...]
     table: BlockTable
     overflow: jax.Array
     format: CacheFormat = dataclasses.field(metadata={"static": True})
+    layers: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -222,8 +213,8 @@ class PagedCache:
         table: BlockTable,
         *,
         num_blocks: int,
-        layers: int | None = None,
-        stacked: bool = True,
+        layers: int = 1,
+        array_per_layer: bool = False,
         device: Any = None,
     ) -> PagedCache:
         """An empty cache.
@@ -232,8 +223,9 @@ class PagedCache:
             format: how rows are stored.
             table: the block table, with the format's block_size.
             num_blocks: blocks of each layer.
-            layers: how many layers; None for one without a layer axis.
-            stacked: True for one array with a layer axis; False for a tuple of arrays.
+            layers: how many layers.
+            array_per_layer: False for one array with the blocks of all layers; True for a tuple of
+                one array for each.
             device: a `jax.Device` or `jax.sharding.Sharding` for each array of blocks.
 
         Raises:
@@ -244,26 +236,21 @@ class PagedCache:
                 f"table must have the format's block_size = {format.block_size}, got "
                 f"{table.block_size}"
             )
-        if layers is None or stacked:
-            blocks = format.allocate(num_blocks, layers=layers, device=device)
-        else:
-            layers = _dims.check_int("layers", layers, 1, _dims.INT32_MAX)
+        layers = _dims.check_int("layers", layers, 1, _dims.INT32_MAX)
+        if array_per_layer:
             blocks = tuple(format.allocate(num_blocks, device=device) for _ in range(layers))
+        else:
+            num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX // layers)
+            blocks = format.allocate(layers * num_blocks, device=device)
         overflow = jnp.zeros(table.cache_seqlens.shape, jnp.int32)
-        return cls(blocks, table, overflow, format)
-
-    @property
-    def num_layers(self) -> int | None:
-        """Layers of a stacked or tuple cache; None for one layer's."""
-        if isinstance(self.blocks, tuple):
-            return len(self.blocks)
-        return self.blocks.shape[0] if self.blocks.ndim == 5 else None
+        return cls(blocks, table, overflow, format, layers)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of each layer."""
-        blocks = self.blocks[0] if isinstance(self.blocks, tuple) else self.blocks
-        return blocks.shape[-4]
+        if isinstance(self.blocks, tuple):
+            return self.blocks[0].shape[0]
+        return self.blocks.shape[0] // self.layers
 
     def with_table(
         self, block_table: ArrayLike, cache_seqlens: ArrayLike | None = None
@@ -329,7 +316,8 @@ class PagedCache:
         Args:
             rows: the new rows [b, s_new, h_kv, d_qk].
             slots: this step's slots.
-            layer: which layer; None for a cache of one layer. May be traced if blocks are stacked.
+            layer: which layer; may be left out if there is one. May be traced unless `blocks` is a
+                tuple.
             implementation: as for `cache_append`.
 
         Raises:
@@ -350,9 +338,8 @@ class PagedCache:
             implementation=implementation,
         )
         if isinstance(self.blocks, tuple):
+            layer = layer or 0
             blocks = (*self.blocks[:layer], blocks, *self.blocks[layer + 1 :])
-        else:
-            blocks = blocks.reshape(self.blocks.shape)
         return dataclasses.replace(self, blocks=blocks)
 
     def append(
@@ -365,30 +352,30 @@ class PagedCache:
         """Advances and writes the rows of all layers: a whole step at once, such as a prefill's.
 
         Args:
-            rows: the new rows [b, s_new, h_kv, d_qk], or [layers, b, s_new, h_kv, d_qk] for a cache
-                of several layers.
+            rows: the new rows [layers, b, s_new, h_kv, d_qk]; for one layer, also without `layers`.
             num_new: as for `advance`.
             implementation: as for `cache_append`.
 
         Raises:
             ValueError, TypeError: rows that do not fit the cache.
         """
-        layers = self.num_layers
-        rank, dims = (4, "[b,") if layers is None else (5, f"[layers = {layers}, b,")
-        if rows.ndim != rank or (layers is not None and rows.shape[0] != layers):
-            raise ValueError(f"rows must be {dims} s_new, h_kv, d_qk], got shape {rows.shape}")
-        cache, slots = self.advance(rows.shape[-3], num_new)
-        if layers is None:
-            return cache.write(rows, slots, implementation=implementation)
+        if self.layers == 1 and rows.ndim == 4:
+            rows = rows[None]
+        if rows.ndim != 5 or rows.shape[0] != self.layers:
+            raise ValueError(
+                f"rows must be [layers = {self.layers}, b, s_new, h_kv, d_qk], got shape "
+                f"{rows.shape}"
+            )
+        cache, slots = self.advance(rows.shape[2], num_new)
 
         def write(i: int | jax.Array, cache: PagedCache) -> PagedCache:
             return cache.write(rows[i], slots, layer=i, implementation=implementation)
 
         if isinstance(self.blocks, tuple):
-            for i in range(layers):
+            for i in range(self.layers):
                 cache = write(i, cache)
             return cache
-        return jax.lax.fori_loop(0, layers, write, cache)
+        return jax.lax.fori_loop(0, self.layers, write, cache)
 
     def layer(
         self, layer: int | jax.Array | None = None
@@ -400,35 +387,44 @@ class PagedCache:
         """A layer as `dense_decode` takes it: `dense_decode(q, *cache.layer(i), d_v=format.d_v)`.
 
         Args:
-            layer: which layer; None for a cache of one layer. May be traced if blocks are stacked.
+            layer: which layer; may be left out if there is one. May be traced unless `blocks` is a
+                tuple.
 
         Returns:
-            blocks, block_table, cache_seqlens. Of a stacked cache, `blocks` are those of all layers
-            end to end, without a copy, and `block_table` has the ids of this layer's among them.
+            blocks, block_table, cache_seqlens. Where all layers share an array, `blocks` is that
+            array, and `block_table` has the ids of this layer's blocks in it.
 
         Raises:
             ValueError, TypeError: a layer that the cache does not have, or a traced one in a tuple.
         """
-        layers, seqlens = self.num_layers, self.table.cache_seqlens
-        if layers is None:
-            if layer is not None:
-                raise ValueError(f"layer must be None for a cache of one layer, got {layer!r}")
-            return self.blocks, self.table.block_table, seqlens
+        if layer is None and self.layers == 1:
+            layer = 0
+        table, num_blocks = self.table, self.num_blocks
         if not isinstance(layer, jax.Array) or isinstance(self.blocks, tuple):
-            layer = _dims.check_int("layer", layer, 0, layers - 1)
+            layer = _dims.check_int("layer", layer, 0, self.layers - 1)
         if isinstance(self.blocks, tuple):
-            return self.blocks[layer], self.table.block_table, seqlens
-        blocks = self.blocks.reshape(-1, *self.blocks.shape[2:])
-        return blocks, self.table.of_layer(layer, self.num_blocks), seqlens
+            return self.blocks[layer], table.block_table, table.cache_seqlens
+        ids = _in_layer(table.block_table, layer, num_blocks)
+        return self.blocks, ids, table.cache_seqlens
 
     def copy_blocks(self, src: ArrayLike, dst: ArrayLike) -> PagedCache:
-        """Copies blocks in every layer, as a fork asks for: `copy_blocks`. Donates the blocks.
+        """Copies blocks in every layer, as a fork asks for: see `copy_blocks`. Donates the blocks.
 
         Args:
             src: ids of the blocks to read [n], int32.
             dst: ids of the blocks to overwrite [n], int32.
+
+        Raises:
+            ValueError, TypeError: a rank, shape or dtype that does not fit.
         """
-        blocks = jax.tree.map(lambda x: copy_blocks(x, src, dst), self.blocks)
+        if isinstance(self.blocks, tuple):
+            blocks = tuple(copy_blocks(x, src, dst) for x in self.blocks)
+        else:
+            src, dst = (
+                jnp.concatenate([_in_layer(ids, i, self.num_blocks) for i in range(self.layers)])
+                for ids in (jnp.asarray(src), jnp.asarray(dst))
+            )
+            blocks = copy_blocks(self.blocks, src, dst)
         return dataclasses.replace(self, blocks=blocks)
 
     def check(self) -> list[str]:
@@ -468,3 +464,9 @@ class PagedCache:
         for i in np.flatnonzero(np.asarray(self.overflow)):
             found.append(f"sequence {i} dropped {np.asarray(self.overflow)[i]} rows")
         return found
+
+
+def _in_layer(ids: jax.Array, layer: int | jax.Array, num_blocks: int) -> jax.Array:
+    """A layer's block ids as ids into the array of all layers; bad ones stay out of range."""
+    in_range = (ids >= 0) & (ids < num_blocks)
+    return jnp.where(in_range, ids + jnp.asarray(layer, ids.dtype) * num_blocks, -1)

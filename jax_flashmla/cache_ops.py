@@ -70,8 +70,7 @@ def copy_blocks(
     passed in is gone afterwards.
 
     Args:
-        blocks: one layer's cache [num_blocks, block_size, h_kv, row], or several, stacked
-            [layers, num_blocks, block_size, h_kv, row]: then the blocks of every layer are copied.
+        blocks: the cache [num_blocks, block_size, h_kv, row].
         src: ids of the blocks to read [n], int32.
         dst: ids of the blocks to overwrite [n], int32.
 
@@ -81,10 +80,9 @@ def copy_blocks(
     Raises:
         ValueError, TypeError: a rank, shape or dtype that does not fit.
     """
-    if blocks.ndim not in (4, 5):
+    if blocks.ndim != 4:
         raise ValueError(
-            "blocks must have rank 4 [num_blocks, block_size, h_kv, row] or 5 [layers, num_blocks, "
-            f"block_size, h_kv, row], got shape {blocks.shape}"
+            f"blocks must have rank 4 [num_blocks, block_size, h_kv, row], got shape {blocks.shape}"
         )
     for name, ids in (("src", src), ("dst", dst)):
         if ids.dtype != jnp.int32:
@@ -93,10 +91,7 @@ def copy_blocks(
             raise ValueError(f"{name} must have rank 1 [n], got shape {ids.shape}")
     if src.shape != dst.shape:
         raise ValueError(f"dst must have src's shape {src.shape}, got {dst.shape}")
-    axis = blocks.ndim - 4
-    num_blocks = blocks.shape[axis]
-    all_layers = (slice(None),) * axis
+    num_blocks = blocks.shape[0]
     valid = (src >= 0) & (src < num_blocks) & (dst >= 0)
-    copied = blocks[(*all_layers, jnp.where(valid, src, 0))]
-    dst = jnp.where(valid, dst, num_blocks)
-    return blocks.at[(*all_layers, dst)].set(copied, mode="drop")
+    copied = blocks[jnp.where(valid, src, 0)]
+    return blocks.at[jnp.where(valid, dst, num_blocks)].set(copied, mode="drop")

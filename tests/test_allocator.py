@@ -174,7 +174,7 @@ def test_plan_is_padded_and_must_fit():
     assert src.tolist() == [4, -1, -1]
     assert dst.tolist() == [2, -1, -1]
     assert BlockAllocator.plan_copies([])[0].shape == (0,)
-    with pytest.raises(ValueError, match="size must be at least 2.*got 1"):
+    with pytest.raises(ValueError, match=r"size must be at least 2.*got 1"):
         BlockAllocator.plan_copies([(0, 1), (0, 2)], size=1)
 
 
@@ -280,7 +280,8 @@ def test_bad_pools_are_refused(args, error, message):
 
 def test_docstrings():
     result = doctest.testmod(jax_flashmla.allocator)
-    assert result.attempted > 0 and result.failed == 0
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_the_allocator_does_not_import_jax():
