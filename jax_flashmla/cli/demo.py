@@ -128,7 +128,8 @@ def _append_prompt(
 
 
 def _table(workload: Workload, format: CacheFormat, report: Report) -> Table:
-    full_bytes = workload.heads * (FULL_K + FULL_V) * format.dtype.itemsize
+    itemsize = jnp.dtype(format.dtype).itemsize
+    full_bytes = workload.heads * (FULL_K + FULL_V) * itemsize
     ratio = full_bytes / format.bytes_per_token
     seconds = statistics.median(report.seconds)
     worst = [
@@ -156,8 +157,8 @@ def _table(workload: Workload, format: CacheFormat, report: Report) -> Table:
     )
     table.add_row(
         "cache bytes a token",
-        f"{format.bytes_per_token:,} in each layer; full multi-head cache: heads x (192 + 128) x "
-        f"{format.dtype.itemsize} = {full_bytes:,}, {ratio:.1f} times as much",
+        f"{format.bytes_per_token:,} in each layer; full multi-head cache: heads x ({FULL_K} + {FULL_V}) x "
+        f"{itemsize} = {full_bytes:,}, {ratio:.1f} times as much",
     )
     return table
 
