@@ -1,0 +1,51 @@
+// Sizes and the shared-memory plan of the dense decode kernel.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "../../split_schedule.h"
+
+namespace flashmla::sm90 {
+
+constexpr int kHeadDim = 576;   // d_qk: 512 latent columns, then 64 rope columns
+constexpr int kValueDim = 512;  // d_v
+constexpr int kBlockSize = 64;  // tokens of a cache block: one tile
+constexpr int kTileRows = 64;   // packed query rows (query token x head) of one thread block
+constexpr int kTileTokens = kSplitTile;
+static_assert(kTileTokens == kBlockSize, "a tile is one cache block");
+
+constexpr int kChunks = kHeadDim / 64;       // of 64 columns: 0-3 left, 4-7 right, 8 rope
+constexpr int kQueryChunksInRegisters = 7;   // the other two stay in shared memory
+constexpr int kHalfChunks = 4;               // 256 value columns: what one warpgroup accumulates
+constexpr int kStages = 3;                   // latent tiles in shared memory
+constexpr int kChunkBytes = kTileTokens * 128;
+constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
+constexpr int kLatentBytes = 2 * kHalfBytes;
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kThreads = 3 * kWarpgroupThreads;
+constexpr int kScoreRegisters = 184;  // 112 of the query, 32 of the scores
+constexpr int kValueRegisters = 160;  // 128 of the output
+static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
+
+struct KernelArgs {
+  CUtensorMap half_map;  // boxes of 64 tokens x kHalfChunks chunks
+  CUtensorMap rope_map;  // boxes of 64 tokens x 1 chunk
+  const void* q;
+  const int32_t* block_table;
+  const int32_t* cache_seqlens;
+  const int32_t* cuts;
+  void* out;
+  float* lse;
+  float* out_accum;
+  float* lse_accum;
+  int b, s_q, h_q;
+  int group;  // query heads per KV head
+  int max_blocks;
+  float scale_log2;  // sm_scale * log2(e)
+  bool causal;
+};
+
+}  // namespace flashmla::sm90

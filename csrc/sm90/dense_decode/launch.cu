@@ -1,0 +1,59 @@
+#include <string>
+
+#include "../combine.h"
+#include "../common/launch.h"
+#include "../dense_decode.h"
+#include "kernel_decl.h"
+#include "tensor_map.h"
+
+namespace flashmla::sm90 {
+namespace {
+
+Status check_supported(const DenseDecodeParams& params) {
+  if (params.d_qk != kHeadDim || params.d_v != kValueDim || params.block_size != kBlockSize) {
+    return Status::InvalidArgument(
+        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512, block_size = 64, got d_qk = " +
+        std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
+        ", block_size = " + std::to_string(params.block_size));
+  }
+  if (params.num_blocks < 1) {
+    return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
+  }
+  return require_hopper();
+}
+
+}  // namespace
+
+Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
+  const int group = params.h_q / params.h_kv;
+  const int row_tiles = (params.s_q * group + kTileRows - 1) / kTileRows;
+  if (params.b == 0 || row_tiles == 0) return Status::Ok();
+  if (Status status = check_supported(params); !status.ok()) return status;
+
+  KernelArgs args;
+  if (Status s = make_cache_map(params, kHalfChunks, &args.half_map); !s.ok()) return s;
+  if (Status s = make_cache_map(params, 1, &args.rope_map); !s.ok()) return s;
+  args.q = params.q;
+  args.block_table = params.block_table;
+  args.cache_seqlens = params.cache_seqlens;
+  args.cuts = params.cuts;
+  args.out = params.out;
+  args.lse = params.lse;
+  args.out_accum = params.out_accum;
+  args.lse_accum = params.lse_accum;
+  args.b = params.b;
+  args.s_q = params.s_q;
+  args.h_q = params.h_q;
+  args.group = group;
+  args.max_blocks = params.max_blocks;
+  args.scale_log2 = params.sm_scale * 1.4426950408889634f;
+  args.causal = params.causal;
+
+  const dim3 grid(row_tiles, params.h_kv, params.num_parts);
+  const auto launch_kernel =
+      params.dtype == DType::kBFloat16 ? launch_dense_decode_bf16 : launch_dense_decode_f16;
+  if (Status s = launch_kernel(args, grid, stream); !s.ok()) return s;
+  return run_combine(params, stream);
+}
+
+}  // namespace flashmla::sm90

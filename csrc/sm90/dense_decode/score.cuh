@@ -1,0 +1,218 @@
+// The score warpgroup: S = Q K^T, the online softmax, and the probabilities handed to the value
+// warpgroups.
+#pragma once
+
+#include "../common/barrier.cuh"
+#include "../common/matrix.cuh"
+#include "../common/smem_desc.cuh"
+#include "../common/wgmma.cuh"
+#include "query.cuh"
+#include "shared_storage.cuh"
+
+namespace flashmla::sm90 {
+
+constexpr int kScoreBarrier = 1;  // named barrier of this warpgroup
+
+// How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
+// Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
+constexpr float kLazyRescale = 8.0f;
+
+// Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
+struct SoftmaxRows {
+  float reference[2] = {-INFINITY, -INFINITY};  // base-2 exponent that maps to 1
+  float sum[2] = {0.0f, 0.0f};                  // this thread's columns only
+};
+
+// What to subtract from a row's base-2 scores; anything finite will do while it has seen no key.
+__device__ __forceinline__ float finite_reference(const SoftmaxRows& rows, int r) {
+  return rows.reference[r] == -INFINITY ? 0.0f : rows.reference[r];
+}
+
+template <typename T>
+__device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragments& q,
+                                             const SharedStorage& smem, RingIndex<kStages> stage) {
+#pragma unroll
+  for (int c = 0; c < kChunks - 1; ++c) {
+    if (c % kHalfChunks == 0) {
+      mbarrier_wait(smem_address(&smem.latent_full[c / kHalfChunks][stage.slot]), stage.parity);
+      wgmma_fence();
+    }
+    const uint64_t keys = k_major_desc(smem_address(smem.latent[stage.slot]) + c * kChunkBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (c < kQueryChunksInRegisters) {
+        wgmma_n64_rs<T>(s, q[c][k], keys + 2 * k, c + k > 0);
+      } else {
+        const uint64_t query =
+            k_major_desc(smem_address(smem.query[c - kQueryChunksInRegisters])) + 2 * k;
+        wgmma_n64_ss<T>(s, query, keys + 2 * k, 1);
+      }
+    }
+  }
+  wgmma_commit();
+}
+
+template <typename T>
+__device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& smem,
+                                           RingIndex<2> pair) {
+  mbarrier_wait(smem_address(&smem.rope_full[pair.slot]), pair.parity);
+  wgmma_fence();
+  const uint64_t query = k_major_desc(smem_address(smem.query[kChunks - 1 - kQueryChunksInRegisters]));
+  const uint64_t keys = k_major_desc(smem_address(smem.rope[pair.slot]));
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_n64_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
+  wgmma_commit();
+}
+
+// Sets scores of keys that a row may not see to -inf. limit[r]: how many tokens of the sequence row r sees.
+__device__ __forceinline__ void mask_tile(float (&s)[32], int tile, const int (&limit)[2]) {
+  const int first = tile * kTileTokens + (threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int token = first + (i / 4) * 8 + (i & 1);
+    if (token >= limit[(i / 2) & 1]) s[i] = -INFINITY;
+  }
+}
+
+// Moves the rows' references where their maxima ask for it; returns the rescale factors of what was
+// accumulated so far.
+__device__ __forceinline__ void update_references(const float (&s)[32], SoftmaxRows& rows,
+                                                  float scale_log2, float (&rescale)[2]) {
+  float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    peak[0] = fmaxf(peak[0], fmaxf(s[i], s[i + 1]));
+    peak[1] = fmaxf(peak[1], fmaxf(s[i + 2], s[i + 3]));
+  }
+#pragma unroll
+  for (int lane = 1; lane <= 2; lane *= 2) {
+    peak[0] = fmaxf(peak[0], __shfl_xor_sync(~0u, peak[0], lane));
+    peak[1] = fmaxf(peak[1], __shfl_xor_sync(~0u, peak[1], lane));
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float scaled = peak[r] * scale_log2;
+    const float before = rows.reference[r];
+    rows.reference[r] = scaled > before + kLazyRescale ? scaled : before;
+    rescale[r] = exp2_approx(before - finite_reference(rows, r));
+    rows.sum[r] *= rescale[r];
+  }
+}
+
+// Turns scores into probabilities, adds them to the rows' sums and stores them to shared memory.
+template <typename T>
+__device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows& rows,
+                                                    float scale_log2, uint32_t slot) {
+  const int lane = threadIdx.x % 32;
+  const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + (lane & 15);
+  const float offset[2] = {finite_reference(rows, 0), finite_reference(rows, 1)};
+  float sum[2][2] = {};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // row j % 2, columns 16 k + 8 (j / 2) and the next
+      float& low = s[8 * k + 2 * j];
+      float& high = s[8 * k + 2 * j + 1];
+      low = exp2_approx(fmaf(low, scale_log2, -offset[j % 2]));
+      high = exp2_approx(fmaf(high, scale_log2, -offset[j % 2]));
+      sum[j % 2][0] += low;
+      sum[j % 2][1] += high;
+      packed[j] = pack<T>(low, high);
+    }
+    store_matrix_x4(slot + swizzled_offset(row, k * 2 + lane / 16), packed[0], packed[1], packed[2],
+                    packed[3]);
+  }
+  rows.sum[0] += sum[0][0] + sum[0][1];
+  rows.sum[1] += sum[1][0] + sum[1][1];
+}
+
+// Finishes a piece: sums over the row, its inverse for the value warpgroups, its log-sum-exp.
+__device__ __forceinline__ void finish_rows(const KernelArgs& args, SharedStorage& smem,
+                                            const SoftmaxRows& rows, int parity, bool partial,
+                                            int destination) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = rows.sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + lane / 4 + 8 * r;
+    const int offset = smem.row_offset[row];
+    if (lane % 4 == 0) {
+      smem.inverse_sum[parity][row] = sum > 0.0f ? 1.0f / sum : 0.0f;
+      if (offset >= 0) {
+        const float lse_log2 = sum > 0.0f ? rows.reference[r] + log2f(sum) : -INFINITY;
+        const int64_t index = int64_t{destination} * args.s_q * args.h_q + offset;
+        if (partial) args.lse_accum[index] = lse_log2;
+        else args.lse[index] = lse_log2 * 0.6931471805599453f;
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ void run_scores(const KernelArgs& args, SharedStorage& smem, Cut begin, Cut end) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  QueryFragments q;
+  float s[32];
+  RingIndex<kStages> stage;
+  RingIndex<2> pair;
+
+  for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
+    const int seqlen = load_seqlen(args, sequence);
+    const Piece piece = piece_of(begin, end, sequence, seqlen);
+    const bool partial = piece.continued || piece.unfinished;
+    const int destination = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
+    SoftmaxRows rows;
+    if (piece.tile_begin >= piece.tile_end) {
+      finish_rows(args, smem, rows, pair.slot, partial, destination);
+      continue;
+    }
+
+    load_query<kScoreBarrier>(args, smem, sequence, q);
+    int limit[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = blockIdx.x * kTileRows + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+      limit[r] = args.causal ? seqlen - (args.s_q - 1 - row / args.group) : seqlen;
+    }
+    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
+
+    score_latent<T>(s, q, smem, stage);
+    score_rope<T>(s, smem, pair);
+    wgmma_wait<0>();
+    for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+      pin_registers(s);
+      const uint32_t scores_done = smem_address(&smem.scores_done[pair.slot]);
+      if (thread % 32 == 0) mbarrier_arrive(scores_done);
+      if (tile >= unmasked_tiles) mask_tile(s, tile, limit);
+      float rescale[2];
+      update_references(s, rows, args.scale_log2, rescale);
+      if (thread % 4 == 0) {
+        const int row = thread / 32 * 16 + thread % 32 / 4;
+        smem.rescale[pair.slot][row] = rescale[0];
+        smem.rescale[pair.slot][row + 8] = rescale[1];
+      }
+      mbarrier_wait(scores_done, pair.parity);  // the rope slot becomes the probabilities
+      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[pair.slot]));
+      const bool last = tile + 1 == piece.tile_end;
+      if (last) finish_rows(args, smem, rows, pair.slot, partial, destination);
+      fence_async_proxy();
+      __syncwarp();
+      if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
+
+      // The next scores go first on the tensor cores: then these have the value products to do while
+      // this warpgroup computes the next softmax.
+      const uint32_t values_go = smem_address(&smem.values_go[pair.slot]);
+      stage.advance();
+      pair.advance();
+      if (!last) score_latent<T>(s, q, smem, stage);
+      if (thread % 32 == 0) mbarrier_arrive(values_go);
+      if (!last) score_rope<T>(s, smem, pair);
+      wgmma_wait<0>();
+    }
+  }
+}
+
+}  // namespace flashmla::sm90

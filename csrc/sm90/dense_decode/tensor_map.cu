@@ -1,0 +1,48 @@
+#include "tensor_map.h"
+
+#include <cuda_runtime_api.h>
+#include <cudaTypedefs.h>
+
+#include <string>
+
+#include "config.h"
+
+namespace flashmla::sm90 {
+namespace {
+
+// The driver's encoder, reached through the runtime: this library does not link libcuda.
+PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+}  // namespace
+
+Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
+  if (encode == nullptr) {
+    return Status::FailedPrecondition("the CUDA driver has no cuTensorMapEncodeTiled");
+  }
+  constexpr cuuint64_t kElementBytes = 2, kChunkColumns = 64;
+  const cuuint64_t token_bytes = cuuint64_t(params.h_kv) * kHeadDim * kElementBytes;
+  const cuuint64_t extents[4] = {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks,
+                                 cuuint64_t(params.num_blocks)};
+  const cuuint64_t strides[3] = {token_bytes, kChunkColumns * kElementBytes, kBlockSize * token_bytes};
+  const cuuint32_t box[4] = {kChunkColumns, kBlockSize, static_cast<cuuint32_t>(chunks), 1};
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  const CUtensorMapDataType type = params.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(params.blocks), extents, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status::Ok();
+  return Status::Internal("cuTensorMapEncodeTiled failed with driver error " +
+                          std::to_string(static_cast<int>(result)));
+}
+
+}  // namespace flashmla::sm90
