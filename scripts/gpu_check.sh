@@ -20,6 +20,7 @@ logs=$(cd "$logs" && pwd)
 : >"$logs/summary.txt"
 python=${PYTHON:-python3}
 failures=0
+# Python runs with -P where it would otherwise find the sources here before the installed package.
 
 # step NAME COMMAND...: runs it, keeps its output in NAME.log, and notes how it ended.
 step() {
@@ -39,7 +40,7 @@ install() {
 
 # Without a usable GPU the tests would be skipped, which must not pass for success.
 info() {
-  nvidia-smi && "$python" -c '
+  nvidia-smi && "$python" -P -c '
 import sys
 import jax
 import jax_flashmla
@@ -53,7 +54,7 @@ sys.exit(jax_flashmla.kernel_refusal("cuda"))
 # The sanitizer of the Python packages, else the one on the PATH.
 sanitizer() {
   local packaged
-  packaged=$("$python" -c '
+  packaged=$("$python" -P -c '
 import importlib.util, pathlib
 spec = importlib.util.find_spec("nvidia")
 for folder in spec.submodule_search_locations if spec else []:
@@ -73,7 +74,7 @@ small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 memcheck() {
   XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(sanitizer)" --tool memcheck --error-exitcode 9 \
     --report-api-errors no --kernel-regex kns=flashmla \
-    "$python" -m pytest -q -m gpu tests/test_dense_decode.py tests/test_cache_ops.py \
+    "$python" -P -m pytest -q -m gpu tests/test_dense_decode.py tests/test_cache_ops.py \
     -k "$small_subset"
 }
 
@@ -82,7 +83,7 @@ if [ -z "${NO_VENV:-}" ]; then
   python=$PWD/build/gpu_venv/bin/python
 fi
 step info info
-step tests "$python" -m pytest -m gpu
+step tests "$python" -P -m pytest -m gpu
 step memcheck memcheck
 step benchmark "$python" benchmarks/bench_dense_decode.py --grid "${GRID:-targets}" \
   --json "$logs/dense_decode.json"

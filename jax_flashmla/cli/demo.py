@@ -157,8 +157,8 @@ def _table(workload: Workload, format: CacheFormat, report: Report) -> Table:
     )
     table.add_row(
         "cache bytes a token",
-        f"{format.bytes_per_token:,} in each layer; full multi-head cache: heads x ({FULL_K} + {FULL_V}) x "
-        f"{itemsize} = {full_bytes:,}, {ratio:.1f} times as much",
+        f"{format.bytes_per_token:,} in each layer; full multi-head cache: "
+        f"heads x ({FULL_K} + {FULL_V}) x {itemsize} = {full_bytes:,}, {ratio:.1f} times as much",
     )
     return table
 
