@@ -1,4 +1,4 @@
-"""Paged multi-head latent attention (MLA) decoding for JAX: CPU and Hopper kernels behind XLA FFI."""
+"""Paged multi-head latent attention (MLA) decoding for JAX, on CPUs and on Hopper GPUs."""
 
 from jax_flashmla.allocator import BlockAllocator as BlockAllocator
 from jax_flashmla.attention import dense_decode as dense_decode

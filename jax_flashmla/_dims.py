@@ -7,8 +7,6 @@ returns the types of the results.
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ SPLIT_TILE = 64  # tokens; kSplitTile in csrc/split_schedule.h
 MAX_BATCH = 16384  # sequences that one schedule can hold; kMaxBatch in csrc/split_schedule.h
 MAX_PARTS = 16384
 INT32_MAX = 2**31 - 1
+FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 CACHE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 _INT32 = (np.dtype(np.int32),)
@@ -57,10 +56,12 @@ def check_dense_decode(
     d_v = check_int("d_v", d_v, 1, INT32_MAX)
     if d_v > d_qk:
         raise ValueError(
-            f"d_v must be at most d_qk = {d_qk} (values are the first d_v columns of a row), got {d_v}"
+            f"d_v must be at most d_qk = {d_qk} (a value is a row's first d_v columns), got {d_v}"
         )
     if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"causal must be a Python bool (it is compiled in), got {_describe(causal)}")
+        raise TypeError(
+            f"causal must be a Python bool (it is compiled in), got {_describe(causal)}"
+        )
     if sm_scale is not None:
         _check_scale(sm_scale)
     return DecodeResult(
@@ -76,6 +77,10 @@ def check_schedule(schedule_b: Any, cuts: Any, b: int) -> None:
         raise ValueError(
             "schedule.cuts must have shape [num_parts + 1, 2] with num_parts >= 1, got shape "
             f"{cuts.shape}"
+        )
+    if shape[0] - 1 > MAX_PARTS:
+        raise ValueError(
+            f"schedule.cuts must be of at most num_parts = {MAX_PARTS}, got shape {cuts.shape}"
         )
     if schedule_b != b:
         raise ValueError(
@@ -120,7 +125,7 @@ def check_cache_append(
 
 
 def check_implementation(implementation: Any) -> None:
-    if implementation not in (None, "kernel", "xla"):
+    if implementation is not None and implementation not in ("kernel", "xla"):
         raise ValueError(f'implementation must be None, "kernel" or "xla", got {implementation!r}')
 
 
@@ -142,7 +147,7 @@ def check_cache_seqlens(cache_seqlens: Any) -> int:
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a Python int (it is compiled in), got {_describe(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
@@ -150,12 +155,13 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _check_scale(sm_scale: Any) -> None:
-    if isinstance(sm_scale, bool) or not isinstance(sm_scale, numbers.Real):
+    number = int | float | np.integer | np.floating
+    if isinstance(sm_scale, bool) or not isinstance(sm_scale, number):
         raise TypeError(
             f"sm_scale must be a Python number (it is compiled in), got {_describe(sm_scale)}"
         )
-    if not (math.isfinite(sm_scale) and sm_scale > 0):
-        raise ValueError(f"sm_scale must be finite and positive, got {sm_scale}")
+    if not FLOAT32_TINY <= sm_scale <= FLOAT32_MAX:
+        raise ValueError(f"sm_scale must be finite and positive in float32, got {sm_scale}")
 
 
 def _check_table(block_table: Any, b: int, block_size: int) -> None:

@@ -48,9 +48,9 @@ def make_schedule(
 ) -> jax.Array:
     if implementation == "xla":
         return reference.make_schedule(cache_seqlens, num_parts)
-    return make_schedule_p.bind(
-        cache_seqlens, num_parts=num_parts, implementation=implementation
-    )[0]
+    return make_schedule_p.bind(cache_seqlens, num_parts=num_parts, implementation=implementation)[
+        0
+    ]
 
 
 @functools.partial(
@@ -363,7 +363,9 @@ def _register(
     """Lowers a primitive to its handler where there is one that takes it, else to the reference."""
     target = TARGETS[operation]
 
-    def lower(platform: str, ctx: Any, *args: Any, implementation: str | None, **params: Any) -> Any:
+    def lower(
+        platform: str, ctx: Any, *args: Any, implementation: str | None, **params: Any
+    ) -> Any:
         refusal = kernel_refusal(platform, **dimensions(*ctx.avals_in, **params))
         if refusal is None:
             call = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)

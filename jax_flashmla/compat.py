@@ -48,9 +48,7 @@ def get_mla_metadata(
     _refuse(is_fp8_kvcache=is_fp8_kvcache, topk=topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return None, None
-    rows = _dims.check_int(
-        "num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1, _dims.INT32_MAX
-    )
+    rows = _dims.check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1, _dims.INT32_MAX)
     h_kv = _dims.check_int("num_heads_k", num_heads_k, 1, _dims.INT32_MAX)
     if num_heads_q is not None:
         num_heads_q = _dims.check_int("num_heads_q", num_heads_q, 1, _dims.INT32_MAX)
@@ -59,7 +57,7 @@ def get_mla_metadata(
                 "num_heads_q must divide num_q_tokens_per_head_k * num_heads_k = s_q * h_q = "
                 f"{rows * h_kv}, got {num_heads_q}"
             )
-    schedule = make_schedule(cache_seqlens, h_q=rows * h_kv, h_kv=h_kv)
+    schedule = make_schedule(cache_seqlens, h_q=rows * h_kv, h_kv=h_kv)  # type: ignore[arg-type]
     sequence, tile = schedule.cuts[1:-1, 0], schedule.cuts[1:-1, 1]
     inside = jnp.where(tile > 0, sequence, schedule.b)  # a cut at tile 0 splits nothing
     pieces = 1 + jnp.bincount(inside, length=schedule.b + 1)[: schedule.b]
@@ -93,7 +91,7 @@ def flash_mla_with_kvcache(
         block_table: [b, max_blocks] int32.
         cache_seqlens: [b] int32, tokens in each sequence's cache, the new ones included.
         head_dim_v: d_v, columns of a value.
-        tile_scheduler_metadata: from `get_mla_metadata`: the SplitSchedule, its cuts alone, or None.
+        tile_scheduler_metadata: the SplitSchedule of `get_mla_metadata`, its cuts alone, or None.
         num_splits: from `get_mla_metadata`; the schedule alone is enough, so it is not read.
         softmax_scale: by default d_qk ** -0.5.
         causal: query i sees keys below cache_seqlens - (s_q - 1 - i).

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def make_schedule(cache_seqlens: Int32[Array, "b"], num_parts: int) -> Int32[Array, "cuts 2"]:
-    """Cuts a ragged batch into num_parts parts of equal cost, as csrc/split_schedule.h defines it."""
+    """Cuts a ragged batch into parts of equal cost, as csrc/split_schedule.h defines them."""
     b = cache_seqlens.shape[0]
     # The handlers count in 64 bits. In 32, a sequence counts for at most 2^31 / b tiles: past
     # 8 million tokens each at b = 16384, cuts are less balanced, and still cover every tile.
@@ -55,7 +55,9 @@ def dense_decode(
         preferred_element_type=jnp.float32,
     )
     # Query i sees keys below seen[b, i]; a causal query ends s_q - 1 - i keys before the last.
-    before_last = jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
+    before_last = (
+        jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
+    )
     seen = jnp.clip(cache_seqlens, 0, tokens)[:, None] - before_last[None, :]
     mask = jnp.arange(tokens, dtype=jnp.int32)[None, None, :] < seen[:, :, None]
     scores = jnp.where(mask[:, None, None], scores * sm_scale, -jnp.inf)

@@ -1,7 +1,7 @@
 """The cases that every implementation is tested on, and the hostile caches they are made of.
 
-What must not be read is poisoned: cache slots past a sequence's length and blocks of nobody are NaN,
-and table entries past the last block are 2147480000, far outside the cache.
+What must not be read is poisoned: cache slots past a sequence's length and blocks of nobody are
+NaN, and table entries past the last block are 2147480000, far outside the cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What holds for every test: 8 CPU devices, warnings as errors, checked shapes, GPU tests skipped."""
+"""What holds for every test: 8 CPU devices, strict promotion, checked shapes, GPU tests skipped."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import jax
 import jaxtyping
 import pytest
 
+import cases
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -27,8 +29,6 @@ with (
     jaxtyping.install_import_hook(["jax_flashmla.reference"], "beartype.beartype"),
 ):
     import jax_flashmla
-
-import cases
 
 
 def pytest_report_header() -> str:

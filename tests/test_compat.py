@@ -89,7 +89,12 @@ def wrong_metadata_calls() -> list:
     lengths = np.array([3, 4], np.int32)
     return [
         ((lengths, 0, 1), {}, ValueError, "num_q_tokens_per_head_k must be between 1 .* got 0"),
-        ((lengths, 4.0, 1), {}, TypeError, "num_q_tokens_per_head_k must be a Python int.* got 4.0"),
+        (
+            (lengths, 4.0, 1),
+            {},
+            TypeError,
+            "num_q_tokens_per_head_k must be a Python int.* got 4.0",
+        ),
         ((lengths, None, 1), {}, TypeError, "num_q_tokens_per_head_k must be .* got None"),
         ((lengths, 4, -1), {}, ValueError, "num_heads_k must be between 1 .* got -1"),
         ((lengths, 4, 1, 3), {}, ValueError, "num_heads_q must divide .* = 4, got 3"),
@@ -113,7 +118,11 @@ def test_wrong_metadata_calls(args: tuple, kwargs: dict, error: type, message: s
             ({name: np.zeros(3, np.int32)}, NotImplementedError, f"{name} must be None: sparse")
             for name in ("indices", "attn_sink", "topk_length", "extra_k_cache")
         ),
-        ({"softmax_scale": -1.0}, ValueError, "sm_scale must be finite and positive, got -1.0"),
+        (
+            {"softmax_scale": -1.0},
+            ValueError,
+            "sm_scale must be finite and positive in float32, got -1.0",
+        ),
         ({"causal": 1}, TypeError, "causal must be a Python bool"),
         (
             {"tile_scheduler_metadata": np.zeros((3, 8), np.int32)},

@@ -96,15 +96,11 @@ def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) 
 
 
 @pytest.mark.parametrize("was", [[900, 1, 0, 64], [0, 0, 0, 0], [1, 2000, 128, 65]])
-def test_schedule_of_other_lengths_gives_the_same_result(
-    was: list[int], kernel: str
-) -> None:
+def test_schedule_of_other_lengths_gives_the_same_result(was: list[int], kernel: str) -> None:
     case = DecodeCase(4, 1, 900, 3)
     inputs = cases.make_inputs(case)
     expected_out, expected_lse = cases.naive_decode(case, inputs)
-    schedule = make_schedule(
-        jnp.asarray(was, jnp.int32), h_q=3, num_parts=9, implementation=kernel
-    )
+    schedule = make_schedule(jnp.asarray(was, jnp.int32), h_q=3, num_parts=9, implementation=kernel)
     out, lse = dense_decode(*inputs.arguments, schedule=schedule, implementation=kernel)
     tolerances.assert_close("out", out, expected_out, tolerances.OUT)
     tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)

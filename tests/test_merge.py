@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def attend_parts(bounds: list[int]) -> tuple[np.ndarray, np.ndarray]:
     q, keys = rng.standard_normal((2, 3, 16)), rng.standard_normal((bounds[-1], 1, 16))
     parts = [
         cases.naive_attention(q, keys[low:high], high - low, d_v=8)
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        for low, high in itertools.pairwise(bounds)
     ]
     outs, lses = zip(*parts, strict=True)
     return np.stack(outs).astype(np.float32), np.stack(lses).astype(np.float32)
@@ -123,7 +125,13 @@ def test_gradient_is_finite_with_empty_parts() -> None:
 @pytest.mark.parametrize(
     ("outs", "lses", "axis", "error", "message"),
     [
-        ([], [], 0, ValueError, r"outs must be at least one part, all of one shape, got shapes \[\]"),
+        (
+            [],
+            [],
+            0,
+            ValueError,
+            r"outs must be at least one part, all of one shape, got shapes \[\]",
+        ),
         (
             [np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)],
             np.ones((2, 2), np.float32),

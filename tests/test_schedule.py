@@ -63,7 +63,9 @@ def assert_balanced(lengths: list[int] | np.ndarray, cuts: np.ndarray) -> None:
 
 
 ragged_lengths = st.lists(
-    st.one_of(st.just(0), st.integers(1, 200), st.integers(0, 20000), st.sampled_from([63, 64, 65])),
+    st.one_of(
+        st.just(0), st.integers(1, 200), st.integers(0, 20000), st.sampled_from([63, 64, 65])
+    ),
     min_size=1,
     max_size=40,
 )

@@ -131,7 +131,9 @@ def vmap_inputs(n: int = 3) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(cases.SEED)
     inputs = [cases.make_inputs(case) for _ in range(n)]
     q = np.stack([i.q * (k + 1) for k, i in enumerate(inputs)])
-    blocks = np.stack([np.where(np.isnan(i.blocks), 1, i.blocks) * (k + 1) for k, i in enumerate(inputs)])
+    blocks = np.stack(
+        [np.where(np.isnan(i.blocks), 1, i.blocks) * (k + 1) for k, i in enumerate(inputs)]
+    )
     tables = np.stack([rng.permuted(i.block_table, axis=1) for i in inputs])
     tables[0, 0, 0], tables[n - 1, 1, 1] = -1, blocks.shape[1]  # must not read a neighbour's cache
     lengths = rng.integers(0, 33, (n, 2)).astype(np.int32)
@@ -140,8 +142,15 @@ def vmap_inputs(n: int = 3) -> tuple[np.ndarray, ...]:
 
 @pytest.mark.parametrize(
     "axes",
-    [(0, 0, 0, 0), (0, None, None, None), (None, 0, None, None), (None, None, 0, None)]
-    + [(None, None, None, 0), (0, None, 0, 0), (2, 1, 1, 1)],
+    [
+        (0, 0, 0, 0),
+        (0, None, None, None),
+        (None, 0, None, None),
+        (None, None, 0, None),
+        (None, None, None, 0),
+        (0, None, 0, 0),
+        (2, 1, 1, 1),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("given", ["schedule given", "no schedule"])
@@ -256,7 +265,9 @@ def test_reference_is_differentiable_and_its_gradient_is_right() -> None:
 
     grad_q, grad_blocks = jax.grad(total, argnums=(0, 1))(jnp.asarray(inputs.q), blocks)
     assert np.isfinite(np.asarray(grad_q, np.float32)).all()
-    assert np.isfinite(np.asarray(grad_blocks, np.float32)).all()  # NaN in unused slots of the cache included
+    assert np.isfinite(
+        np.asarray(grad_blocks, np.float32)
+    ).all()  # NaN in unused slots of the cache included
     assert np.asarray(grad_q).any()
     owned = np.unique(inputs.block_table[inputs.block_table < len(blocks)])
     unowned = np.setdiff1d(np.arange(len(blocks)), owned)
@@ -398,7 +409,7 @@ def test_shard_map_of_appending_and_attending_in_a_loop() -> None:
 
 
 def test_decode_specs_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="heads must name a mesh axis .* got None"):
+    with pytest.raises(ValueError, match=r"heads must name a mesh axis .* got None"):
         decode_specs(shard_kv_heads=True)
     with pytest.raises(ValueError, match="different mesh axes, got 'x' for both"):
         decode_specs(batch="x", heads="x")

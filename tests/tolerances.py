@@ -30,9 +30,7 @@ MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 GRADIENT = Tolerance(absolute=1e-3, relative=2**-7)
 
 
-def assert_close(
-    name: str, got: np.ndarray, expected: np.ndarray, tolerance: Tolerance
-) -> None:
+def assert_close(name: str, got: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> None:
     """Every element within the absolute or the relative bound, infinities equal, no NaN."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
