@@ -73,7 +73,7 @@ small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 # that reaching past one is seen.
 memcheck() {
   XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(sanitizer)" --tool memcheck --error-exitcode 9 \
-    --report-api-errors no --kernel-regex kns=flashmla \
+    --report-api-errors no --kernel-name kns=flashmla \
     "$python" -P -m pytest -q -m gpu tests/test_dense_decode.py tests/test_cache_ops.py \
     -k "$small_subset"
 }
