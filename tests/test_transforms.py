@@ -506,7 +506,7 @@ def test_kernel_refusal() -> None:
 
 def run_python(script: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-P", "-c", script],  # the installed package, not the sources
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
