@@ -35,7 +35,7 @@ step() {
 
 install() {
   "$python" -m venv build/gpu_venv &&
-    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' 'nvidia-cuda-sanitizer-api==13.*'
+    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' 'nvidia-cuda-sanitizer-api==13.0.*'
 }
 
 # Without a usable GPU the tests would be skipped, which must not pass for success.
