@@ -28,6 +28,18 @@ LAYOUTS = {
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def platform(request):
+    """The CPU, unless a test asks for CUDA: most use dimensions that its kernels do not take."""
+    with jax.default_device(jax.devices(getattr(request, "param", "cpu"))[0]):
+        yield
+
+
+on_each_platform = pytest.mark.parametrize(
+    "platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+
+
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
 def layout(request):
     return request.param
@@ -67,16 +79,19 @@ def test_formats_are_values():
     assert CacheFormat().bytes_per_token == 1152
     assert jax.tree.leaves(FORMAT) == []
     assert FORMAT.allocate(5).shape == (5, 4, 2, 6)
-    blocks = CacheFormat(dtype=jnp.float16).allocate(2, device=jax.devices()[-1])
+    device = jax.devices("cpu")[-1]
+    blocks = CacheFormat(dtype=jnp.float16).allocate(2, device=device)
     assert (blocks.shape, blocks.dtype) == ((2, 64, 1, 576), jnp.float16)
-    assert blocks.devices() == {jax.devices()[-1]}
+    assert blocks.devices() == {device}
 
 
 def test_flatten_and_map(layout):
     cache = make_cache([[0, 1], [2, -1]], [5, 1], **layout)
     leaves, tree = jax.tree.flatten(cache)
     assert len(leaves) == (6 if "array_per_layer" in layout else 4)
-    assert jax.tree.unflatten(tree, leaves) == cache
+    rebuilt = jax.tree.unflatten(tree, leaves)
+    assert isinstance(rebuilt, PagedCache)
+    assert all(x is y for x, y in zip(jax.tree.leaves(rebuilt), leaves, strict=True))
     doubled = jax.tree.map(lambda x: x * 2, cache)
     assert doubled.table.cache_seqlens.tolist() == [10, 2]
     assert doubled.format == FORMAT
@@ -148,6 +163,7 @@ def whole_step(cache, rows, num_new):
 counts = st.integers(-1, 4)
 
 
+@on_each_platform
 @pytest.mark.parametrize("step", [layered_step, whole_step])
 @settings(max_examples=25, deadline=None)
 @given(
@@ -157,7 +173,7 @@ counts = st.integers(-1, 4)
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_steps_append_to_each_sequence_alone(name, step, owned, steps, padding, seed):
+def test_steps_append_to_each_sequence_alone(platform, name, step, owned, steps, padding, seed):
     ids = np.random.default_rng(seed).permutation(12)
     block_table = np.full((3, 3), padding, np.int32)
     for i, n in enumerate(owned):
@@ -239,10 +255,10 @@ def test_a_layer_is_attended_as_if_it_were_alone(name, traced):
 # A model's steps are in place: one executable, no copy of the cache, the donated buffer comes back.
 
 
-def test_scan_over_layers_and_steps_is_in_place():
-    format = CacheFormat(d_qk=64, d_v=32)
+@on_each_platform
+def test_scan_over_layers_and_steps_is_in_place(platform):
     block_table = np.arange(32, dtype=np.int32).reshape(2, 16)
-    cache = make_cache(block_table, format=format, num_blocks=40, layers=6)
+    cache = make_cache(block_table, format=CacheFormat(), num_blocks=64, layers=6)
     size = cache.blocks.nbytes
 
     def run(cache, x):
@@ -254,17 +270,18 @@ def test_scan_over_layers_and_steps_is_in_place():
             def layer(carry, i):
                 cache, x = carry
                 cache = cache.write(x[:, None, None, :], slots, layer=i)
-                q = jnp.broadcast_to(x[:, None, None, :], (2, 1, 4, 64))
-                out, _ = dense_decode(q, *cache.layer(i), d_v=32, schedule=schedule)
-                return (cache, x.at[:, :32].add(out[:, 0, 0])), None
+                q = jnp.broadcast_to(x[:, None, None, :], (2, 1, 4, 576))
+                out, _ = dense_decode(q, *cache.layer(i), schedule=schedule)
+                return (cache, x.at[:, :512].add(out[:, 0, 0])), None
 
             return jax.lax.scan(layer, (cache, x), jnp.arange(6, dtype=jnp.int32))[0], None
 
         return jax.lax.scan(step, (cache, x), length=3)[0]
 
-    x = jnp.ones((2, 64), jnp.bfloat16)
+    x = jnp.ones((2, 576), jnp.bfloat16)
     compiled = jax.jit(run, donate_argnums=0).lower(cache, x).compile()
-    assert re.findall(r"= bf16\[(?:240|40),64,1,64\]\S* copy\(", compiled.as_text()) == []
+    copies = re.findall(r"= \(?bf16\[(?:384|64),64,1,576\]\S* copy\S*\(", compiled.as_text())
+    assert copies == []
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 6  # not even of one layer
@@ -272,6 +289,48 @@ def test_scan_over_layers_and_steps_is_in_place():
     cache, _ = compiled(cache, x)
     assert cache.blocks.unsafe_buffer_pointer() == pointer
     assert cache.table.cache_seqlens.tolist() == [3, 3]
+
+
+# Over devices: each has its own sequences, and block ids of its own.
+
+
+@pytest.mark.parametrize("step", [layered_step, whole_step])
+def test_batch_over_devices(layout, step):
+    num_devices = 4
+    mesh = jax.make_mesh(
+        (num_devices,),
+        ("data",),
+        devices=jax.devices("cpu")[:num_devices],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    tables = np.arange(24, dtype=np.int32).reshape(num_devices, 2, 3) % 6  # ids are per device
+    lengths = np.array([[0, 3], [11, 12], [5, 4], [7, 1]], np.int32)
+    num_new = np.array([[1, 2], [2, 2], [0, 1], [2, 1]], np.int32)
+    num_layers = layout.get("layers", 1)
+    rows = row_numbers((num_layers, num_devices * 2, 2), 1)
+
+    split = jax.P("data")
+    cache = make_cache(
+        tables.reshape(-1, 3),
+        lengths.ravel(),
+        num_blocks=6 * num_devices,
+        device=jax.sharding.NamedSharding(mesh, split),
+        **layout,
+    )
+    specs = jax.tree.map(lambda _: split, cache)
+    sharded = jax.shard_map(
+        lambda cache, rows, num_new: step(cache, rows, num_new),
+        mesh=mesh,
+        in_specs=(specs, jax.P(None, "data"), split),
+        out_specs=specs,
+    )
+    cache = jax.jit(sharded, donate_argnums=0)(cache, rows, num_new.ravel())
+    for i in range(num_devices):
+        alone = make_cache(tables[i], lengths[i], num_blocks=6, **layout)
+        alone = step(alone, rows[:, 2 * i : 2 * i + 2], num_new[i])
+        local = jax.tree.map(lambda x, i=i: x.addressable_shards[i].data, cache)
+        for got, expected in zip(jax.tree.leaves(local), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
 # With an allocator.
