@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         times, error = measure(row, device)
         ratio = times["reference"].us / times["handler"].us
         print(
-            f"{str(row):40} handler {times['handler'].us / 1e3:8.2f} ms "
+            f"{row!s:40} handler {times['handler'].us / 1e3:8.2f} ms "
             f"{row.flops / times['handler'].us / 1e3:6.1f} GFLOP/s   "
             f"reference {times['reference'].us / 1e3:8.2f} ms, ratio {ratio:5.2f}   "
             f"einsum {times['einsum'].us / 1e3:8.2f} ms, "

@@ -11,6 +11,13 @@
 #define FLASHMLA_X86_DISPATCH 1
 #endif
 
+// Before a loop whose index picks a register.
+#ifdef __clang__
+#define FLASHMLA_UNROLL _Pragma("unroll")
+#else
+#define FLASHMLA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // The same source for each instruction set, with vectors as wide as its registers.
 #if FLASHMLA_X86_DISPATCH
 
@@ -45,7 +52,7 @@ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multip
 
 }  // namespace
 
-void Attention::resize(int d_qk, int d_v) {
+void PieceState::resize(int d_qk, int d_v) {
   const int stride = round_up(d_qk, kAlignment) + kAlignment;  // one more: no power of two
   if (stride == key_stride && round_up(d_v, kAlignment) == acc_stride) return;
   key_stride = stride;
@@ -67,7 +74,7 @@ void Attention::resize(int d_qk, int d_v) {
   acc = take(size_t{kMaxRows} * acc_stride);
 }
 
-void attend_piece(const DenseDecodeParams& params, const PieceTask& task, Attention& state) {
+void attend_piece(const DenseDecodeParams& params, const PieceTask& task, PieceState& state) {
 #if FLASHMLA_X86_DISPATCH
   static const bool has_avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -20,9 +20,9 @@ struct PieceTask {
   int64_t token_begin, token_end;  // token_end <= seqlen
 };
 
-// One thread's working memory, and the state of the online softmax that a piece leaves there. Scores
-// are in base 2: 2^score is the weight of a token.
-class Attention {
+// One thread's working memory, and the state of the online softmax that a piece leaves there.
+// Scores are in base 2: 2^score is the weight of a token.
+class PieceState {
  public:
   void resize(int d_qk, int d_v);
 
@@ -55,6 +55,6 @@ inline int64_t visible_tokens(const DenseDecodeParams& params, const PieceTask& 
 }
 
 // Leaves row_max, row_sum and acc of the piece in `state`.
-void attend_piece(const DenseDecodeParams& params, const PieceTask& task, Attention& state);
+void attend_piece(const DenseDecodeParams& params, const PieceTask& task, PieceState& state);
 
 }  // namespace flashmla::cpu

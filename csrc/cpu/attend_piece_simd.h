@@ -3,7 +3,7 @@
 //   FLASHMLA_TARGET     function attribute that turns the instruction set on
 //   FLASHMLA_LANES      floats in a register
 //   FLASHMLA_REGISTERS  vector registers
-// It uses the compilers' vector extensions only. Whatever is included from elsewhere stays outside the
+// It uses the compilers' vector extensions only. Functions from elsewhere stay outside the
 // target attribute, so no function that needs a newer CPU can stand in for an ordinary one.
 
 namespace flashmla::cpu::FLASHMLA_ISA {
@@ -11,7 +11,6 @@ namespace flashmla::cpu::FLASHMLA_ISA {
 constexpr int kLanes = FLASHMLA_LANES;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
@@ -59,12 +58,13 @@ FLASHMLA_TARGET inline Floats exp2(Floats x) {
   const Floats clamped = x > -125.0f ? x : Floats{} - 125.0f;
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = clamped + kRound;
-  const Floats f = clamped - (shifted - kRound);   // in [-0.5, 0.5]
-  Floats y = f * 1.54035304e-4f + 1.33335581e-3f;  // Taylor series of 2^f
-  y = y * f + 9.61812911e-3f;
-  y = y * f + 5.55041087e-2f;
-  y = y * f + 2.40226507e-1f;
-  y = y * f + 6.93147181e-1f;
+  const Floats f = clamped - (shifted - kRound);  // in [-0.5, 0.5]
+  // The polynomial of least relative error (2e-9) whose last coefficient is 1.
+  Floats y = f * 1.5353359e-4f + 1.33988739e-3f;
+  y = y * f + 9.61843692e-3f;
+  y = y * f + 5.55033237e-2f;
+  y = y * f + 2.40226477e-1f;
+  y = y * f + 6.93147182e-1f;
   y = y * f + 1.0f;
   y = (Floats)((Words)y + ((Words)shifted << 23));  // exponent += the integer
   y = x < -125.0f ? Floats{} : y;
@@ -95,7 +95,7 @@ FLASHMLA_TARGET void convert(const Element* from, int n, float* to) {
 
 template <class Element>
 FLASHMLA_TARGET void load_query(const DenseDecodeParams& params, const PieceTask& task,
-                                Attention& state) {
+                                PieceState& state) {
   const float scale = params.sm_scale * 1.44269504088896341f;
   const auto* q = static_cast<const Element*>(params.q);
   for (int row = 0; row < task.num_rows; ++row) {
@@ -109,19 +109,19 @@ FLASHMLA_TARGET void load_query(const DenseDecodeParams& params, const PieceTask
 template <class Element>
 FLASHMLA_TARGET const Element* find_key(const DenseDecodeParams& params, const PieceTask& task,
                                         int64_t token) {
-  const int64_t block = params.block_table[int64_t{task.sequence} * params.max_blocks +
-                                           token / params.block_size];
+  const int64_t block =
+      params.block_table[int64_t{task.sequence} * params.max_blocks + token / params.block_size];
   if (block < 0 || block >= params.num_blocks) return nullptr;
   const int64_t slot = block * params.block_size + token % params.block_size;
   return static_cast<const Element*>(params.blocks) +
          (slot * params.h_kv + task.kv_head) * params.d_qk;
 }
 
-// keys[0 : kKeys] = the keys from `token` on, with zeros past the piece's end. Meanwhile those after
-// them are on their way from memory.
+// keys[0 : kKeys] = the keys from `token` on, with zeros past the piece's end. Meanwhile those
+// after them are on their way from memory.
 template <class Element>
-FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask& task, int64_t token,
-                               int key_stride, float* keys) {
+FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask& task,
+                               int64_t token, int key_stride, float* keys) {
   for (int t = 0; t < kKeys; ++t) {
     float* to = keys + t * key_stride;
     const Element* key =
@@ -141,21 +141,24 @@ FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask&
 
 // weights[r, t] = query[r] . keys[t] for kKeys keys, kTokens of them at a time.
 template <int kRows, int kTokens>
-FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stride, float* weights) {
+FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stride,
+                                 float* weights) {
   for (int first = 0; first < kKeys; first += kTokens, keys += kTokens * stride) {
-    Floats sum[kRows][kTokens] = {};
-    int k = 0;
-    do {
+    Floats sum[kRows * kTokens];
+    FLASHMLA_UNROLL for (int i = 0; i < kRows * kTokens; ++i) sum[i] = Floats{};
+    for (int k = 0; k < stride; k += kLanes) {
       Floats key[kTokens];
-      for (int t = 0; t < kTokens; ++t) key[t] = load<Floats>(keys + t * stride + k);
-      for (int r = 0; r < kRows; ++r) {
-        const Floats q = load<Floats>(query + r * stride + k);
-        for (int t = 0; t < kTokens; ++t) sum[r][t] += q * key[t];
+      FLASHMLA_UNROLL for (int t = 0; t < kTokens; ++t) {
+        key[t] = load<Floats>(keys + t * stride + k);
       }
-    } while ((k += kLanes) < stride);
-    for (int r = 0; r < kRows; ++r) {
-      for (int t = 0; t < kTokens; ++t) {
-        weights[r * kSplitTile + first + t] = sum_of_lanes(sum[r][t]);
+      FLASHMLA_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Floats q = load<Floats>(query + r * stride + k);
+        FLASHMLA_UNROLL for (int t = 0; t < kTokens; ++t) sum[r * kTokens + t] += q * key[t];
+      }
+    }
+    FLASHMLA_UNROLL for (int r = 0; r < kRows; ++r) {
+      FLASHMLA_UNROLL for (int t = 0; t < kTokens; ++t) {
+        weights[r * kSplitTile + first + t] = sum_of_lanes(sum[r * kTokens + t]);
       }
     }
   }
@@ -163,7 +166,7 @@ FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stri
 
 template <class Element>
 FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask& task,
-                                int64_t token, int n, Attention& state) {
+                                int64_t token, int n, PieceState& state) {
   const int stride = state.key_stride;
   for (int t = 0; t < n; t += kKeys) {
     float* keys = state.tile + t * stride;
@@ -188,7 +191,7 @@ FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask
 }
 
 // Scores to weights for one row, which sees the first `limit` of the tile's tokens.
-FLASHMLA_TARGET void softmax_row(int row, int64_t limit, Attention& state) {
+FLASHMLA_TARGET void softmax_row(int row, int64_t limit, PieceState& state) {
   float* weights = state.weights + row * kSplitTile;
   for (int64_t t = std::max<int64_t>(limit, 0); t < kSplitTile; ++t) weights[t] = -kInfinity;
   Floats tile_max = load<Floats>(weights);
@@ -216,25 +219,31 @@ template <int kRows, int kVectors>
 FLASHMLA_TARGET void value_block(const float* weights, const float* decay, const float* tile, int n,
                                  int tile_stride, float* acc, int acc_stride) {
   Floats sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVectors; ++c) {
+  FLASHMLA_UNROLL for (int r = 0; r < kRows; ++r) {
+    FLASHMLA_UNROLL for (int c = 0; c < kVectors; ++c) {
       sum[r][c] = load<Floats>(acc + r * acc_stride + c * kLanes) * decay[r];
     }
   }
   for (int t = 0; t < n; ++t) {
     Floats value[kVectors];
-    for (int c = 0; c < kVectors; ++c) value[c] = load<Floats>(tile + t * tile_stride + c * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kVectors; ++c) sum[r][c] += value[c] * weights[r * kSplitTile + t];
+    FLASHMLA_UNROLL for (int c = 0; c < kVectors; ++c) {
+      value[c] = load<Floats>(tile + t * tile_stride + c * kLanes);
+    }
+    FLASHMLA_UNROLL for (int r = 0; r < kRows; ++r) {
+      FLASHMLA_UNROLL for (int c = 0; c < kVectors; ++c) {
+        sum[r][c] += value[c] * weights[r * kSplitTile + t];
+      }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kVectors; ++c) store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+  FLASHMLA_UNROLL for (int r = 0; r < kRows; ++r) {
+    FLASHMLA_UNROLL for (int c = 0; c < kVectors; ++c) {
+      store(acc + r * acc_stride + c * kLanes, sum[r][c]);
+    }
   }
 }
 
 template <int kVectors>
-FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, Attention& state) {
+FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, PieceState& state) {
   const float* tile = state.tile + column;
   int rows;
   for (int row = 0; row < num_rows; row += rows) {
@@ -249,7 +258,7 @@ FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, Attention& s
 }
 
 // Columns outside, rows inside: the tile's columns stay in the first cache while all rows use them.
-FLASHMLA_TARGET void value_tile(int num_rows, int n, Attention& state) {
+FLASHMLA_TARGET void value_tile(int num_rows, int n, PieceState& state) {
   int column = 0;
   for (; column + kValueVectors * kLanes <= state.acc_stride; column += kValueVectors * kLanes) {
     value_columns<kValueVectors>(column, num_rows, n, state);
@@ -259,7 +268,7 @@ FLASHMLA_TARGET void value_tile(int num_rows, int n, Attention& state) {
 
 template <class Element>
 FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& task,
-                            Attention& state) {
+                            PieceState& state) {
   load_query<Element>(params, task, state);
   std::fill_n(state.row_max, task.num_rows, -kInfinity);
   std::fill_n(state.row_sum, task.num_rows, 0.0f);
@@ -276,7 +285,7 @@ FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& ta
 }
 
 FLASHMLA_TARGET void attend_piece(const DenseDecodeParams& params, const PieceTask& task,
-                                  Attention& state) {
+                                  PieceState& state) {
   if (params.dtype == DType::kBFloat16) return attend<BFloat16>(params, task, state);
   attend<Float16>(params, task, state);
 }

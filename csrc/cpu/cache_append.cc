@@ -23,7 +23,8 @@ int64_t destination(const CacheAppendParams& params, int64_t i, int64_t j) {
 
 Status run_cache_append(const CacheAppendParams& params, const ParallelFor& parallel_for) {
   const int64_t num_rows = int64_t{params.b} * params.s_new;
-  const int64_t rows_per_task = kBytesPerTask / std::clamp<int64_t>(params.row_bytes, 1, kBytesPerTask);
+  const int64_t rows_per_task =
+      kBytesPerTask / std::clamp<int64_t>(params.row_bytes, 1, kBytesPerTask);
   const auto* rows = static_cast<const char*>(params.rows);
   auto* blocks = static_cast<char*>(params.blocks);
 
@@ -34,7 +35,8 @@ Status run_cache_append(const CacheAppendParams& params, const ParallelFor& para
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = destination(params, row / params.s_new, row % params.s_new);
       if (slot < 0) continue;
-      std::memcpy(blocks + slot * params.row_bytes, rows + row * params.row_bytes, params.row_bytes);
+      std::memcpy(blocks + slot * params.row_bytes, rows + row * params.row_bytes,
+                  params.row_bytes);
     }
   });
   return Status::Ok();

@@ -11,7 +11,8 @@ namespace flashmla::cpu {
 
 constexpr float kLn2 = 0.693147180559945309f;
 
-// From the workspace slots of every cut sequence to out and lse. `cuts` are in order and span the batch.
+// From the workspace slots of every cut sequence to out and lse. `cuts` are in order and span the
+// batch.
 void combine(const DenseDecodeParams& params, const std::vector<Cut>& cuts,
              const ParallelFor& parallel_for);
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "cpu/attend_piece.h"
@@ -14,36 +13,16 @@
 namespace flashmla::cpu {
 namespace {
 
-Status check(const DenseDecodeParams& params) {
-  const auto expect = [](bool holds, const char* what, int64_t got) {
-    return holds ? Status::Ok()
-                 : Status::InvalidArgument(std::string(what) + ", got " + std::to_string(got));
-  };
-  for (const Status& status : {
-           expect(params.d_qk >= 1, "d_qk must be at least 1", params.d_qk),
-           expect(params.d_v >= 1 && params.d_v <= params.d_qk,
-                  "d_v must be in [1, d_qk]", params.d_v),
-           expect(params.block_size >= 1, "block_size must be at least 1", params.block_size),
-           expect(params.num_parts >= 1, "num_parts must be at least 1", params.num_parts),
-           expect(params.h_kv >= 1, "h_kv must be at least 1", params.h_kv),
-           expect(params.h_kv >= 1 && params.h_q % params.h_kv == 0,
-                  "h_q must be a multiple of h_kv", params.h_q),
-       }) {
-    if (!status.ok()) return status;
-  }
-  return Status::Ok();
-}
-
 int32_t seqlen_of(const DenseDecodeParams& params, int sequence) {
   const int64_t capacity = int64_t{params.max_blocks} * params.block_size;
   return static_cast<int32_t>(std::clamp<int64_t>(params.cache_seqlens[sequence], 0, capacity));
 }
 
-// The cuts to work by. They are made to cover every sequence once, whatever params.cuts holds: each is
-// moved into the batch and behind the one before it, the first to the batch's start, the last to its
-// end. And a schedule for many workers leaves parts of a tile or two, whose partial results cost as
-// much as the attention: so many neighbours are merged that a part has about kPartCost. That depends
-// on the arguments alone, not on the threads: neither do the result's bits.
+// The cuts to work by. They are made to cover every sequence once, whatever params.cuts holds: each
+// is moved into the batch and behind the one before it, the first to the batch's start, the last to
+// its end. And a schedule for many workers leaves parts of a tile or two, whose partial results
+// cost as much as the attention: so many neighbours are merged that a part has about kPartCost.
+// That depends on the arguments alone, not on the threads: neither do the result's bits.
 std::vector<Cut> choose_cuts(const DenseDecodeParams& params) {
   constexpr int64_t kPartCost = 8;  // tiles
   int64_t cost = 1;
@@ -55,8 +34,8 @@ std::vector<Cut> choose_cuts(const DenseDecodeParams& params) {
     Cut cut = {params.cuts[2 * part], std::max(params.cuts[2 * part + 1], 0)};
     if (cut.sequence >= params.b) cut = {params.b, 0};
     const Cut last = cuts.back();
-    const bool behind = cut.sequence != last.sequence ? cut.sequence > last.sequence
-                                                      : cut.tile > last.tile;
+    const bool behind =
+        cut.sequence != last.sequence ? cut.sequence > last.sequence : cut.tile > last.tile;
     cuts.push_back(behind ? cut : last);
   }
   cuts.push_back({params.b, 0});
@@ -69,9 +48,9 @@ void store_row(const float* acc, float scale, int n, void* to, int64_t row) {
   for (int c = 0; c < n; ++c) out[c] = Element::from_float(acc[c] * scale);
 }
 
-// Writes what attend_piece left: to out and lse if the piece is the whole sequence, else to its slot.
-void store_piece(const DenseDecodeParams& params, const PieceTask& task, const Piece& piece, int part,
-                 const Attention& state) {
+// Writes what attend_piece left: to out and lse if the piece is a whole sequence, else to its slot.
+void store_piece(const DenseDecodeParams& params, const PieceTask& task, const Piece& piece,
+                 int part, const PieceState& state) {
   for (int row = 0; row < task.num_rows; ++row) {
     const float* acc = state.acc + row * state.acc_stride;
     const float sum = state.row_sum[row];
@@ -79,9 +58,8 @@ void store_piece(const DenseDecodeParams& params, const PieceTask& task, const P
     const float lse_log2 = state.row_max[row] + std::log2(sum);  // -inf where the sum is 0
     const int64_t index = query_index(params, task, row);
     if (piece.continued || piece.unfinished) {
-      const int64_t in_slot = index % (int64_t{params.s_q} * params.h_q);
-      const int64_t slot_row =
-          int64_t{piece_slot(part, piece.continued)} * params.s_q * params.h_q + in_slot;
+      const int64_t rows = int64_t{params.s_q} * params.h_q;  // of a sequence, so of a slot
+      const int64_t slot_row = piece_slot(part, piece.continued) * rows + index % rows;
       float* out = params.out_accum + slot_row * params.d_v;
       for (int c = 0; c < params.d_v; ++c) out[c] = acc[c] * scale;
       params.lse_accum[slot_row] = lse_log2;
@@ -99,7 +77,6 @@ void store_piece(const DenseDecodeParams& params, const PieceTask& task, const P
 }  // namespace
 
 Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& parallel_for) {
-  if (Status status = check(params); !status.ok()) return status;
   const std::vector<Cut> cuts = choose_cuts(params);
   const int num_parts = static_cast<int>(cuts.size()) - 1;
 
@@ -107,7 +84,7 @@ Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& para
   const int rows = params.s_q * (params.h_q / params.h_kv);
   const int groups = (rows + kMaxRows - 1) / kMaxRows;
   parallel_for(num_parts * params.h_kv * groups, [&](int index) {
-    static thread_local Attention state;
+    static thread_local PieceState state;
     state.resize(params.d_qk, params.d_v);
     const int part = index / (params.h_kv * groups);
     PieceTask task;

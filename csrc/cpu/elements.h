@@ -1,5 +1,6 @@
-// The 16-bit element types of q, cache and out, to and from float. Bit arithmetic rather than compiler
-// types, so that it builds everywhere and is right where denormals are flushed, as on XLA's threads.
+// The 16-bit element types of q, cache and out, to and from float. Bit arithmetic rather than
+// compiler types, so that it builds everywhere and is right where denormals are flushed, as on
+// XLA's threads.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,8 @@ struct BFloat16 {
 
   static BFloat16 from_float(float value) {  // to nearest, ties to even
     const uint32_t bits = bits_of_float(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};  // NaN
+    if ((bits & 0x7fffffff) > 0x7f800000)
+      return {static_cast<uint16_t>((bits >> 16) | 0x40)};  // NaN
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
   }
 };
@@ -54,7 +56,7 @@ struct Float16 {
     if (magnitude > 0x7f800000) {
       half = 0x7e00;  // NaN
     } else if (magnitude >= 0x477ff000) {
-      half = 0x7c00;  // rounds past 65504
+      half = 0x7c00;                      // rounds past 65504
     } else if (magnitude < 0x38800000) {  // denormal: 0.5 aligns its last bit with the float's
       half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000;
     } else {

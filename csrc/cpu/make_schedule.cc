@@ -1,7 +1,6 @@
 #include "cpu/make_schedule.h"
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "split_schedule.h"
@@ -10,10 +9,6 @@ namespace flashmla::cpu {
 
 // A few microseconds even for the largest batch: not worth a thread.
 Status run_make_schedule(const MakeScheduleParams& params, const ParallelFor&) {
-  if (params.num_parts < 1) {
-    return Status::InvalidArgument("num_parts must be at least 1, got " +
-                                   std::to_string(params.num_parts));
-  }
   std::vector<int64_t> cost_end(params.b);
   int64_t total = 0;
   for (int i = 0; i < params.b; ++i) {

@@ -5,8 +5,8 @@
 
 namespace flashmla::cpu {
 
-// Calls body(i) once for each i in [0, n), in any order and on any threads, and returns when all are
-// done. No body may wait for another one; a body does not throw.
+// Calls body(i) once for each i in [0, n), in any order and on any threads, and returns when all
+// are done. No body may wait for another one; a body does not throw.
 using ParallelFor = std::function<void(int n, const std::function<void(int)>& body)>;
 
 }  // namespace flashmla::cpu
