@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def measure_row(row: Row, pool: jax.Array, method: Method, with_xla: bool) -> di
     del out
     if not error <= MAX_RELATIVE_ERROR:
         raise AssertionError(f"wrong result: relative error {error:.1e}")
-    timing = time_calls(lambda: decode(q, pool, device_tables, seqlens), calls, method)
+    timing = time_calls(partial(decode, q, pool, device_tables, seqlens), calls, method)
     result = {
         **dataclasses.asdict(timing),
         "calls": calls,
@@ -99,10 +100,21 @@ def measure_row(row: Row, pool: jax.Array, method: Method, with_xla: bool) -> di
             baselines["reference"] = package_decode(row, "xla")
         few = device_tables[:BASELINE_CALLS]
         for name, baseline in baselines.items():
-            us = time_calls(lambda run=baseline: run(q, pool, few, seqlens), len(few), method).us
+            try:
+                us = time_calls(
+                    lambda run=baseline: run(q, pool, few, seqlens), len(few), method
+                ).us
+            except Exception as error:  # out of memory, most likely: the row's own time stands
+                result[f"{name}_error"] = first_line(error)
+                continue
             result[f"{name}_us"] = us
             result[f"speedup_vs_{name}"] = us / timing.us
     return result
+
+
+def first_line(error: Exception) -> str:
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,21 +162,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 raise MemoryError(f"needs {needs(row) / 1e9:.1f} GB of {memory / 1e9:.1f} GB")
             measured = measure_row(row, pool, method, with_xla)
         except Exception as error:  # one row's failure must not cost the others
-            message = (str(error).splitlines() or [""])[0]
-            measured = {"error": f"{type(error).__name__}: {message[:300]}"}
+            measured = {"error": first_line(error)}
         results.append({**shape, **measured})
         print(report.line(results[-1]), flush=True)
-    document["summary"] = report.summarise(results)
+        document["summary"] = report.summarise(results)
+        if arguments.json:  # after every row, so that a crash costs one row
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return document
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    document = run(arguments)
-    print("\n".join(report.summary_lines(document["summary"])))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    document = run(arguments)
+    print("\n".join(report.summary_lines(document["summary"])))
     return 1 if document["summary"]["failed"] else 0
 
 
