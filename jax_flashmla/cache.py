@@ -40,7 +40,7 @@ class CacheFormat:
     dtype: DTypeLike = jnp.bfloat16
     name: str = "dense"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name != "dense":
             raise ValueError(f'name must be "dense", got {self.name!r}')
         for name in ("d_qk", "d_v", "h_kv", "block_size"):
@@ -237,6 +237,7 @@ class PagedCache:
                 f"{table.block_size}"
             )
         layers = _dims.check_int("layers", layers, 1, _dims.INT32_MAX)
+        blocks: jax.Array | tuple[jax.Array, ...]
         if array_per_layer:
             blocks = tuple(format.allocate(num_blocks, device=device) for _ in range(layers))
         else:
@@ -328,9 +329,9 @@ class PagedCache:
                 f"rows must have the s_new = {slots.s_new} of the step's advance(), got shape "
                 f"{rows.shape}"
             )
-        blocks, block_table, _ = self.layer(layer)
-        blocks = cache_append(
-            blocks,
+        old, block_table, _ = self.layer(layer)
+        new = cache_append(
+            old,
             rows,
             block_table,
             slots.positions,
@@ -339,8 +340,9 @@ class PagedCache:
         )
         if isinstance(self.blocks, tuple):
             layer = layer or 0
-            blocks = (*self.blocks[:layer], blocks, *self.blocks[layer + 1 :])
-        return dataclasses.replace(self, blocks=blocks)
+            new_blocks = (*self.blocks[:layer], new, *self.blocks[layer + 1 :])
+            return dataclasses.replace(self, blocks=new_blocks)
+        return dataclasses.replace(self, blocks=new)
 
     def append(
         self,
