@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +142,10 @@ def test_wrong_decode_calls(
     kwargs = {"head_dim_v": 64, "tile_scheduler_metadata": None} | kwargs
     with pytest.raises(error, match=message):
         flash_mla_with_kvcache(*inputs.arguments, **kwargs)
+
+
+def test_ported_example_runs() -> None:
+    path = pathlib.Path(__file__).parent.parent / "examples" / "port_from_flashmla.py"
+    example = runpy.run_path(os.fspath(path))
+    with jax.default_device(jax.devices("cpu")[0]):
+        example["main"]()  # exits with an error where the results do not match

@@ -1,0 +1,270 @@
+"""dense_decode on a Hopper GPU: the whole space that FlashMLA's tests sweep, and graph replay.
+
+A group has one shape but for b: its 64 sequences are attended by the reference once for each mask,
+and every case of the group is compared with the first b of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cases
+import tolerances
+from jax_flashmla import cache_append, dense_decode, make_schedule
+from tolerances import Tolerance
+
+pytestmark = pytest.mark.gpu
+kernel = functools.partial(dense_decode, implementation="kernel")
+reference = functools.partial(dense_decode, implementation="xla")
+
+
+class Group:
+    """The sequences of one shape, on the device."""
+
+    def __init__(
+        self,
+        s_k: int,
+        h_kv: int,
+        s_q: int,
+        h_q: int,
+        *,
+        b: int = 64,
+        zero_lengths: bool = False,
+        dtype: str = "bfloat16",
+    ) -> None:
+        self.q = _normal(1, (b, s_q, h_q, 576), dtype)
+        self._expected: dict[tuple[bool, bool], tuple[jax.Array, jax.Array]] = {}
+        self._cache = functools.partial(_cache, s_k, h_kv, b, zero_lengths, dtype)
+
+    def arguments(self, ragged: bool, b: int | None = None) -> tuple:
+        blocks, table, lengths = self._cache(ragged)
+        return self.q[:b], blocks, table[:b], lengths[:b]
+
+    def expected(self, ragged: bool, causal: bool) -> tuple[jax.Array, jax.Array]:
+        if (ragged, causal) not in self._expected:
+            self._expected[ragged, causal] = reference(*self.arguments(ragged), causal=causal)
+        return self._expected[ragged, causal]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(cases.SEED + seed), shape, dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _cache(
+    s_k: int, h_kv: int, b: int, zero_lengths: bool, dtype: str, ragged: bool
+) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+    case = cases.DecodeCase(b, 1, s_k, 1, ragged=ragged, zero_lengths=zero_lengths)
+    lengths = cases.make_lengths(case)
+    table, num_blocks = cases.make_table(lengths, 64, case.max_blocks)
+    used = np.zeros((num_blocks, 64), bool)
+    for row, length in zip(table, lengths, strict=True):
+        token = np.arange(length)
+        used[row[token // 64], token % 64] = True
+    blocks = _normal(2, (num_blocks, 64, h_kv, 576), dtype)
+    return jnp.where(used[:, :, None, None], blocks, jnp.nan), table, lengths
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _is_close(got: jax.Array, expected: jax.Array, tolerance: Tolerance) -> jax.Array:
+    """What tolerances.assert_close holds, on the device."""
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    finite = jnp.isfinite(expected)
+    bound = jnp.maximum(tolerance.absolute, tolerance.relative * jnp.abs(expected))
+    close = jnp.where(finite, jnp.abs(got - expected) <= bound, got == expected).all()
+    if tolerance.cosine is None:
+        return close
+    size = jnp.sum(got**2 + expected**2)
+    distance = jnp.sum((got - expected) ** 2) / jnp.maximum(size, 1e-30)
+    return close & (distance <= tolerance.cosine)
+
+
+def assert_close(got: tuple, expected: tuple) -> None:
+    for name, x, y, tolerance in zip(
+        ("out", "lse"), got, expected, (tolerances.OUT, tolerances.LSE), strict=True
+    ):
+        if not _is_close(x, y, tolerance):
+            tolerances.assert_close(name, np.asarray(x), np.asarray(y), tolerance)
+            raise AssertionError(f"{name}: not close on the device, close on the host")
+
+
+def assert_case(group: Group, ragged: bool, causal: bool, b: int) -> None:
+    arguments = group.arguments(ragged, b)
+    got = kernel(*arguments, causal=causal)
+    assert_close(got, [x[:b] for x in group.expected(ragged, causal)])
+    for x, again in zip(got, kernel(*arguments, causal=causal), strict=True):
+        assert jnp.array_equal(x, again), "not the same bits on a rerun"
+
+
+@pytest.fixture(
+    scope="module",
+    params=cases.flashmla_groups(),
+    ids="sk{0[0]}-hkv{0[1]}-sq{0[2]}-hq{0[3]}".format,
+)
+def group(request: pytest.FixtureRequest) -> Group:
+    return Group(*request.param)
+
+
+@pytest.mark.parametrize("b", cases.FLASHMLA_B)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
+def test_flashmlas_space(group: Group, ragged: bool, causal: bool, b: int) -> None:
+    assert_case(group, ragged, causal, b)
+
+
+def test_flashmlas_space_against_float64(group: Group) -> None:
+    """One ragged, causal sequence of each group against attention computed naively on the host."""
+    q, blocks, table, lengths = group.arguments(True, 2)
+    out, lse = kernel(q, blocks, table, lengths, causal=True)
+    length = int(lengths[1])
+    keys = np.asarray(blocks[table[1, : -(-length // 64)]]).reshape(-1, *blocks.shape[2:])
+    expected = cases.naive_attention(np.asarray(q[1]), keys, length, d_v=512, causal=True)
+    tolerances.assert_close("out", out[1], expected[0], tolerances.OUT)
+    tolerances.assert_close("lse", lse[1], expected[1], tolerances.LSE)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 128), (2, 64), (4, 9)])
+def test_zero_lengths_among_128_sequences(s_q: int, h_q: int, causal: bool) -> None:
+    group = Group(4096, 1, s_q, h_q, b=128, zero_lengths=True)
+    assert_case(group, True, causal, 128)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("h_kv", "s_q", "h_q"), [(1, 1, 16), (1, 2, 128), (8, 1, 64), (3, 4, 9)])
+def test_float16(h_kv: int, s_q: int, h_q: int, causal: bool) -> None:
+    assert_case(Group(4096, h_kv, s_q, h_q, dtype="float16"), True, causal, 64)
+
+
+def test_one_huge_sequence_among_small_ones() -> None:
+    lengths = np.full(33, 50, np.int32)
+    lengths[17] = 200_000
+    table, num_blocks = cases.make_table(lengths, 64, 3125)
+    blocks = _normal(2, (num_blocks, 64, 1, 576), "bfloat16")
+    arguments = (_normal(1, (33, 1, 16, 576), "bfloat16"), blocks, table, lengths)
+    got = kernel(*arguments)
+    alone = [x[17:18] for x in (arguments[0], table, lengths)]
+    assert_close([x[17:18] for x in got], reference(alone[0], blocks, *alone[1:]))
+    small = np.delete(np.arange(33), 17)
+    arguments = (arguments[0][small], blocks, table[small, :1], lengths[small])
+    assert_close([x[small] for x in got], reference(*arguments))
+
+
+def test_cache_of_more_than_2_to_the_31_elements() -> None:
+    num_blocks = 2**31 // (64 * 576) + 100
+    blocks = jnp.zeros((num_blocks, 64, 1, 576), jnp.bfloat16)
+    assert blocks.size > 2**31
+    ids = np.array([[num_blocks - 1, 0, num_blocks - 50], [5, num_blocks - 2, 7]], np.int32)
+    lengths = np.array([192, 130], np.int32)
+    rows = _normal(3, (2, 192, 1, 576), "bfloat16")
+    positions = np.zeros(2, np.int32)
+    append = functools.partial(cache_append, implementation="kernel")
+    blocks = jax.jit(append, donate_argnums=0)(blocks, rows, ids, positions)
+    written = np.asarray(blocks[ids.reshape(-1)]).reshape(2, 192, 1, 576)
+    np.testing.assert_array_equal(written, np.asarray(rows))
+    q = _normal(4, (2, 1, 16, 576), "bfloat16")
+    out, lse = kernel(q, blocks, ids, lengths)
+    for i in range(2):
+        expected = cases.naive_attention(np.asarray(q[i]), written[i], int(lengths[i]), d_v=512)
+        tolerances.assert_close("out", out[i], expected[0], tolerances.OUT)
+        tolerances.assert_close("lse", lse[i], expected[1], tolerances.LSE)
+
+
+LAYERS = 8  # more than the 5 nodes from which XLA records a CUDA graph
+
+
+@pytest.mark.parametrize("options", [{}, {"xla_gpu_graph_min_graph_size": 1}], ids=str)
+@pytest.mark.parametrize("loop", ["unrolled", "scan"])
+def test_graph_replay_with_changed_lengths(loop: str, options: dict) -> None:
+    """One compiled step of several layers, run again as its sequences grow, shrink and end."""
+    b, h_q, max_blocks = 5, 16, 40
+    table = np.random.default_rng(cases.SEED).permutation(b * max_blocks).astype(np.int32)
+    table = table.reshape(b, max_blocks)
+    blocks = _normal(2, (LAYERS, b * max_blocks, 64, 1, 576), "bfloat16")
+    q = _normal(1, (LAYERS, b, 1, h_q, 576), "bfloat16")
+    rows = _normal(3, (LAYERS, b, 1, 1, 576), "bfloat16")
+
+    def step(blocks: jax.Array, lengths: jax.Array, implementation: str) -> tuple:
+        """Appends a token to each sequence in each layer, and attends."""
+        schedule = make_schedule(lengths, h_q=h_q, implementation=implementation)
+
+        def layer(_: None, x: tuple) -> tuple:
+            q, blocks, rows = x
+            blocks = cache_append(blocks, rows, table, lengths - 1, implementation=implementation)
+            out, lse = dense_decode(
+                q, blocks, table, lengths, schedule=schedule, implementation=implementation
+            )
+            return None, (blocks, out, lse)
+
+        if loop == "scan":
+            return jax.lax.scan(layer, None, (q, blocks, rows))[1]
+        results = [layer(None, (q[i], blocks[i], rows[i]))[1] for i in range(LAYERS)]
+        return tuple(map(jnp.stack, zip(*results, strict=True)))
+
+    run = jax.jit(
+        functools.partial(step, implementation="kernel"),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+    check = jax.jit(functools.partial(step, implementation="xla"))
+    expected_blocks = blocks.copy()
+    for lengths in (
+        [1, 1, 1, 1, 1],
+        [63, 64, 65, 128, 129],
+        [64, 65, 66, 129, 130],
+        [2560, 1, 0, 700, 2000],
+        [0, 0, 0, 0, 0],
+        [5, 2560, 2559, 64, 1],
+        [2560, 2560, 2560, 2560, 2560],
+        [63, 64, 65, 128, 129],
+    ):
+        lengths = np.asarray(lengths, np.int32)
+        blocks, *got = run(blocks, lengths)
+        expected_blocks, *expected = check(expected_blocks, lengths)
+        assert_close(got, expected)
+        assert jnp.array_equal(blocks, expected_blocks)
+
+
+def test_schedule_made_once_serves_growing_lengths() -> None:
+    group = Group(4096, 1, 1, 128)
+    q, blocks, table, lengths = group.arguments(True)
+    schedule = make_schedule(np.maximum(lengths // 3, 1), h_q=128, implementation="kernel")
+    assert_close(kernel(q, blocks, table, lengths, schedule=schedule), group.expected(True, False))
+
+
+def test_schedule_equals_the_references() -> None:
+    rng = np.random.default_rng(cases.SEED)
+    for b, high in ((1, 100), (7, 5000), (128, 40000), (4096, 300), (16384, 40000)):
+        lengths = rng.integers(0, high, b).astype(np.int32)
+        kernels, references = (
+            make_schedule(lengths, h_q=128, implementation=name) for name in ("kernel", "xla")
+        )
+        np.testing.assert_array_equal(kernels.cuts, references.cuts)
+
+
+def test_vmap_is_one_call_of_a_longer_batch() -> None:
+    group = Group(140, 1, 2, 16)
+    q, blocks, table, lengths = group.arguments(True)
+    split = [x.reshape(4, 16, *x.shape[1:]) for x in (q, table, lengths)]
+    mapped = jax.jit(jax.vmap(kernel, in_axes=(0, None, 0, 0)))
+    out, lse = mapped(split[0], blocks, *split[1:])
+    flat = (out.reshape(64, 2, 16, 512), lse.reshape(64, 2, 16))
+    assert_close(flat, group.expected(True, False))
+
+
+def test_other_dimensions_run_the_reference_with_a_warning() -> None:
+    case = cases.DecodeCase(2, 1, 100, 4, d_qk=320, d_v=256)
+    inputs = cases.make_inputs(case)
+    with pytest.warns(RuntimeWarning, match="the sm90 kernel takes .* got d_qk = 320, d_v = 256"):
+        out, lse = dense_decode(*inputs.arguments, d_v=256)
+    expected = cases.naive_decode(case, inputs)
+    tolerances.assert_close("out", out, expected[0], tolerances.OUT)
+    tolerances.assert_close("lse", lse, expected[1], tolerances.LSE)
+    with pytest.raises(NotImplementedError, match="got d_qk = 320, d_v = 256"):
+        kernel(*inputs.arguments, d_v=256)
