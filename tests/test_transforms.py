@@ -549,3 +549,17 @@ jax.config.update("jax_num_cpu_devices", 3)  # an error once there is a backend
 print(len(jax.devices()))
 """
     assert run_python(script).split() == ["3"]
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla"])
+def test_64_bit_mode_changes_nothing(implementation: str) -> None:
+    inputs = cases.make_inputs(SMALL(3, 2, 40, 4))
+    run = functools.partial(decode, *inputs.arguments, implementation=implementation)
+    expected = run()
+    with jax.enable_x64(True):
+        got = run()
+        schedule = make_schedule(inputs.cache_seqlens, h_q=4, implementation=implementation)
+    assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32]
+    assert schedule.cuts.dtype == jnp.int32
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_array_equal(got[1], expected[1])

@@ -1,0 +1,81 @@
+"""What an installation that lacks something, or does not fit its jaxlib or GPU, says."""
+
+from __future__ import annotations
+
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import jax_flashmla
+from jax_flashmla import _ffi, kernel_refusal, make_schedule
+
+
+def test_modules_were_built_for_an_ffi_that_this_jaxlib_has() -> None:
+    installed = _ffi._installed_ffi_version()
+    assert installed is not None
+    assert _ffi._cpu.ffi_api_version() <= installed
+
+
+def test_jaxlib_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "_installed_ffi_version", lambda: (0, 0))
+    built = ".".join(map(str, _ffi._cpu.ffi_api_version()))
+    message = f"jax_flashmla._cpu was built for XLA FFI {built}, but jaxlib .* has 0.0: install a"
+    with pytest.raises(ImportError, match=message):
+        _ffi._load("_cpu", "cpu")
+
+
+def test_cpu_module_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ffi, "_cpu", None)
+    monkeypatch.setattr(_ffi, "_cpu_missing", "No module named 'jax_flashmla._cpu'")
+    assert "cannot be imported (No module named" in kernel_refusal("cpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        message = r"make_schedule cannot run: the CPU module .*; reinstall jax_flashmla"
+        with pytest.raises(ImportError, match=message):
+            make_schedule(np.zeros(3, np.int32), h_q=1, num_parts=17)
+        make_schedule(np.zeros(3, np.int32), h_q=1, num_parts=17, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_module", "expected"),
+    [
+        ("9.0", True, None),
+        ("8.0", True, r"need compute capability 9.0 \(Hopper\), got 8.0 \(Some GPU\)"),
+        ("9.0", False, r"the CUDA module cannot be imported \(not built\)"),
+    ],
+)
+def test_kernels_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: str, has_module: bool, expected: str | None
+) -> None:
+    device = types.SimpleNamespace(compute_capability=capability, device_kind="Some GPU")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    monkeypatch.setattr(_ffi, "_cuda", types.ModuleType("_cuda") if has_module else None)
+    monkeypatch.setattr(_ffi, "_cuda_missing", "not built")
+    refusal = kernel_refusal("cuda")
+    if expected is None:
+        assert refusal is None
+    else:
+        assert re.search(expected, refusal)
+
+
+def test_top_level_names() -> None:
+    names = {
+        "BlockAllocator",
+        "BlockTable",
+        "CacheFormat",
+        "PagedCache",
+        "SplitSchedule",
+        "cache_append",
+        "decode_specs",
+        "dense_decode",
+        "export_checks",
+        "flash_mla_with_kvcache",
+        "get_mla_metadata",
+        "kernel_refusal",
+        "make_schedule",
+        "merge_lse",
+    }
+    assert names <= set(dir(jax_flashmla))
+    assert jax_flashmla.__version__
