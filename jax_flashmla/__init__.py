@@ -8,10 +8,6 @@ from jax_flashmla.cache import BlockTable as BlockTable
 from jax_flashmla.cache import CacheFormat as CacheFormat
 from jax_flashmla.cache import PagedCache as PagedCache
 from jax_flashmla.cache_ops import cache_append as cache_append
-from jax_flashmla.cache import BlockTable as BlockTable
-from jax_flashmla.cache import CacheFormat as CacheFormat
-from jax_flashmla.cache import PagedCache as PagedCache
-from jax_flashmla.cache_ops import cache_append as cache_append
 from jax_flashmla.compat import flash_mla_with_kvcache as flash_mla_with_kvcache
 from jax_flashmla.compat import get_mla_metadata as get_mla_metadata
 from jax_flashmla.merge import merge_lse as merge_lse
