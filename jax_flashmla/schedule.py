@@ -52,7 +52,8 @@ def make_schedule(
         h_kv: heads of the cache; divides h_q.
         s_q: query tokens per sequence.
         num_parts: parts to cut into. By default as many as fill the local CUDA device, or an H100
-            or H200 where there is none: its multiprocessors over the tiles of 64 query rows.
+            or H200 where there is none: its multiprocessors over the tiles of 64 query rows. At
+            most 256.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX.
 
@@ -66,7 +67,7 @@ def make_schedule(
     _dims.check_heads(h_q, h_kv, s_q)
     if num_parts is None:
         tiles = h_kv * -(-s_q * h_q // h_kv // _HEADS_PER_TILE)
-        num_parts = max(1, _sm_count() // tiles)
+        num_parts = min(max(1, _sm_count() // tiles), _dims.MAX_PARTS)
     _dims.check_make_schedule(cache_seqlens, num_parts)
     _dims.check_implementation(implementation)
     cuts = _ffi.make_schedule(

@@ -80,7 +80,7 @@ def test_scale_and_default_scale(implementation: str) -> None:
         tolerances.assert_close("lse", lse[i], expected_lse, tolerances.LSE)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 64, 500])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 64, 256])
 def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) -> None:
     case = DecodeCase(4, 1, 900, 3, causal=True)
     inputs = cases.make_inputs(case)
