@@ -271,7 +271,7 @@ def test_cache_append_refuses(device, wrong, match):
 def test_a_table_beyond_31_bits_of_tokens_is_refused(device):
     refused(
         dense_decode,
-        r"max_blocks \* block_size \(tokens\) must be at most 2147483647, got 2147483648",
+        r"max_blocks \* block_size \(tokens\) must be less than 2\^31, got 2147483648",
         blocks=zeros(1, 2**16, h_kv, 8),
         q=zeros(1, s_q, h_q, 8),
         block_table=i32(1, 2**15),

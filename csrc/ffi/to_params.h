@@ -16,26 +16,28 @@ namespace flashmla::ffi {
 
 // The element type of a buffer that must hold bf16 or f16.
 inline DType read_dtype(ExtentChecks& checks, const char* buffer, xla::ffi::DataType got) {
-  checks.require(got == xla::ffi::BF16 || got == xla::ffi::F16,
-                 std::string(buffer) + " must be bf16 or f16, got XLA element type " +
-                     std::to_string(static_cast<int>(got)));
-  return got == xla::ffi::F16 ? DType::kFloat16 : DType::kBFloat16;
+  if (got == xla::ffi::BF16) return DType::kBFloat16;
+  if (got != xla::ffi::F16) {
+    checks.fail(std::string(buffer) + " must be bf16 or f16, got XLA element type " +
+                std::to_string(static_cast<int>(got)));
+  }
+  return DType::kFloat16;
 }
 
 inline void expect_same_dtype(ExtentChecks& checks, const char* buffer, xla::ffi::DataType got,
                               const char* other, xla::ffi::DataType expected) {
-  checks.require(got == expected, std::string(buffer) + " must have the element type of " + other);
+  if (got != expected) {
+    checks.fail(std::string(buffer) + " must have the element type of " + other);
+  }
 }
 
 // num_parts, from cuts [num_parts + 1, 2].
 inline int64_t read_num_parts(ExtentChecks& checks, Dimensions cuts) {
-  const auto [num_cuts, two] = checks.read<2>("cuts", cuts, {"num_parts + 1", "2"});
-  if (!checks.ok()) return 0;
-  checks.require(num_cuts >= 2 && two == 2,
-                 "cuts must have shape [num_parts + 1, 2] with num_parts " +
-                     std::string("at least 1, got [") + std::to_string(num_cuts) + ", " +
-                     std::to_string(two) + "]");
-  return num_cuts - 1;
+  if (cuts[0] < 2 || cuts[1] != 2) {
+    checks.fail("cuts must have shape [num_parts + 1, 2] with num_parts at least 1, got " +
+                ExtentChecks::to_string(cuts));
+  }
+  return cuts[0] - 1;
 }
 
 inline void check_table_reach(ExtentChecks& checks, int64_t max_blocks, int64_t block_size) {
@@ -45,8 +47,9 @@ inline void check_table_reach(ExtentChecks& checks, int64_t max_blocks, int64_t 
 inline Status to_params(I32R1 cache_seqlens, Result<I32R2> cuts, MakeScheduleParams* params) {
   ExtentChecks checks;
   const auto [b] = checks.read<1>("cache_seqlens", cache_seqlens.dimensions(), {"b"});
-  checks.require(b <= kMaxBatch,
-                 "b must be at most " + std::to_string(kMaxBatch) + ", got " + std::to_string(b));
+  if (b > kMaxBatch) {
+    checks.fail("b must be at most " + std::to_string(kMaxBatch) + ", got " + std::to_string(b));
+  }
   params->b = checks.int32("b", b);
   params->num_parts = checks.int32("num_parts", read_num_parts(checks, cuts->dimensions()));
   params->cache_seqlens = cache_seqlens.typed_data();
@@ -69,10 +72,14 @@ inline Status to_params(AnyBuffer q, AnyBuffer blocks, I32R2 block_table, I32R1 
   const int64_t num_parts = read_num_parts(checks, cuts.dimensions());
   if (!checks.ok()) return checks.status();
 
-  checks.require(h_q % h_kv == 0, "h_q must be a multiple of h_kv, got h_q=" + std::to_string(h_q) +
-                                      " and h_kv=" + std::to_string(h_kv));
-  checks.require(d_v <= d_qk, "d_v must be at most d_qk, got d_v=" + std::to_string(d_v) +
-                                  " and d_qk=" + std::to_string(d_qk));
+  if (h_q % h_kv != 0) {
+    checks.fail("h_q must be a multiple of h_kv, got h_q=" + std::to_string(h_q) +
+                " and h_kv=" + std::to_string(h_kv));
+  }
+  if (d_v > d_qk) {
+    checks.fail("d_v must be at most d_qk, got d_v=" + std::to_string(d_v) +
+                " and d_qk=" + std::to_string(d_qk));
+  }
   checks.expect(
       "blocks", blocks.dimensions(),
       {{"num_blocks", num_blocks}, {"block_size", block_size}, {"h_kv", h_kv}, {"d_qk", d_qk}});
@@ -138,8 +145,9 @@ inline Status to_params(AnyBuffer blocks, AnyBuffer rows, I32R2 block_table, I32
   read_dtype(checks, "blocks", blocks.element_type());
   expect_same_dtype(checks, "rows", rows.element_type(), "blocks", blocks.element_type());
   expect_same_dtype(checks, "the result", updated->element_type(), "blocks", blocks.element_type());
-  checks.require(updated->untyped_data() == blocks.untyped_data(),
-                 "the result must be aliased to blocks (input_output_aliases={0: 0})");
+  if (updated->untyped_data() != blocks.untyped_data()) {
+    checks.fail("the result must be aliased to blocks (input_output_aliases={0: 0})");
+  }
 
   params->b = checks.int32("b", b);
   params->s_new = checks.int32("s_new", s_new);
