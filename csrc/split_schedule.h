@@ -1,13 +1,15 @@
-// How a ragged batch is cut into parts of equal cost. Shared by cpu/ and sm90/ (host and device).
+// How a ragged batch is cut into parts. Shared by cpu/ and sm90/ (host and device).
 //
-// A sequence of n tokens has ceil(n / kSplitTile) tiles. Lay the sequences end to end, each taking
-// kSequenceOverhead + tiles units of cost; part p of num_parts owns the units from
-// p * total / num_parts up to the next part's first. cuts[p] = (sequence, tile) is the first tile that
-// part p owns: a cut that falls into a sequence's overhead is moved to its tile 0, and a cut at the
-// end of all is (b, 0). So part p works from cuts[p] up to, not including, cuts[p + 1]:
+// A sequence of n tokens has ceil(n / kSplitTile) tiles. cuts[p] = (sequence, tile) is the first tile of
+// part p, which works up to, not including, cuts[p + 1]; (b, 0) is the end of all:
 //
 //   sequences   |  0: 5 tiles  | 1 |  2: 7 tiles       |
 //   cuts        ^(0,0)    ^(0,4)      ^(2,0)  ^(2,4)    ^(3,0)
+//
+// Two plans, of which the better is taken. Uniform: every sequence in pieces of `stride` tiles (the last
+// may be shorter), one piece a part; best where there are fewer sequences than parts. Packed: the
+// sequences end to end, each taking kSequenceOverhead + tiles units of cost, cut every `stride` units; a
+// cut that falls into a sequence's overhead is moved to its tile 0.
 //
 // A part whose last sequence is not cut by cuts[p + 1] runs to that sequence's end, whatever its
 // length then is: a schedule made for other lengths is slower, never wrong.
@@ -24,8 +26,9 @@
 namespace flashmla {
 
 constexpr int kSplitTile = 64;        // tokens
-constexpr int kSequenceOverhead = 1;  // tiles' worth of time to start and finish a sequence
+constexpr int kSequenceOverhead = 2;  // tiles' worth of time to start and finish a piece
 constexpr int kMaxBatch = 16384;      // sequences that one schedule can hold
+constexpr int kMaxParts = 256;
 
 struct Cut {
   int32_t sequence;
@@ -36,26 +39,49 @@ FLASHMLA_HOST_DEVICE constexpr int32_t num_tiles(int32_t seqlen) {
   return seqlen > 0 ? (seqlen - 1) / kSplitTile + 1 : 0;
 }
 
-FLASHMLA_HOST_DEVICE constexpr int32_t sequence_cost(int32_t seqlen) {
-  return num_tiles(seqlen) + kSequenceOverhead;
+FLASHMLA_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many pieces of at most `stride` tiles a sequence makes; an empty one still makes one.
+FLASHMLA_HOST_DEVICE constexpr int64_t num_pieces(int64_t tiles, int64_t stride) {
+  return tiles > stride ? ceil_div(tiles, stride) : 1;
 }
 
-// The first unit of cost that belongs to `part`.
-FLASHMLA_HOST_DEVICE constexpr int64_t part_begin(int part, int num_parts, int64_t total_cost) {
-  return total_cost * part / num_parts;
+struct SplitPlan {
+  bool uniform;
+  int64_t stride;  // tiles of a piece, or units of cost between two cuts
+};
+
+// uniform_stride: the least stride whose pieces are at most num_parts, or 0 where b > num_parts.
+FLASHMLA_HOST_DEVICE constexpr SplitPlan choose_plan(int b, int num_parts, int64_t total_tiles,
+                                                     int64_t uniform_stride) {
+  // The first sequence's overhead is not counted: then each part pays for starting, and for its tiles.
+  const int64_t cost = total_tiles + int64_t{kSequenceOverhead} * (b - 1);
+  const int64_t packed_stride = cost > 0 ? ceil_div(cost, num_parts) : 1;
+  // A part of the packed plan often starts two sequences, one of the uniform plan only one.
+  if (uniform_stride > 0 && uniform_stride <= packed_stride + kSequenceOverhead) {
+    return {true, uniform_stride};
+  }
+  return {false, packed_stride};
 }
 
-// The cut at cost `position`; cost_end[i] is the cost of sequences 0..i together.
-FLASHMLA_HOST_DEVICE inline Cut cut_at(int64_t position, const int64_t* cost_end, int b) {
+// Units that a sequence takes: pieces in the uniform plan, cost in the packed one.
+FLASHMLA_HOST_DEVICE constexpr int64_t sequence_units(SplitPlan plan, int64_t tiles) {
+  return plan.uniform ? num_pieces(tiles, plan.stride) : tiles + kSequenceOverhead;
+}
+
+// Cut number `part`; unit_end[i] is the units of sequences 0..i together.
+FLASHMLA_HOST_DEVICE inline Cut cut_at(SplitPlan plan, int part, const int64_t* unit_end, int b) {
+  int64_t position = part;
+  if (!plan.uniform && part > 0) position = kSequenceOverhead + part * plan.stride;
   int low = 0, high = b;  // first sequence whose end is past position
   while (low < high) {
     const int mid = (low + high) / 2;
-    if (cost_end[mid] > position) high = mid;
+    if (unit_end[mid] > position) high = mid;
     else low = mid + 1;
   }
   if (low == b) return {b, 0};
-  const int64_t begin = low == 0 ? 0 : cost_end[low - 1];
-  const int64_t tile = position - begin - kSequenceOverhead;
+  const int64_t offset = position - (low == 0 ? 0 : unit_end[low - 1]);
+  const int64_t tile = plan.uniform ? offset * plan.stride : offset - kSequenceOverhead;
   return {low, tile > 0 ? static_cast<int32_t>(tile) : 0};
 }
 

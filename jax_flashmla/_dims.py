@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 SPLIT_TILE = 64  # tokens; kSplitTile in csrc/split_schedule.h
+SEQUENCE_OVERHEAD = 2  # tiles; kSequenceOverhead in csrc/split_schedule.h
 MAX_BATCH = 16384  # sequences that one schedule can hold; kMaxBatch in csrc/split_schedule.h
-MAX_PARTS = 16384
+MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/split_schedule.h
 INT32_MAX = 2**31 - 1
 FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 

@@ -102,6 +102,7 @@ struct Row {
 struct Bench {
   T* pool;
   int64_t pool_blocks;
+  float query_scale = 10;  // scores then have standard deviation 1
   std::mt19937 random{7};
 
   template <typename V>
@@ -156,7 +157,7 @@ struct Bench {
     };
     const size_t rows = size_t(p.b) * p.s_q * p.h_q, slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
     p.q = alloc(rows * kDqk * 2);
-    fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, 10.0f);
+    fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
     p.cache_seqlens = upload(row.lengths);
     x.allocations.push_back((void*)p.cache_seqlens);
     p.cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
@@ -259,6 +260,7 @@ int main(int argc, char** argv) {
   const std::string rows_path = argc > 1 ? argv[1] : "";
   Bench bench;
   bench.pool_blocks = argc > 2 ? std::atoll(argv[2]) : 140000;
+  if (argc > 3) bench.query_scale = std::atof(argv[3]);
   CHECK(cudaMalloc(&bench.pool, bench.pool_blocks * kBlock * kDqk * 2));
   fill<<<1024, 256>>>(bench.pool, uint64_t(bench.pool_blocks) * kBlock * kDqk, 1, 0.1f);
   CHECK(cudaDeviceSynchronize());

@@ -26,7 +26,7 @@ int32_t seqlen_of(const DenseDecodeParams& params, int sequence) {
 std::vector<Cut> choose_cuts(const DenseDecodeParams& params) {
   constexpr int64_t kPartCost = 8;  // tiles
   int64_t cost = 1;
-  for (int i = 0; i < params.b; ++i) cost += sequence_cost(seqlen_of(params, i));
+  for (int i = 0; i < params.b; ++i) cost += num_tiles(seqlen_of(params, i)) + 1;
   const int64_t merged = std::max<int64_t>(1, params.num_parts * kPartCost / cost);
 
   std::vector<Cut> cuts = {{0, 0}};

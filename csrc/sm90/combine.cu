@@ -19,26 +19,57 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kValueDim = 512;
-constexpr int kMaxParts = kThreads;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kMaxBlocks = 4 * 132;
+constexpr int kQuarters = 4;  // of a row's columns
+static_assert(kThreads == kMaxParts, "a thread looks after one part");
 constexpr int kFewPieces = 8;  // up to here one warp merges a row; above, a block a quarter row
 
-// The cut sequences. A part owns the merge of a sequence that starts in it and goes on in the next.
+// The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   Cut cuts[kMaxParts + 1];
-  int task_end[kMaxParts];  // running number of block tasks, by part
+  uint32_t continues[kMaxParts / 32 + 1];  // bit p: part p goes on with the sequence of part p - 1's
+  int task_end[kMaxParts];                 // running number of block tasks, by owner
 };
 
-__device__ __forceinline__ bool continues(Cut previous, Cut cut) {
-  return cut.tile > 0 && cut.sequence == previous.sequence && previous.tile > 0;
+// How many bits from `first` on are set without a gap.
+__device__ __forceinline__ int run_length(const uint32_t* bits, int first) {
+  int length = 0;
+  for (int word = first / 32, shift = first % 32;; ++word, shift = 0) {
+    const uint32_t clear = ~bits[word] >> shift << shift;
+    if (clear != 0) return length + __ffs(clear) - 1 - shift;
+    length += 32 - shift;
+  }
 }
 
-// Pieces of the sequence whose merge `part` owns; 0 where it owns none.
-__device__ __forceinline__ int pieces_owned(const MergeList& list, int part, int num_parts) {
-  const Cut next = list.cuts[part + 1];
-  if (next.tile <= 0 || continues(list.cuts[part], next)) return 0;
-  int last = part + 1;
-  while (last + 1 < num_parts && continues(list.cuts[last], list.cuts[last + 1])) ++last;
-  return last - part + 1;
+// Fills the list; returns the number of tasks. Every thread calls.
+__device__ __forceinline__ int list_merges(const DenseDecodeParams& params, MergeList& list) {
+  const int thread = threadIdx.x, rows = params.s_q * params.h_q;
+  for (int i = thread; i <= params.num_parts; i += kThreads) {
+    const int2 cut = reinterpret_cast<const int2*>(params.cuts)[i];
+    list.cuts[i] = {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
+  }
+  if (thread == 0) list.continues[kMaxParts / 32] = 0;
+  __syncthreads();
+  // Part p enters a sequence midway; and, of those, goes on with what the previous part also entered midway.
+  const bool midway = thread > 0 && thread < params.num_parts && list.cuts[thread].tile > 0;
+  const bool goes_on = midway && list.cuts[thread - 1].tile > 0 &&
+                       list.cuts[thread - 1].sequence == list.cuts[thread].sequence;
+  const uint32_t word = __ballot_sync(~0u, goes_on);
+  if (thread % 32 == 0) list.continues[thread / 32] = word;
+  __syncthreads();
+
+  int tasks = 0;  // of the merge owned by the part before this thread's
+  if (midway && !goes_on) {
+    const int pieces = 2 + run_length(list.continues, thread + 1);
+    tasks = pieces > kFewPieces ? rows * kQuarters : (rows + kWarps - 1) / kWarps;
+  }
+  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage scan_storage;
+  int total;
+  Scan(scan_storage).InclusiveSum(tasks, tasks, total);
+  list.task_end[thread] = tasks;
+  return total;
 }
 
 __device__ __forceinline__ int slot_of(int owner, int piece) {
@@ -82,82 +113,83 @@ __device__ __forceinline__ void add_scaled(float4& sum, float w, float4 v) {
   sum.w += w * v.w;
 }
 
+// Stores columns that the kernel left as float4 number `i` of a row: in each 16 columns, the lane t of a
+// quad holds 2t, 2t + 1, 2t + 8, 2t + 9.
 template <typename T>
-__device__ __forceinline__ uint2 pack4(float4 v) {
-  return {pack<T>(v.x, v.y), pack<T>(v.z, v.w)};
+__device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
+  auto* pairs = reinterpret_cast<uint32_t*>(row) + i / 4 * 8 + i % 4;
+  pairs[0] = pack<T>(v.x, v.y);
+  pairs[4] = pack<T>(v.z, v.w);
+}
+
+// One warp merges a row of few pieces.
+template <typename T>
+__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int owner, int pieces,
+                                          int sequence, int row) {
+  const int lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
+  const float* lse = params.lse_accum + row;
+  const float total_lse = merged_lse(lse, rows, owner, pieces);
+  float4 sum[kQuarters] = {};
+#pragma unroll 2
+  for (int i = 0; i < pieces; ++i) {
+    const int64_t index = int64_t{slot_of(owner, i)} * rows;
+    const float w = weight(lse[index], total_lse);
+    const auto* source =
+        reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim) + lane;
+#pragma unroll
+    for (int j = 0; j < kQuarters; ++j) add_scaled(sum[j], w, source[j * 32]);
+  }
+  const int64_t target = int64_t{sequence} * rows + row;
+#pragma unroll
+  for (int j = 0; j < kQuarters; ++j) {
+    store_columns(static_cast<T*>(params.out) + target * kValueDim, j * 32 + lane, sum[j]);
+  }
+  if (lane == 0) params.lse[target] = total_lse * kLn2;
+}
+
+// One block merges a quarter row of many pieces, its warps taking turns at the pieces.
+template <typename T>
+__device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, int owner, int pieces,
+                                              int sequence, int row, int quarter) {
+  __shared__ float4 partial[kWarps][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
+  const int column = quarter * 32 + lane;  // in float4
+  const float* lse = params.lse_accum + row;
+  const float total_lse = merged_lse(lse, rows, owner, pieces);
+  float4 sum = {};
+#pragma unroll 8
+  for (int i = warp; i < pieces; i += kWarps) {
+    const int64_t index = int64_t{slot_of(owner, i)} * rows;
+    const auto* source = reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim);
+    add_scaled(sum, weight(lse[index], total_lse), source[column]);
+  }
+  partial[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) add_scaled(sum, 1.0f, partial[i][lane]);
+  const int64_t target = int64_t{sequence} * rows + row;
+  store_columns(static_cast<T*>(params.out) + target * kValueDim, column, sum);
+  if (column == 0) params.lse[target] = total_lse * kLn2;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(DenseDecodeParams params) {
   __shared__ MergeList list;
-  __shared__ float4 partial[kWarps][32];
-  using Scan = cub::BlockScan<int, kThreads>;
-  __shared__ typename Scan::TempStorage scan_storage;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rows = params.s_q * params.h_q;
-
-  for (int i = threadIdx.x; i <= params.num_parts; i += kThreads) {
-    const int2 cut = reinterpret_cast<const int2*>(params.cuts)[i];
-    list.cuts[i] = {cut.x, cut.x < params.b && cut.x >= 0 ? cut.y : 0};
-  }
-  __syncthreads();
-  const int part = threadIdx.x;
-  const int pieces_here = part < params.num_parts ? pieces_owned(list, part, params.num_parts) : 0;
-  int tasks = 0;
-  if (pieces_here > kFewPieces) tasks = rows * 4;
-  else if (pieces_here > 0) tasks = (rows + kWarps - 1) / kWarps;
-  int total;
-  Scan(scan_storage).InclusiveSum(tasks, tasks, total);
-  list.task_end[part] = tasks;
+  const int total = list_merges(params, list);
   wait_for_prerequisites();
-
+  launch_dependents();
   for (int task = blockIdx.x; task < total; task += gridDim.x) {
-    const int owner = __syncthreads_count(list.task_end[threadIdx.x] <= task);
-    const int pieces = pieces_owned(list, owner, params.num_parts);
-    const int local = task - (owner == 0 ? 0 : list.task_end[owner - 1]);
-    const int64_t sequence = list.cuts[owner + 1].sequence;
-
-    if (pieces <= kFewPieces) {
-      const int row = local * kWarps + warp;
-      if (row >= rows) continue;
-      const float* lse = params.lse_accum + row;
-      const float total_lse = merged_lse(lse, rows, owner, pieces);
-      float4 sum[4] = {};
-      for (int i = 0; i < pieces; ++i) {
-        const int64_t index = int64_t{slot_of(owner, i)} * rows;
-        const float w = weight(lse[index], total_lse);
-        const auto* source =
-            reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim) + lane;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) add_scaled(sum[j], w, source[j * 32]);
-      }
-      const int64_t target = sequence * rows + row;
-      auto* out = reinterpret_cast<uint2*>(static_cast<T*>(params.out) + target * kValueDim) + lane;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) out[j * 32] = pack4<T>(sum[j]);
-      if (lane == 0) params.lse[target] = total_lse * 0.6931471805599453f;
-    } else {
-      const int row = local / 4, column = (local % 4) * 32 + lane;  // column in float4
-      const float* lse = params.lse_accum + row;
-      const float total_lse = merged_lse(lse, rows, owner, pieces);
-      float4 sum = {};
-#pragma unroll 8
-      for (int i = warp; i < pieces; i += kWarps) {
-        const int64_t index = int64_t{slot_of(owner, i)} * rows;
-        const auto* source =
-            reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim);
-        add_scaled(sum, weight(lse[index], total_lse), source[column]);
-      }
-      partial[warp][lane] = sum;
-      __syncthreads();
-      if (warp == 0) {
-        sum = partial[0][lane];
-        for (int i = 1; i < kWarps; ++i) add_scaled(sum, 1.0f, partial[i][lane]);
-        const int64_t target = sequence * rows + row;
-        reinterpret_cast<uint2*>(static_cast<T*>(params.out) + target * kValueDim)[column] =
-            pack4<T>(sum);
-        if (column == 0) params.lse[target] = total_lse * 0.6931471805599453f;
-      }
+    // The part whose range of tasks this one is in, one past the merge's owner.
+    const int part = __syncthreads_count(list.task_end[threadIdx.x] <= task);
+    const int pieces = 2 + run_length(list.continues, part + 1);
+    const int local = task - list.task_end[part - 1];
+    const int sequence = list.cuts[part].sequence;
+    if (pieces > kFewPieces) {
+      merge_quarter<T>(params, part - 1, pieces, sequence, local / kQuarters, local % kQuarters);
+    } else if (const int row = local * kWarps + threadIdx.x / 32; row < rows) {
+      merge_row<T>(params, part - 1, pieces, sequence, row);
     }
   }
 }
@@ -172,7 +204,7 @@ Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
                                    std::to_string(params.num_parts));
   }
   const int rows = params.s_q * params.h_q;
-  const unsigned grid = std::min((params.num_parts - 1) * rows * 4, 4 * 132);
+  const unsigned grid = std::min((params.num_parts - 1) * rows * kQuarters, kMaxBlocks);
   LaunchOptions options{grid, kThreads};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {

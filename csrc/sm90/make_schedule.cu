@@ -1,6 +1,8 @@
 #include "make_schedule.h"
 
+#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
+#include <cuda/functional>
 
 #include "../split_schedule.h"
 #include "common/launch.h"
@@ -9,25 +11,74 @@ namespace flashmla::sm90 {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
 
-// One block: running costs of the sequences into shared memory, then one cut a thread.
+// The least stride that cuts the sequences into at most num_parts pieces, for b <= num_parts. All warps
+// try strides at once, and the range shrinks by their number each round.
+__device__ int64_t find_uniform_stride(const MakeScheduleParams& params, int64_t most_tiles) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t low = 1, high = max(most_tiles, int64_t{1});
+  while (low < high) {
+    const int64_t step = ceil_div(high - low, kWarps + 1);
+    const int64_t stride = min(low + step * (warp + 1), high) - 1;  // in [low, high)
+    int64_t pieces = 0;
+    for (int i = lane; i < params.b; i += 32) {
+      pieces += num_pieces(num_tiles(params.cache_seqlens[i]), stride);
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) pieces += __shfl_xor_sync(~0u, pieces, i);
+    // More pieces with a smaller stride: the warps whose strides are too small come first.
+    const int too_small = __syncthreads_count(pieces > params.num_parts) / 32;
+    const int64_t next_low = too_small > 0 ? min(low + step * too_small, high) : low;
+    high = too_small < kWarps ? min(low + step * (too_small + 1), high) - 1 : high;
+    low = next_low;
+  }
+  return low;
+}
+
+// One block: a plan, the running units of the sequences in shared memory, then one cut a thread.
 __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeScheduleParams params) {
-  extern __shared__ int64_t cost_end[];  // [b]
+  extern __shared__ int64_t unit_end[];  // [b]
+  using Reduce = cub::BlockReduce<int64_t, kThreads>;
   using Scan = cub::BlockScan<int64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ typename Scan::TempStorage scan_storage;
+  __shared__ union {
+    typename Reduce::TempStorage reduce;
+    typename Scan::TempStorage scan;
+  } temp;
+  __shared__ int64_t sums[2];
+
+  int64_t tiles = 0, most = 0;
+  for (int i = threadIdx.x; i < params.b; i += kThreads) {
+    const int64_t t = num_tiles(params.cache_seqlens[i]);
+    tiles += t;
+    most = max(most, t);
+  }
+  tiles = Reduce(temp.reduce).Sum(tiles);
+  __syncthreads();
+  most = Reduce(temp.reduce).Reduce(most, cuda::maximum<>{});
+  if (threadIdx.x == 0) {
+    sums[0] = tiles;
+    sums[1] = most;
+  }
+  __syncthreads();
+  const bool few = params.b <= params.num_parts;
+  const int64_t uniform_stride = few ? find_uniform_stride(params, sums[1]) : 0;
+  const SplitPlan plan = choose_plan(params.b, params.num_parts, sums[0], uniform_stride);
 
   int64_t total = 0;
   for (int first = 0; first < params.b; first += kThreads) {
-    const int sequence = first + threadIdx.x;
-    const int64_t cost = sequence < params.b ? sequence_cost(params.cache_seqlens[sequence]) : 0;
+    const int i = first + threadIdx.x;
+    const int64_t units =
+        i < params.b ? sequence_units(plan, num_tiles(params.cache_seqlens[i])) : 0;
     int64_t end, sum;
-    Scan(scan_storage).InclusiveSum(cost, end, sum);
-    if (sequence < params.b) cost_end[sequence] = total + end;
+    Scan(temp.scan).InclusiveSum(units, end, sum);
+    if (i < params.b) unit_end[i] = total + end;
     total += sum;
     __syncthreads();
   }
   for (int part = threadIdx.x; part <= params.num_parts; part += kThreads) {
-    const Cut cut = cut_at(part_begin(part, params.num_parts, total), cost_end, params.b);
+    // The last cut is the end also where rounding left room behind it.
+    const Cut cut = part < params.num_parts ? cut_at(plan, part, unit_end, params.b) : Cut{params.b, 0};
     reinterpret_cast<int2*>(params.cuts)[part] = {cut.sequence, cut.tile};
   }
 }

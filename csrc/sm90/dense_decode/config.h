@@ -31,9 +31,9 @@ constexpr int kValueRegisters = 160;  // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
 struct KernelArgs {
-  CUtensorMap half_map;  // boxes of 64 tokens x kHalfChunks chunks
-  CUtensorMap rope_map;  // boxes of 64 tokens x 1 chunk
-  const void* q;
+  // Boxes of 64 rows x kHalfChunks (half) or 1 (rope) chunks.
+  CUtensorMap cache_half_map, cache_rope_map;  // coordinates: 0, token, chunk, block
+  CUtensorMap query_half_map, query_rope_map;  // coordinates: 0, row of [b, s_q, h_q], chunk, 0
   const int32_t* block_table;
   const int32_t* cache_seqlens;
   const int32_t* cuts;
@@ -41,7 +41,9 @@ struct KernelArgs {
   float* lse;
   float* out_accum;
   float* lse_accum;
-  int b, s_q, h_q;
+  int b;
+  int rows;  // s_q * h_q: query rows of a sequence
+  int s_q, h_q;
   int group;  // query heads per KV head
   int max_blocks;
   float scale_log2;  // sm_scale * log2(e)

@@ -16,7 +16,7 @@
 
 namespace flashmla::sm90 {
 
-// Grid: (ceil(s_q * group / 64), h_kv, num_parts): blocks that read the same tokens are neighbours.
+// Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelArgs args) {
@@ -24,37 +24,35 @@ __global__ void __launch_bounds__(kThreads, 1)
   SharedStorage& smem = shared_storage[0];
 
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&args.half_map);
-    prefetch_tensor_map(&args.rope_map);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.latent_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.latent_full[1][i]), 1);
     }
+    constexpr int kWarps = kWarpgroupThreads / 32;
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem_address(&smem.rope_full[i]), 1);
-      mbarrier_init(smem_address(&smem.scores_done[i]), kWarpgroupThreads / 32);
-      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupThreads / 32);
-      mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupThreads / 32);
-      mbarrier_init(smem_address(&smem.values_done[i]), 2 * kWarpgroupThreads / 32);
+      mbarrier_init(smem_address(&smem.scores_done[i]), kWarps);
+      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
+      mbarrier_init(smem_address(&smem.values_go[i]), kWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarps);
     }
     mbarrier_init_fence();
+    smem.row_tile.find(args);
   }
-  if (threadIdx.x < kTileRows) {
-    smem.row_offset[threadIdx.x] = row_offset(args, blockIdx.y, blockIdx.x * kTileRows + threadIdx.x);
+  wait_for_prerequisites();
+  launch_dependents();
+  if (threadIdx.x < 2) {
+    (threadIdx.x == 0 ? smem.begin : smem.end) = load_cut(args, blockIdx.z + threadIdx.x);
   }
   __syncthreads();
-  wait_for_prerequisites();
-
-  const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     raise_registers<kScoreRegisters>();
-    run_scores<T>(args, smem, begin, end);
+    run_scores<T>(args, smem);
   } else {
     lower_registers<kValueRegisters>();
-    run_values<T>(args, smem, begin, end, warpgroup - 1);
+    run_values<T>(args, smem, warpgroup - 1);
   }
-  launch_dependents();
 }
 
 }  // namespace flashmla::sm90

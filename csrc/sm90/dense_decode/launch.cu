@@ -1,3 +1,4 @@
+#include <cstdint>
 #include <string>
 
 #include "../combine.h"
@@ -19,21 +20,23 @@ Status check_supported(const DenseDecodeParams& params) {
   if (params.num_blocks < 1) {
     return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }
+  if (int64_t{params.b} * params.s_q * params.h_q > INT32_MAX) {
+    return Status::InvalidArgument("dense_decode takes less than 2^31 query rows (b * s_q * h_q)");
+  }
   return require_hopper();
 }
 
 }  // namespace
 
 Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
-  const int group = params.h_q / params.h_kv;
-  const int row_tiles = (params.s_q * group + kTileRows - 1) / kTileRows;
-  if (params.b == 0 || row_tiles == 0) return Status::Ok();
+  if (params.b == 0 || params.s_q * params.h_q == 0) return Status::Ok();
   if (Status status = check_supported(params); !status.ok()) return status;
 
   KernelArgs args;
-  if (Status s = make_cache_map(params, kHalfChunks, &args.half_map); !s.ok()) return s;
-  if (Status s = make_cache_map(params, 1, &args.rope_map); !s.ok()) return s;
-  args.q = params.q;
+  if (Status s = make_cache_map(params, kHalfChunks, &args.cache_half_map); !s.ok()) return s;
+  if (Status s = make_cache_map(params, 1, &args.cache_rope_map); !s.ok()) return s;
+  if (Status s = make_query_map(params, kHalfChunks, &args.query_half_map); !s.ok()) return s;
+  if (Status s = make_query_map(params, 1, &args.query_rope_map); !s.ok()) return s;
   args.block_table = params.block_table;
   args.cache_seqlens = params.cache_seqlens;
   args.cuts = params.cuts;
@@ -44,11 +47,15 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.b = params.b;
   args.s_q = params.s_q;
   args.h_q = params.h_q;
-  args.group = group;
+  args.rows = params.s_q * params.h_q;
+  args.group = params.h_q / params.h_kv;
   args.max_blocks = params.max_blocks;
   args.scale_log2 = params.sm_scale * 1.4426950408889634f;
   args.causal = params.causal;
 
+  // One KV head: all query rows packed. Several: the rows of one query token at a time.
+  const int row_tiles = params.h_kv == 1 ? (args.rows + kTileRows - 1) / kTileRows
+                                         : params.s_q * ((args.group + kTileRows - 1) / kTileRows);
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel =
       params.dtype == DType::kBFloat16 ? launch_dense_decode_bf16 : launch_dense_decode_f16;

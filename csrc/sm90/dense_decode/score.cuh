@@ -16,6 +16,7 @@ constexpr int kScoreBarrier = 1;  // named barrier of this warpgroup
 // How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
 constexpr float kLazyRescale = 8.0f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
 struct SoftmaxRows {
@@ -127,33 +128,37 @@ __device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows&
   rows.sum[1] += sum[1][0] + sum[1][1];
 }
 
-// Finishes a piece: sums over the row, its inverse for the value warpgroups, its log-sum-exp.
-__device__ __forceinline__ void finish_rows(const KernelArgs& args, SharedStorage& smem,
-                                            const SoftmaxRows& rows, int parity, bool partial,
-                                            int destination) {
-  const int lane = threadIdx.x % 32;
+// The rows' sums over all columns, and their inverses for the value warpgroups.
+__device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& rows, int parity) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = rows.sum[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + lane / 4 + 8 * r;
-    const int offset = smem.row_offset[row];
-    if (lane % 4 == 0) {
-      smem.inverse_sum[parity][row] = sum > 0.0f ? 1.0f / sum : 0.0f;
-      if (offset >= 0) {
-        const float lse_log2 = sum > 0.0f ? rows.reference[r] + log2f(sum) : -INFINITY;
-        const int64_t index = int64_t{destination} * args.s_q * args.h_q + offset;
-        if (partial) args.lse_accum[index] = lse_log2;
-        else args.lse[index] = lse_log2 * 0.6931471805599453f;
-      }
-    }
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
+    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
+    const float inverse = rows.sum[r] > 0.0f ? __frcp_rn(rows.sum[r]) : 0.0f;
+    if (lane % 4 == 0) smem.inverse_sum[parity][row + 8 * r] = inverse;
+  }
+}
+
+// Log-sum-exp of the rows, from their finished sums. index: sequence or, if partial, workspace slot.
+__device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
+                                          const SoftmaxRows& rows, bool partial, int index) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
+  if (lane % 4 != 0) return;
+  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float lse_log2 = rows.sum[r] > 0.0f ? rows.reference[r] + log2f(rows.sum[r]) : -INFINITY;
+    if (row + 8 * r < tile.count) target[row + 8 * r] = partial ? lse_log2 : lse_log2 * kLn2;
   }
 }
 
 template <typename T>
-__device__ void run_scores(const KernelArgs& args, SharedStorage& smem, Cut begin, Cut end) {
+__device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const int thread = threadIdx.x % kWarpgroupThreads;
+  const bool warp_leader = thread % 32 == 0;
+  const RowTile row_tile = smem.row_tile;
+  const Cut begin = smem.begin, end = smem.end;
   QueryFragments q;
   float s[32];
   RingIndex<kStages> stage;
@@ -163,29 +168,35 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem, Cut begi
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
     const bool partial = piece.continued || piece.unfinished;
-    const int destination = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
+    const int index = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
     SoftmaxRows rows;
-    if (piece.tile_begin >= piece.tile_end) {
-      finish_rows(args, smem, rows, pair.slot, partial, destination);
-      continue;
-    }
-
-    load_query<kScoreBarrier>(args, smem, sequence, q);
-    int limit[2];
+    int limit[2];  // how many tokens of the sequence each row sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = blockIdx.x * kTileRows + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-      limit[r] = args.causal ? seqlen - (args.s_q - 1 - row / args.group) : seqlen;
+      const int row = row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+      limit[r] = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
     }
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
 
-    score_latent<T>(s, q, smem, stage);
-    score_rope<T>(s, smem, pair);
+    take_query(smem, stage, pair, kScoreBarrier, q);
+    if (warp_leader) {  // no one waits for the first three, but their phases keep step with the loads
+      mbarrier_arrive(smem_address(&smem.scores_done[pair.slot]));
+      mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
+      mbarrier_arrive(smem_address(&smem.values_go[pair.slot]));
+      mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+    }
+    stage.advance();
+    pair.advance();
+    if (piece.tile_begin < piece.tile_end) {
+      score_latent<T>(s, q, smem, stage);
+      score_rope<T>(s, smem, pair);
+    }
     wgmma_wait<0>();
+
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[pair.slot]);
-      if (thread % 32 == 0) mbarrier_arrive(scores_done);
+      if (warp_leader) mbarrier_arrive(scores_done);
       if (tile >= unmasked_tiles) mask_tile(s, tile, limit);
       float rescale[2];
       update_references(s, rows, args.scale_log2, rescale);
@@ -197,21 +208,27 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem, Cut begi
       mbarrier_wait(scores_done, pair.parity);  // the rope slot becomes the probabilities
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[pair.slot]));
       const bool last = tile + 1 == piece.tile_end;
-      if (last) finish_rows(args, smem, rows, pair.slot, partial, destination);
+      if (last) finish_sums(smem, rows, sequence & 1);
       fence_async_proxy();
       __syncwarp();
-      if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
+      if (warp_leader) {
+        mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
+        mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+      }
 
       // The next scores go first on the tensor cores: then these have the value products to do while
       // this warpgroup computes the next softmax.
       const uint32_t values_go = smem_address(&smem.values_go[pair.slot]);
       stage.advance();
       pair.advance();
-      if (!last) score_latent<T>(s, q, smem, stage);
-      if (thread % 32 == 0) mbarrier_arrive(values_go);
-      if (!last) score_rope<T>(s, smem, pair);
+      if (!last) {
+        score_latent<T>(s, q, smem, stage);
+        score_rope<T>(s, smem, pair);
+      }
+      if (warp_leader) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }
+    store_lse(args, row_tile, rows, partial, index);
   }
 }
 

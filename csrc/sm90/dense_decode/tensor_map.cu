@@ -20,29 +20,43 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-}  // namespace
+constexpr cuuint64_t kElementBytes = 2, kChunkColumns = 64;
+constexpr cuuint64_t kChunkStride = kChunkColumns * kElementBytes, kRowBytes = kHeadDim * kElementBytes;
 
-Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
-  if (encode == nullptr) {
+// Extents, outermost strides in bytes, and a box of 64 rows of `chunks` chunks.
+Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
+              const cuuint64_t (&strides)[3], int chunks, CUtensorMap* map) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = find_encoder();
+  if (encoder == nullptr) {
     return Status::FailedPrecondition("the CUDA driver has no cuTensorMapEncodeTiled");
   }
-  constexpr cuuint64_t kElementBytes = 2, kChunkColumns = 64;
-  const cuuint64_t token_bytes = cuuint64_t(params.h_kv) * kHeadDim * kElementBytes;
-  const cuuint64_t extents[4] = {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks,
-                                 cuuint64_t(params.num_blocks)};
-  const cuuint64_t strides[3] = {token_bytes, kChunkColumns * kElementBytes, kBlockSize * token_bytes};
   const cuuint32_t box[4] = {kChunkColumns, kBlockSize, static_cast<cuuint32_t>(chunks), 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const CUtensorMapDataType type = params.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encode(map, type, 4, const_cast<void*>(params.blocks), extents, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder(map, type, 4, const_cast<void*>(base), extents, strides, box, element_strides,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status::Ok();
   return Status::Internal("cuTensorMapEncodeTiled failed with driver error " +
                           std::to_string(static_cast<int>(result)));
+}
+
+}  // namespace
+
+Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
+  const cuuint64_t token_bytes = params.h_kv * kRowBytes;
+  return encode(params.blocks, params.dtype,
+                {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks,
+                 cuuint64_t(params.num_blocks)},
+                {token_bytes, kChunkStride, kBlockSize * token_bytes}, chunks, map);
+}
+
+Status make_query_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
+  const cuuint64_t rows = cuuint64_t(params.b) * params.s_q * params.h_q;
+  return encode(params.q, params.dtype, {kChunkColumns, rows, kChunks, 1},
+                {kRowBytes, kChunkStride, rows * kRowBytes}, chunks, map);
 }
 
 }  // namespace flashmla::sm90

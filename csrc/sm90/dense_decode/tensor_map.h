@@ -1,4 +1,4 @@
-// Tensor maps over the paged cache.
+// Tensor maps over the paged cache and the queries.
 #pragma once
 
 #include <cuda.h>
@@ -8,9 +8,13 @@
 
 namespace flashmla::sm90 {
 
-// A map whose box is one block's tokens by `chunks` groups of 64 columns, written to shared memory
-// group by group in the 128-byte swizzle. Coordinates: 0, token, 64-column group (all KV heads' in a
-// row), block id.
+// Both maps have boxes of 64 rows by `chunks` groups of 64 columns, written to shared memory group by
+// group in the 128-byte swizzle. What is out of bounds reads as zeros.
+
+// Coordinates: 0, token of the block, column group (all KV heads' in a row), block.
 Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map);
+
+// Coordinates: 0, row of [b, s_q, h_q], column group, 0.
+Status make_query_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map);
 
 }  // namespace flashmla::sm90

@@ -21,7 +21,7 @@ __device__ __forceinline__ void zero_tail(uint8_t* half, int valid_tokens) {
   }
 }
 
-// Transposes a 4x4 of registers between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
+// Transposes a 4x4 of words between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
 __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
 #pragma unroll
@@ -38,78 +38,81 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// Writes the normalised half: 16-bit to `out` or, for a partial piece, f32 to `out_accum`.
+// Element offset of row `row` of sequence or workspace slot `index`. The number of rows fits 32 bits.
+__device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int index, int row, int half) {
+  return uint64_t{static_cast<uint32_t>(index * args.rows + row)} * kValueDim + half * (kValueDim / 2);
+}
+
+// Writes the normalised half of row `row` (o's row r) in 16 bit. A lane holds two neighbours of each 8
+// columns; quads exchange them so that a lane stores 8 at once.
 template <typename T>
-__device__ __forceinline__ void store_output(const KernelArgs& args, const SharedStorage& smem, const float (&o)[128], int half,
-                                             const float (&inverse_sum)[2], bool partial,
-                                             int destination) {
-  const int thread = threadIdx.x % kWarpgroupThreads, quad = thread % 4;
+__device__ __forceinline__ void store_row(const KernelArgs& args, const float (&o)[128], int r, int half,
+                                          float inverse_sum, int sequence, int row, bool valid) {
+  T* target = static_cast<T*>(args.out) + output_offset(args, sequence, row, half) +
+              threadIdx.x % 4 * 8;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int offset = smem.row_offset[thread / 32 * 16 + thread % 32 / 4 + 8 * r];
-    const int64_t index =
-        (int64_t{destination} * args.s_q * args.h_q + offset) * kValueDim + half * (kValueDim / 2);
-    if (partial) {
-      if (offset < 0) continue;
-      float2* target = reinterpret_cast<float2*>(args.out_accum + index) + quad;
+  for (int i = 0; i < 32; i += 4) {
+    uint32_t v[4];
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        target[i * 4] =
-            float2{o[4 * i + 2 * r] * inverse_sum[r], o[4 * i + 2 * r + 1] * inverse_sum[r]};
-      }
-    } else {
-      uint4* target = reinterpret_cast<uint4*>(static_cast<T*>(args.out) + index) + quad;
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        uint32_t v[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          v[j] = pack<T>(o[4 * (i + j) + 2 * r] * inverse_sum[r],
-                         o[4 * (i + j) + 2 * r + 1] * inverse_sum[r]);
-        }
-        transpose_quad(v);
-        if (offset >= 0) target[i] = uint4{v[0], v[1], v[2], v[3]};
-      }
+    for (int j = 0; j < 4; ++j) {
+      v[j] = pack<T>(o[4 * (i + j) + 2 * r] * inverse_sum, o[4 * (i + j) + 2 * r + 1] * inverse_sum);
     }
+    transpose_quad(v);
+    if (valid) *reinterpret_cast<uint4*>(target + i * 8) = uint4{v[0], v[1], v[2], v[3]};
+  }
+}
+
+// The same for a partial piece, in f32, in the order in which quads hold 16 columns: see combine.cu.
+__device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128], int r,
+                                                  int half, float inverse_sum, int slot, int row) {
+  float* target = args.out_accum + output_offset(args, slot, row, half) + threadIdx.x % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) {
+    *reinterpret_cast<float4*>(target + i * 8) =
+        float4{o[4 * i + 2 * r] * inverse_sum, o[4 * i + 2 * r + 1] * inverse_sum,
+               o[4 * i + 4 + 2 * r] * inverse_sum, o[4 * i + 5 + 2 * r] * inverse_sum};
   }
 }
 
 template <typename T>
-__device__ void run_values(const KernelArgs& args, SharedStorage& smem, Cut begin, Cut end, int half) {
+__device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int barrier = 2 + half;  // named barrier of this warpgroup
   const int first_row = thread / 32 * 16 + thread % 32 / 4;
   const bool loads = half == 1 && thread == 32;
-  if (loads) start_loads(args, smem, begin, end);
+  if (loads) start_loads(args, smem);
   float o[128];
-  float inverse_sum[2];
   RingIndex<kStages> stage;
   RingIndex<2> pair;
 
-  for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
+  for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
-    const Piece piece = piece_of(begin, end, sequence, seqlen);
-    const bool partial = piece.continued || piece.unfinished;
-    const int destination = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
+    const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     if (piece.tile_begin >= piece.tile_end) {
 #pragma unroll
       for (int i = 0; i < 128; ++i) o[i] = 0.0f;
-      inverse_sum[0] = inverse_sum[1] = 0.0f;
     }
+    // The queries are not for this warpgroup.
+    if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+    if (loads) load_more(args, smem, stage, pair);
+    stage.advance();
+    pair.advance();
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       mbarrier_wait(smem_address(&smem.latent_full[half][stage.slot]), stage.parity);
+      if (seqlen - tile * kTileTokens < kTileTokens) {
+        // All scores of this tile must have been read from it first.
+        mbarrier_wait(smem_address(&smem.scores_done[pair.slot]), pair.parity);
+        zero_tail(smem.latent[stage.slot][half], seqlen - tile * kTileTokens);
+        fence_async_proxy();
+        named_barrier_sync(barrier, kWarpgroupThreads);
+      }
       mbarrier_wait(smem_address(&smem.probabilities_stored[pair.slot]), pair.parity);
       const float rescale0 = smem.rescale[pair.slot][first_row];
       const float rescale1 = smem.rescale[pair.slot][first_row + 8];
       if (tile > piece.tile_begin && __any_sync(~0u, rescale0 != 1.0f || rescale1 != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? rescale1 : rescale0;
-      }
-      if (seqlen - tile * kTileTokens < kTileTokens) {
-        zero_tail(smem.latent[stage.slot][half], seqlen - tile * kTileTokens);
-        fence_async_proxy();
-        named_barrier_sync(barrier, kWarpgroupThreads);
       }
 
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[pair.slot]));
@@ -125,20 +128,29 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, Cut begi
       wgmma_commit();
       wgmma_wait<0>();
       pin_registers(o);
-      inverse_sum[0] = smem.inverse_sum[pair.slot][first_row];
-      inverse_sum[1] = smem.inverse_sum[pair.slot][first_row + 8];
-
       __syncwarp();
-      const uint32_t done = smem_address(&smem.values_done[pair.slot]);
-      if (thread % 32 == 0) mbarrier_arrive(done);
-      if (loads) {
-        mbarrier_wait(done, pair.parity);
-        load_more(args, smem, stage.slot, pair.slot);
-      }
+      if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+      if (loads) load_more(args, smem, stage, pair);
       stage.advance();
       pair.advance();
     }
-    store_output<T>(args, smem, o, half, inverse_sum, partial, destination);
+    // Read and derived anew: registers are short here.
+    const volatile RowTile& rows = smem.row_tile;
+    const Piece written = piece_of(smem.begin, smem.end, sequence, seqlen);
+    const bool empty = written.tile_begin >= written.tile_end;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 8 * r;
+      if (thread / 32 * 16 + 8 * r >= rows.count) break;
+      const bool valid = row < rows.count;
+      const float inverse_sum = empty ? 0.0f : smem.inverse_sum[sequence & 1][row];
+      if (!written.continued && !written.unfinished) {
+        store_row<T>(args, o, r, half, inverse_sum, sequence, rows.first + row, valid);
+      } else if (valid) {
+        store_partial_row(args, o, r, half, inverse_sum, piece_slot(blockIdx.z, written.continued),
+                          rows.first + row);
+      }
+    }
   }
 }
 

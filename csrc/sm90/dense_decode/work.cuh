@@ -1,10 +1,30 @@
-// What a thread block has to do: its part's pieces, and the stream of cache tiles that they need.
+// What a thread block has to do: its rows, its part's pieces, and the stream of loads they need.
 #pragma once
 
 #include "../common/smem_desc.cuh"
 #include "config.h"
 
 namespace flashmla::sm90 {
+
+// The up to 64 query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With one
+// KV head the rows of all query tokens are packed; with several, a tile holds one query token's.
+struct RowTile {
+  int first;  // row within [s_q, h_q]
+  int count;
+
+  __device__ void find(const KernelArgs& args) {
+    const int tile = blockIdx.x;
+    if (args.group == args.h_q) {
+      first = tile * kTileRows;
+      count = min(args.rows - first, kTileRows);
+    } else {
+      const int tiles_per_query = (args.group + kTileRows - 1) / kTileRows;
+      const int head = tile % tiles_per_query * kTileRows;
+      first = tile / tiles_per_query * args.h_q + blockIdx.y * args.group + head;
+      count = min(args.group - head, kTileRows);
+    }
+  }
+};
 
 // Cut `index`, made safe against schedules with foreign contents.
 __device__ __forceinline__ Cut load_cut(const KernelArgs& args, int index) {
@@ -13,55 +33,13 @@ __device__ __forceinline__ Cut load_cut(const KernelArgs& args, int index) {
   return {max(raw.x, 0), max(raw.y, 0)};
 }
 
-__device__ __forceinline__ int load_seqlen(const KernelArgs& args, int sequence) {
-  return min(max(args.cache_seqlens[sequence], 0), args.max_blocks * kBlockSize);
+__device__ __forceinline__ int clamp_seqlen(const KernelArgs& args, int seqlen) {
+  return min(max(seqlen, 0), args.max_blocks * kBlockSize);
 }
 
-// Yields the cache block ids of all tiles of a part in order, one fetched ahead of its use. Kept in
-// shared memory by the one thread that uses it: the value warpgroups have no registers to spare.
-struct TileStream {
-  Cut end;
-  int sequence, tile, tile_end;
-  int block;  // id of the next tile, on its way from global memory
-  bool done;
-
-  __device__ void open(const KernelArgs& args, Cut begin, Cut end_cut) {
-    end = end_cut;
-    sequence = begin.sequence;
-    tile = tile_end = 0;
-    done = false;
-    if (owns_work(begin, end, sequence)) {
-      const Piece piece = piece_of(begin, end, sequence, load_seqlen(args, sequence));
-      tile = piece.tile_begin;
-      tile_end = piece.tile_end;
-    }
-    fetch(args);
-  }
-
-  // The next tile's block id; moves on. Not to be called once done.
-  __device__ int next(const KernelArgs& args) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    const int id = *const_cast<volatile int*>(&block);
-    fetch(args);
-    return id;
-  }
-
- private:
-  __device__ void fetch(const KernelArgs& args) {
-    while (tile >= tile_end) {
-      ++sequence;
-      if (!owns_work({0, 0}, end, sequence)) {
-        done = true;
-        return;
-      }
-      tile = 0;
-      tile_end = piece_of({0, 0}, end, sequence, load_seqlen(args, sequence)).tile_end;
-    }
-    const int* id = args.block_table + (int64_t{sequence} * args.max_blocks + tile++);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(&block)), "l"(id)
-                 : "memory");
-  }
-};
+__device__ __forceinline__ int load_seqlen(const KernelArgs& args, int sequence) {
+  return clamp_seqlen(args, args.cache_seqlens[sequence]);
+}
 
 // Position in a ring of kDepth slots, and the parity of its current round.
 template <int kDepth>
@@ -77,11 +55,82 @@ struct RingIndex {
   }
 };
 
-// Packed row `row` of KV head `kv_head` within [s_q, h_q]; -1 past the end.
-__device__ __forceinline__ int row_offset(const KernelArgs& args, int kv_head, int row) {
-  const int query = row / args.group;
-  if (query >= args.s_q) return -1;
-  return query * args.h_q + kv_head * args.group + row % args.group;
-}
+enum LoadKind { kNothing, kQueries, kTile };
+
+struct LoadItem {
+  LoadKind kind;
+  int index;  // the queries' sequence, or the tile's cache block
+};
+
+// The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory by the
+// one thread that uses it (the value warpgroups have no registers to spare), with what comes next on
+// its way there from global memory.
+struct LoadStream {
+  Cut end;
+  int sequence, tile, tile_end;
+  bool open;        // not past the part's end
+  bool query_next;  // the queries of `sequence` come next, else its `tile`
+  bool entered;     // tile_end is known
+  int seqlen, block;  // of `sequence` and `tile`, copied asynchronously
+
+  __device__ void start(const KernelArgs& args, Cut begin, Cut end_cut) {
+    end = end_cut;
+    enter(args, begin.sequence, begin.tile, owns_work(begin, end, begin.sequence));
+  }
+
+  // Moves on to the next load.
+  __device__ void next(const KernelArgs& args, volatile LoadItem& item) {
+    item.kind = kNothing;
+    if (!open) return;
+    if (!query_next) {
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      if (!entered) {
+        const int tiles = num_tiles(clamp_seqlen(args, *const_cast<volatile int*>(&seqlen)));
+        tile_end = sequence == end.sequence ? min(end.tile, tiles) : tiles;
+        entered = true;
+        if (tile >= tile_end) {
+          enter_next(args);
+          if (!open) return;
+        }
+      }
+    }
+    if (query_next) {
+      item.kind = kQueries;
+      item.index = sequence;
+      query_next = false;
+    } else {
+      item.kind = kTile;
+      item.index = *const_cast<volatile int*>(&block);
+      if (++tile < tile_end) fetch_block(args);
+      else enter_next(args);
+    }
+  }
+
+ private:
+  __device__ void enter_next(const KernelArgs& args) {
+    enter(args, sequence + 1, 0, owns_work({0, 0}, end, sequence + 1));
+  }
+
+  __device__ void enter(const KernelArgs& args, int next_sequence, int first_tile, bool owned) {
+    open = owned;
+    sequence = next_sequence;
+    tile = first_tile;
+    query_next = true;
+    entered = false;
+    if (!owned || args.max_blocks == 0) return;
+    copy_async(&seqlen, args.cache_seqlens + sequence);
+    fetch_block(args);
+  }
+
+  __device__ void fetch_block(const KernelArgs& args) {
+    const int64_t entry = min(tile, args.max_blocks - 1);
+    copy_async(&block, args.block_table + int64_t{sequence} * args.max_blocks + entry);
+  }
+
+  static __device__ void copy_async(int* target, const int32_t* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(target)), "l"(source)
+                 : "memory");
+  }
+};
 
 }  // namespace flashmla::sm90
