@@ -1,6 +1,6 @@
-// What each operation is given: one struct per operation, filled by ffi/ and read by cpu/ and sm90/.
-// All arrays are dense and row-major. Extents have been checked against one another by ffi/to_params;
-// values (block ids, lengths) have not: whoever dereferences them clamps them.
+// What each operation is given: one struct per operation, filled by ffi/ and read by cpu/ and
+// sm90/. All arrays are dense and row-major. Extents have been checked against one another by
+// ffi/to_params; values (block ids, lengths) have not: whoever dereferences them clamps them.
 #pragma once
 
 #include <cstdint>
@@ -33,17 +33,17 @@ struct DenseDecodeParams {
   const int32_t* cache_seqlens;  // [b] tokens; clamped to [0, max_blocks * block_size]
   const int32_t* cuts;           // [num_parts + 1, 2] from make_schedule
 
-  void* out;    // [b, s_q, h_q, d_v]
-  float* lse;   // [b, s_q, h_q] natural log; -inf where nothing is attended
+  void* out;   // [b, s_q, h_q, d_v]
+  float* lse;  // [b, s_q, h_q] natural log; -inf where nothing is attended
   // Workspace for sequences cut between parts, one slot per piece: part p keeps the piece that it
-  // continues in slot 2p and the piece that it leaves unfinished in slot 2p + 1. Its contents are the
-  // implementation's own business (sm90 permutes the columns).
+  // continues in slot 2p and the piece that it leaves unfinished in slot 2p + 1. Its contents are
+  // the implementation's own business (sm90 permutes the columns).
   float* out_accum;  // [2 * num_parts, s_q, h_q, d_v]
   float* lse_accum;  // [2 * num_parts, s_q, h_q] base-2 log
 };
 
-// Writes rows[i, j] at token position positions[i] + j of sequence i, for j < num_new[i]; rows whose
-// position has no block in the table (or a block id out of range) are dropped.
+// Writes rows[i, j] at token position positions[i] + j of sequence i, for j < num_new[i]; rows
+// whose position has no block in the table (or a block id out of range) are dropped.
 struct CacheAppendParams {
   int b, s_new, max_blocks, block_size;
   int64_t num_blocks;

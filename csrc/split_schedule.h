@@ -1,15 +1,15 @@
 // How a ragged batch is cut into parts. Shared by cpu/ and sm90/ (host and device).
 //
-// A sequence of n tokens has ceil(n / kSplitTile) tiles. cuts[p] = (sequence, tile) is the first tile of
-// part p, which works up to, not including, cuts[p + 1]; (b, 0) is the end of all:
+// A sequence of n tokens has ceil(n / kSplitTile) tiles. cuts[p] = (sequence, tile) is the first
+// tile of part p, which works up to, not including, cuts[p + 1]; (b, 0) is the end of all:
 //
 //   sequences   |  0: 5 tiles  | 1 |  2: 7 tiles       |
 //   cuts        ^(0,0)    ^(0,4)      ^(2,0)  ^(2,4)    ^(3,0)
 //
-// Two plans, of which the better is taken. Uniform: every sequence in pieces of `stride` tiles (the last
-// may be shorter), one piece a part; best where there are fewer sequences than parts. Packed: the
-// sequences end to end, each taking kSequenceOverhead + tiles units of cost, cut every `stride` units; a
-// cut that falls into a sequence's overhead is moved to its tile 0.
+// Two plans, of which the better is taken. Uniform: every sequence in pieces of `stride` tiles (the
+// last may be shorter), one piece a part; best where there are fewer sequences than parts. Packed:
+// the sequences end to end, each taking kSequenceOverhead + tiles units of cost, cut every `stride`
+// units; a cut that falls into a sequence's overhead is moved to its tile 0.
 //
 // A part whose last sequence is not cut by cuts[p + 1] runs to that sequence's end, whatever its
 // length then is: a schedule made for other lengths is slower, never wrong.
@@ -54,7 +54,8 @@ struct SplitPlan {
 // uniform_stride: the least stride whose pieces are at most num_parts, or 0 where b > num_parts.
 FLASHMLA_HOST_DEVICE constexpr SplitPlan choose_plan(int b, int num_parts, int64_t total_tiles,
                                                      int64_t uniform_stride) {
-  // The first sequence's overhead is not counted: then each part pays for starting, and for its tiles.
+  // The first sequence's overhead is not counted: then each part pays for starting, and for its
+  // tiles.
   const int64_t cost = total_tiles + int64_t{kSequenceOverhead} * (b - 1);
   const int64_t packed_stride = cost > 0 ? ceil_div(cost, num_parts) : 1;
   // A part of the packed plan often starts two sequences, one of the uniform plan only one.
@@ -76,8 +77,10 @@ FLASHMLA_HOST_DEVICE inline Cut cut_at(SplitPlan plan, int part, const int64_t* 
   int low = 0, high = b;  // first sequence whose end is past position
   while (low < high) {
     const int mid = (low + high) / 2;
-    if (unit_end[mid] > position) high = mid;
-    else low = mid + 1;
+    if (unit_end[mid] > position)
+      high = mid;
+    else
+      low = mid + 1;
   }
   if (low == b) return {b, 0};
   const int64_t offset = position - (low == 0 ? 0 : unit_end[low - 1]);
@@ -89,7 +92,7 @@ FLASHMLA_HOST_DEVICE inline Cut cut_at(SplitPlan plan, int part, const int64_t* 
 struct Piece {
   int32_t tile_begin, tile_end;  // of the sequence; tile_end is clamped to its length
   bool continued;                // begins inside the sequence: slot 2 * part
-  bool unfinished;               // ends inside the sequence: slot 2 * part + 1, or 2 * part if continued
+  bool unfinished;  // ends inside the sequence: slot 2 * part + 1, or 2 * part if continued
 };
 
 FLASHMLA_HOST_DEVICE inline bool owns_work(Cut begin, Cut end, int sequence) {

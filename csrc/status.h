@@ -1,4 +1,5 @@
-// The result of running an operation, free of XLA and of CUDA: ffi/status.h turns it into an FFI error.
+// The result of running an operation, free of XLA and of CUDA: ffi/status.h turns it into an FFI
+// error.
 #pragma once
 
 #include <string>

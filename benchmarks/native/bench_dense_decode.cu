@@ -1,5 +1,6 @@
-// Times the Hopper kernels without JAX, in a CUDA graph captured by hand, and checks them against a naive
-// kernel first. Reads rows "b s_q h_q h_kv block_us length..." from a file; see README.md beside this.
+// Times the Hopper kernels without JAX, in a CUDA graph captured by hand, and checks them against a
+// naive kernel first. Reads rows "b s_q h_q h_kv block_us length..." from a file; see README.md
+// beside this.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -18,22 +19,22 @@
 #include "../../csrc/sm90/dense_decode.h"
 #include "../../csrc/sm90/make_schedule.h"
 
-#define CHECK(call)                                                                       \
-  do {                                                                                    \
-    const cudaError_t error = (call);                                                     \
-    if (error != cudaSuccess) {                                                           \
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    const cudaError_t error = (call);                                                      \
+    if (error != cudaSuccess) {                                                            \
       std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                       \
-    }                                                                                     \
+      std::exit(1);                                                                        \
+    }                                                                                      \
   } while (0)
 
-#define CHECK_STATUS(call)                               \
-  do {                                                   \
-    const flashmla::Status status = (call);              \
-    if (!status.ok()) {                                  \
+#define CHECK_STATUS(call)                                    \
+  do {                                                        \
+    const flashmla::Status status = (call);                   \
+    if (!status.ok()) {                                       \
       std::printf("%s: %s\n", #call, status.message.c_str()); \
-      std::exit(1);                                      \
-    }                                                    \
+      std::exit(1);                                           \
+    }                                                         \
   } while (0)
 
 using T = __nv_bfloat16;
@@ -50,12 +51,14 @@ __device__ float noise(uint64_t i, uint32_t seed) {
 }
 
 __global__ void fill(T* p, uint64_t n, uint32_t seed, float scale) {
-  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n; i += gridDim.x * uint64_t(blockDim.x))
+  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n;
+       i += gridDim.x * uint64_t(blockDim.x))
     p[i] = __float2bfloat16(scale * noise(i, seed));
 }
 
 // One thread block a query row; scores in global memory.
-__global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_tokens, float* out, float* lse) {
+__global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_tokens, float* out,
+                      float* lse) {
   const int row = blockIdx.x, rows = p.s_q * p.h_q, sequence = row / rows;
   const int head = row % p.h_q, query = row % rows / p.h_q, kv = head / (p.h_q / p.h_kv);
   const int length = p.cache_seqlens[sequence] - (p.causal ? p.s_q - 1 - query : 0);
@@ -125,7 +128,8 @@ struct Bench {
   Problem make(const Row& row, int layers, bool causal) {
     Problem x;
     auto& p = x.params;
-    p.b = row.lengths.size(), p.s_q = row.s_q, p.h_q = row.h_q, p.h_kv = row.h_kv, p.d_qk = kDqk, p.d_v = kDv;
+    p.b = row.lengths.size(), p.s_q = row.s_q, p.h_q = row.h_q, p.h_kv = row.h_kv, p.d_qk = kDqk,
+    p.d_v = kDv;
     p.num_blocks = pool_blocks / row.h_kv, p.block_size = kBlock;
     const int longest = *std::max_element(row.lengths.begin(), row.lengths.end());
     p.max_blocks = (longest + kBlock - 1) / kBlock + 3;
@@ -155,7 +159,8 @@ struct Bench {
       x.allocations.push_back(d);
       return d;
     };
-    const size_t rows = size_t(p.b) * p.s_q * p.h_q, slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
+    const size_t rows = size_t(p.b) * p.s_q * p.h_q,
+                 slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
     p.q = alloc(rows * kDqk * 2);
     fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
     p.cache_seqlens = upload(row.lengths);
@@ -206,11 +211,16 @@ struct Bench {
       dot += a * b, a2 += a * a, b2 += b * b;
     }
     for (size_t i = 0; i < rows; ++i)
-      if (!(got_lse[i] == want_lse[i])) worst_lse = std::max(worst_lse, (double)std::abs(got_lse[i] - want_lse[i]) + 0.0 * want_lse[i]), worst_lse = std::isnan(got_lse[i]) ? 1e9 : worst_lse;
+      if (!(got_lse[i] == want_lse[i]))
+        worst_lse =
+            std::max(worst_lse, (double)std::abs(got_lse[i] - want_lse[i]) + 0.0 * want_lse[i]),
+        worst_lse = std::isnan(got_lse[i]) ? 1e9 : worst_lse;
     const bool ok = bad == 0 && worst_lse < 1e-4 && differing == 0;
-    std::printf("%s %-34s causal %d: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine %.1e, lse %.1e, reruns differing %d\n",
-                ok ? "ok  " : "FAIL", row.label.c_str(), causal, worst, worst_at / kDv, worst_at % kDv, bad, got.size(),
-                1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse, differing);
+    std::printf(
+        "%s %-34s causal %d: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine %.1e, lse "
+        "%.1e, reruns differing %d\n",
+        ok ? "ok  " : "FAIL", row.label.c_str(), causal, worst, worst_at / kDv, worst_at % kDv, bad,
+        got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse, differing);
     CHECK(cudaFree(scores));
     CHECK(cudaFree(out));
     CHECK(cudaFree(lse));
@@ -283,7 +293,12 @@ int main(int argc, char** argv) {
       {1, 128, 1, 0, 0, "b64 h128 ragged 2000", ragged(64, 2000)},
       {2, 63, 1, 0, 0, "b64 s2 h63 ragged 500", ragged(64, 500)},
       {1, 16, 1, 0, 0, "b128 h16 4096", std::vector<int>(128, 4096)},
-      {1, 128, 1, 0, 0, "b132 h128 skewed", [] { std::vector<int> v(132, 200); v[60] = 65536; return v; }()},
+      {1, 128, 1, 0, 0, "b132 h128 skewed",
+       [] {
+         std::vector<int> v(132, 200);
+         v[60] = 65536;
+         return v;
+       }()},
       {1, 16, 1, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
   };
   for (const Row& row : checks)
@@ -301,11 +316,15 @@ int main(int argc, char** argv) {
     for (int n; in >> n;) row.lengths.push_back(n);
     int64_t tokens;
     const double us = bench.time(row, tokens);
-    const double flops = 2.0 * tokens * row.s_q * row.h_q * (kDqk + kDv), bytes = 2.0 * tokens * kDqk;
-    std::printf("%-28s %9.2f us  best %9.2f x%.3f  limit %9.2f %.2f  %6.1f TFLOP/s %7.1f GB/s\n", row.label.c_str(), us,
-                row.best_us, row.best_us / us, row.limit_us, us / row.limit_us, flops / us * 1e-6, bytes / us * 1e-3);
+    const double flops = 2.0 * tokens * row.s_q * row.h_q * (kDqk + kDv),
+                 bytes = 2.0 * tokens * kDqk;
+    std::printf("%-28s %9.2f us  best %9.2f x%.3f  limit %9.2f %.2f  %6.1f TFLOP/s %7.1f GB/s\n",
+                row.label.c_str(), us, row.best_us, row.best_us / us, row.limit_us,
+                us / row.limit_us, flops / us * 1e-6, bytes / us * 1e-3);
     log_ratio += std::log(row.best_us / us), log_limit += std::log(us / row.limit_us), ++count;
   }
-  if (count) std::printf("geomean: x%.3f of best, %.3f of limit, %d rows\n", std::exp(log_ratio / count), std::exp(log_limit / count), count);
+  if (count)
+    std::printf("geomean: x%.3f of best, %.3f of limit, %d rows\n", std::exp(log_ratio / count),
+                std::exp(log_limit / count), count);
   return ok ? 0 : 1;
 }

@@ -18,8 +18,10 @@ int64_t find_uniform_stride(const std::vector<int64_t>& tiles, int num_parts) {
     const int64_t mid = (low + high) / 2;
     int64_t pieces = 0;
     for (const int64_t t : tiles) pieces += num_pieces(t, mid);
-    if (pieces <= num_parts) high = mid;
-    else low = mid + 1;
+    if (pieces <= num_parts)
+      high = mid;
+    else
+      low = mid + 1;
   }
   return low;
 }
@@ -40,8 +42,8 @@ Status run_make_schedule(const MakeScheduleParams& params, const ParallelFor&) {
   for (int i = 0; i < params.b; ++i) unit_end[i] = units += sequence_units(plan, tiles[i]);
   for (int part = 0; part <= params.num_parts; ++part) {
     // The last cut is the end also where rounding left room behind it.
-    const Cut cut = part < params.num_parts ? cut_at(plan, part, unit_end.data(), params.b)
-                                            : Cut{params.b, 0};
+    const Cut cut =
+        part < params.num_parts ? cut_at(plan, part, unit_end.data(), params.b) : Cut{params.b, 0};
     params.cuts[2 * part] = cut.sequence;
     params.cuts[2 * part + 1] = cut.tile;
   }

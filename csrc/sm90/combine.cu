@@ -28,8 +28,9 @@ constexpr int kFewPieces = 8;  // up to here one warp merges a row; above, a blo
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   Cut cuts[kMaxParts + 1];
-  uint32_t continues[kMaxParts / 32 + 1];  // bit p: part p goes on with the sequence of part p - 1's
-  int task_end[kMaxParts];                 // running number of block tasks, by owner
+  uint32_t
+      continues[kMaxParts / 32 + 1];  // bit p: part p goes on with the sequence of part p - 1's
+  int task_end[kMaxParts];            // running number of block tasks, by owner
 };
 
 // How many bits from `first` on are set without a gap.
@@ -51,7 +52,8 @@ __device__ __forceinline__ int list_merges(const DenseDecodeParams& params, Merg
   }
   if (thread == 0) list.continues[kMaxParts / 32] = 0;
   __syncthreads();
-  // Part p enters a sequence midway; and, of those, goes on with what the previous part also entered midway.
+  // Part p enters a sequence midway; and, of those, goes on with what the previous part also
+  // entered midway.
   const bool midway = thread > 0 && thread < params.num_parts && list.cuts[thread].tile > 0;
   const bool goes_on = midway && list.cuts[thread - 1].tile > 0 &&
                        list.cuts[thread - 1].sequence == list.cuts[thread].sequence;
@@ -89,9 +91,11 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // Log-sum-exp (base 2) of a row over its pieces; each lane of the warp gets it.
-__device__ __forceinline__ float merged_lse(const float* lse, int64_t stride, int owner, int pieces) {
+__device__ __forceinline__ float merged_lse(const float* lse, int64_t stride, int owner,
+                                            int pieces) {
   float peak = -INFINITY;
-  for (int i = threadIdx.x % 32; i < pieces; i += 32) peak = fmaxf(peak, lse[slot_of(owner, i) * stride]);
+  for (int i = threadIdx.x % 32; i < pieces; i += 32)
+    peak = fmaxf(peak, lse[slot_of(owner, i) * stride]);
   peak = warp_max(peak);
   if (peak == -INFINITY) return -INFINITY;
   float sum = 0.0f;
@@ -113,8 +117,8 @@ __device__ __forceinline__ void add_scaled(float4& sum, float w, float4 v) {
   sum.w += w * v.w;
 }
 
-// Stores columns that the kernel left as float4 number `i` of a row: in each 16 columns, the lane t of a
-// quad holds 2t, 2t + 1, 2t + 8, 2t + 9.
+// Stores columns that the kernel left as float4 number `i` of a row: in each 16 columns, the lane t
+// of a quad holds 2t, 2t + 1, 2t + 8, 2t + 9.
 template <typename T>
 __device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
   auto* pairs = reinterpret_cast<uint32_t*>(row) + i / 4 * 8 + i % 4;
@@ -149,8 +153,8 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int o
 
 // One block merges a quarter row of many pieces, its warps taking turns at the pieces.
 template <typename T>
-__device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, int owner, int pieces,
-                                              int sequence, int row, int quarter) {
+__device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, int owner,
+                                              int pieces, int sequence, int row, int quarter) {
   __shared__ float4 partial[kWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
   const int column = quarter * 32 + lane;  // in float4
@@ -160,7 +164,8 @@ __device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, i
 #pragma unroll 8
   for (int i = warp; i < pieces; i += kWarps) {
     const int64_t index = int64_t{slot_of(owner, i)} * rows;
-    const auto* source = reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim);
+    const auto* source =
+        reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim);
     add_scaled(sum, weight(lse[index], total_lse), source[column]);
   }
   partial[warp][lane] = sum;

@@ -13,8 +13,8 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 
-// The least stride that cuts the sequences into at most num_parts pieces, for b <= num_parts. All warps
-// try strides at once, and the range shrinks by their number each round.
+// The least stride that cuts the sequences into at most num_parts pieces, for b <= num_parts. All
+// warps try strides at once, and the range shrinks by their number each round.
 __device__ int64_t find_uniform_stride(const MakeScheduleParams& params, int64_t most_tiles) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t low = 1, high = max(most_tiles, int64_t{1});
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeSchedulePar
   }
   for (int part = threadIdx.x; part <= params.num_parts; part += kThreads) {
     // The last cut is the end also where rounding left room behind it.
-    const Cut cut = part < params.num_parts ? cut_at(plan, part, unit_end, params.b) : Cut{params.b, 0};
+    const Cut cut =
+        part < params.num_parts ? cut_at(plan, part, unit_end, params.b) : Cut{params.b, 0};
     reinterpret_cast<int2*>(params.cuts)[part] = {cut.sequence, cut.tile};
   }
 }

@@ -9,7 +9,7 @@
 
 namespace flashmla::sm90 {
 
-constexpr int kChunkColumns = 64;  // 16-bit elements in a 128-byte row
+constexpr int kChunkColumns = 64;         // 16-bit elements in a 128-byte row
 constexpr int kSwizzleGroupBytes = 1024;  // 8 rows
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
@@ -23,14 +23,14 @@ __device__ __forceinline__ uint32_t swizzled_offset(int row, int piece) {
 
 // Rows are M or N, the 64 columns are K. Step k16 by adding 2 to the descriptor (32 bytes).
 __device__ __forceinline__ uint64_t k_major_desc(uint32_t address) {
-  constexpr uint64_t kFixed = (uint64_t{1} << 62) |                           // 128-byte swizzle
-                              (uint64_t{kSwizzleGroupBytes >> 4} << 32) |     // 8 rows to the next 8
-                              (uint64_t{1} << 16);                            // unused here
+  constexpr uint64_t kFixed = (uint64_t{1} << 62) |                        // 128-byte swizzle
+                              (uint64_t{kSwizzleGroupBytes >> 4} << 32) |  // 8 rows to the next 8
+                              (uint64_t{1} << 16);                         // unused here
   return kFixed | ((address & 0x3FFFF) >> 4);
 }
 
-// Rows are K, columns are N; chunk_bytes leads from 64 columns of N to the next 64. Step k16 by adding
-// 128 to the descriptor (16 rows).
+// Rows are K, columns are N; chunk_bytes leads from 64 columns of N to the next 64. Step k16 by
+// adding 128 to the descriptor (16 rows).
 __device__ __forceinline__ uint64_t mn_major_desc(uint32_t address, uint32_t chunk_bytes) {
   constexpr uint64_t kFixed = (uint64_t{1} << 62) | (uint64_t{kSwizzleGroupBytes >> 4} << 32);
   return kFixed | (uint64_t{chunk_bytes >> 4} << 16) | ((address & 0x3FFFF) >> 4);

@@ -1,6 +1,7 @@
 // Warpgroup matrix multiply-accumulate: D (f32 registers) += A * B, B always in shared memory.
-// m64nNk16: A is 64 x 16, B is N x 16. Operands in shared memory are named by descriptors (smem_desc.cuh).
-// B "K-major": element (n, k) of a row n is contiguous in k. B "MN-major": contiguous in n (transposed).
+// m64nNk16: A is 64 x 16, B is N x 16. Operands in shared memory are named by descriptors
+// (smem_desc.cuh). B "K-major": element (n, k) of a row n is contiguous in k. B "MN-major":
+// contiguous in n (transposed).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +35,7 @@ __device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
 }
 
 // D[64 x 64] (+)= A (registers) * B (K-major); accumulate = 0 overwrites D.
+// clang-format off
 #define FLASHMLA_WGMMA_N64_RS(TYPE)                                              \
   asm volatile(                                                    \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"               \
@@ -57,8 +59,10 @@ __device__ __forceinline__ void wgmma_n64_rs(float (&d)[32], const uint32_t (&a)
   else FLASHMLA_WGMMA_N64_RS("f16");
 }
 #undef FLASHMLA_WGMMA_N64_RS
+// clang-format on
 
 // D[64 x 64] (+)= A (K-major) * B (K-major).
+// clang-format off
 #define FLASHMLA_WGMMA_N64_SS(TYPE)                                              \
   asm volatile(                                                    \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"               \
@@ -82,8 +86,10 @@ __device__ __forceinline__ void wgmma_n64_ss(float (&d)[32], uint64_t a_desc, ui
   else FLASHMLA_WGMMA_N64_SS("f16");
 }
 #undef FLASHMLA_WGMMA_N64_SS
+// clang-format on
 
 // D[64 x 256] (+)= A (K-major) * B (MN-major).
+// clang-format off
 #define FLASHMLA_WGMMA_N256_SS_MN(TYPE)                                              \
   asm volatile(                                                    \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"               \
@@ -129,5 +135,6 @@ __device__ __forceinline__ void wgmma_n256_ss_mn(float (&d)[128], uint64_t a_des
   else FLASHMLA_WGMMA_N256_SS_MN("f16");
 }
 #undef FLASHMLA_WGMMA_N256_SS_MN
+// clang-format on
 
 }  // namespace flashmla::sm90

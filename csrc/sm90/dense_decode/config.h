@@ -16,15 +16,16 @@ constexpr int kTileRows = 64;   // packed query rows (query token x head) of one
 constexpr int kTileTokens = kSplitTile;
 static_assert(kTileTokens == kBlockSize, "a tile is one cache block");
 
-constexpr int kChunks = kHeadDim / 64;       // of 64 columns: 0-3 left, 4-7 right, 8 rope
-constexpr int kQueryChunksInRegisters = 7;   // the other two stay in shared memory
-constexpr int kHalfChunks = 4;               // 256 value columns: what one warpgroup accumulates
-constexpr int kStages = 3;                   // latent tiles in shared memory
+constexpr int kChunks = kHeadDim / 64;      // of 64 columns: 0-3 left, 4-7 right, 8 rope
+constexpr int kQueryChunksInRegisters = 7;  // the other two stay in shared memory
+constexpr int kHalfChunks = 4;              // 256 value columns: what one warpgroup accumulates
+constexpr int kStages = 3;                  // latent tiles in shared memory
 constexpr int kChunkBytes = kTileTokens * 128;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kLatentBytes = 2 * kHalfBytes;
 
 constexpr int kWarpgroupThreads = 128;
+// Warpgroups: scores, left values, right values. Registers a thread: together the whole file.
 constexpr int kThreads = 3 * kWarpgroupThreads;
 constexpr int kScoreRegisters = 184;  // 112 of the query, 32 of the scores
 constexpr int kValueRegisters = 160;  // 128 of the output

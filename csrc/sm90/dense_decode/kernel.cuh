@@ -1,8 +1,8 @@
 // Paged MLA decode for 64 packed query rows against one part's share of the cache.
 //
-// Three warpgroups: one computes scores and softmax, two multiply probabilities with the left and the
-// right half of the value columns. Latent tiles pass through a ring of three in shared memory, loaded
-// by TMA. Tile t's journey:
+// Three warpgroups: one computes scores and softmax, two multiply probabilities with the left and
+// the right half of the value columns. Latent tiles pass through a ring of three in shared memory.
+// Tile t's journey:
 //
 //   score  | S = Q K^T (t)  | softmax (t) -> P | S (t+1)      | softmax (t+1) ...
 //   values |                                   ... | O += P V (t)             | refill slot of t

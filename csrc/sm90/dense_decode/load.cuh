@@ -1,5 +1,8 @@
-// Loads by TMA, issued by one thread: a ring of latent columns and a pair of rope columns. A piece's
-// queries take the same way as its cache tiles.
+// Loads by TMA, issued by one thread: a ring of latent columns and a pair of rope columns. A
+// piece's queries take the same way as its cache tiles.
+//
+// The thread belongs to a value warpgroup, whose products must not wait for it. So what takes time,
+// to find the next load, is done while the tensor cores are at work.
 #pragma once
 
 #include "../common/barrier.cuh"
@@ -8,50 +11,58 @@
 
 namespace flashmla::sm90 {
 
-// Loads columns of the current item: 0 left half, 1 right half, 2 rope.
+// Loads columns of an item: 0 left half, 1 right half, 2 rope.
 __device__ __forceinline__ void load_columns(const KernelArgs& args, const SharedStorage& smem,
-                                             uint32_t target, uint32_t full, int columns) {
+                                             const volatile LoadItem& item, uint32_t target,
+                                             uint32_t full, int columns) {
   mbarrier_arrive_expect(full, columns == 2 ? kChunkBytes : kHalfBytes);
-  const int chunk = columns * kHalfChunks;
-  if (smem.load.kind == kQueries) {
-    const CUtensorMap* map = columns == 2 ? &args.query_rope_map : &args.query_half_map;
-    const int row = smem.load.index * args.rows + smem.row_tile.first;
-    tma_load_4d(target, map, full, 0, row, chunk, 0, kEvictFirst);
-  } else {
-    const CUtensorMap* map = columns == 2 ? &args.cache_rope_map : &args.cache_half_map;
-    tma_load_4d(target, map, full, 0, 0, blockIdx.y * kChunks + chunk, smem.load.index, kEvictFirst);
-  }
+  const bool query = item.kind == kQueries;
+  const CUtensorMap* map = columns == 2 ? (query ? &args.query_rope_map : &args.cache_rope_map)
+                                        : (query ? &args.query_half_map : &args.cache_half_map);
+  const int index = item.index;
+  tma_load_4d(target, map, full, 0, query ? index * args.rows + smem.row_tile.first : 0,
+              columns * kHalfChunks + (query ? 0 : blockIdx.y * kChunks), query ? 0 : index,
+              kEvictFirst);
 }
 
-// Takes the stream's next item and loads it into `slot`, but for its rope columns: these go to L2, as
-// there is no room for them in shared memory yet.
-__device__ __forceinline__ void load_latent(const KernelArgs& args, SharedStorage& smem, int slot) {
-  smem.stream.next(args, smem.load);
-  if (smem.load.kind == kNothing) return;
+__device__ __forceinline__ void load_latent(const KernelArgs& args, SharedStorage& smem,
+                                            const volatile LoadItem& item, int slot) {
+  if (item.kind == kNothing) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    load_columns(args, smem, smem_address(smem.latent[slot][half]),
+    load_columns(args, smem, item, smem_address(smem.latent[slot][half]),
                  smem_address(&smem.latent_full[half][slot]), half);
-  }
-  if (smem.load.kind == kTile) {
-    tma_prefetch_4d(&args.cache_rope_map, 0, 0, blockIdx.y * kChunks + kChunks - 1, smem.load.index,
-                    kEvictFirst);
   }
 }
 
-// The rope columns of the item that load_latent() took last.
-__device__ __forceinline__ void load_rope(const KernelArgs& args, SharedStorage& smem, int slot) {
-  if (smem.load.kind == kNothing) return;
-  load_columns(args, smem, smem_address(smem.rope[slot]), smem_address(&smem.rope_full[slot]), 2);
+__device__ __forceinline__ void load_rope(const KernelArgs& args, SharedStorage& smem,
+                                          const volatile LoadItem& item, int slot) {
+  if (item.kind == kNothing) return;
+  load_columns(args, smem, item, smem_address(smem.rope[slot]), smem_address(&smem.rope_full[slot]),
+               2);
 }
 
 // Loads 0, 1 and 2, without the rope columns of the last.
 __device__ __forceinline__ void start_loads(const KernelArgs& args, SharedStorage& smem) {
   smem.stream.start(args, smem.begin, smem.end);
 #pragma unroll 1
-  for (int slot = 0; slot < kStages; ++slot) {
-    load_latent(args, smem, slot);
-    if (slot < 2) load_rope(args, smem, slot);
+  for (int t = 0; t < kStages; ++t) {
+    volatile LoadItem& item = smem.items[t % 2];
+    smem.stream.next(args, item);
+    load_latent(args, smem, item, t);
+    if (t < 2) load_rope(args, smem, item, t);
+  }
+}
+
+// During load t: finds load t + 3. Its rope columns will be wanted as soon as there is room for
+// them: they are brought to L2.
+__device__ __forceinline__ void prepare_load(const KernelArgs& args, SharedStorage& smem,
+                                             RingIndex<2> pair) {
+  volatile LoadItem& item = smem.items[pair.slot ^ 1];
+  smem.stream.next(args, item);
+  if (item.kind == kTile) {
+    tma_prefetch_4d(&args.cache_rope_map, 0, 0, blockIdx.y * kChunks + kChunks - 1, item.index,
+                    kEvictFirst);
   }
 }
 
@@ -60,8 +71,8 @@ __device__ __forceinline__ void start_loads(const KernelArgs& args, SharedStorag
 __device__ __forceinline__ void load_more(const KernelArgs& args, SharedStorage& smem,
                                           RingIndex<kStages> stage, RingIndex<2> pair) {
   mbarrier_wait(smem_address(&smem.load_done[pair.slot]), pair.parity);
-  load_rope(args, smem, pair.slot);
-  load_latent(args, smem, stage.slot);
+  load_rope(args, smem, smem.items[pair.slot], pair.slot);
+  load_latent(args, smem, smem.items[pair.slot ^ 1], stage.slot);
 }
 
 }  // namespace flashmla::sm90

@@ -18,10 +18,11 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, uint32_t source, int
   }
 }
 
-// Takes the queries out of the ring. Called by the score warpgroup with no wgmma in flight; `barrier` is
-// its named barrier.
+// Takes the queries out of the ring. Called by the score warpgroup with no wgmma in flight;
+// `barrier` is its named barrier.
 __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex<kStages> stage,
-                                           RingIndex<2> pair, int barrier, QueryFragments& fragments) {
+                                           RingIndex<2> pair, int barrier,
+                                           QueryFragments& fragments) {
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
   const uint32_t latent = smem_address(smem.latent[stage.slot]);
@@ -31,7 +32,8 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex<kStage
   for (int c = 0; c < kQueryChunksInRegisters; ++c) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      load_matrix_x4(fragments[c][k], latent + c * kChunkBytes + swizzled_offset(row, k * 2 + lane / 16));
+      load_matrix_x4(fragments[c][k],
+                     latent + c * kChunkBytes + swizzled_offset(row, k * 2 + lane / 16));
     }
   }
   copy_chunk(smem_address(smem.query[0]), latent + kQueryChunksInRegisters * kChunkBytes, thread);

@@ -58,27 +58,36 @@ __device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& 
                                            RingIndex<2> pair) {
   mbarrier_wait(smem_address(&smem.rope_full[pair.slot]), pair.parity);
   wgmma_fence();
-  const uint64_t query = k_major_desc(smem_address(smem.query[kChunks - 1 - kQueryChunksInRegisters]));
+  const uint64_t query =
+      k_major_desc(smem_address(smem.query[kChunks - 1 - kQueryChunksInRegisters]));
   const uint64_t keys = k_major_desc(smem_address(smem.rope[pair.slot]));
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_n64_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
   wgmma_commit();
 }
 
-// Sets scores of keys that a row may not see to -inf. limit[r]: how many tokens of the sequence row r sees.
-__device__ __forceinline__ void mask_tile(float (&s)[32], int tile, const int (&limit)[2]) {
-  const int first = tile * kTileTokens + (threadIdx.x % 4) * 2;
+// Sets scores of keys that a row may not see to -inf.
+__device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedStorage& smem,
+                                          float (&s)[32], int tile, int seqlen) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  const int first = tile * kTileTokens + thread % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int token = first + (i / 4) * 8 + (i & 1);
-    if (token >= limit[(i / 2) & 1]) s[i] = -INFINITY;
+  for (int r = 0; r < 2; ++r) {
+    const int row = smem.row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+    // A causal row of query token i sees all but the last s_q - 1 - i tokens.
+    const int seen = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      if (first + 2 * i >= seen) s[i + 2 * r] = -INFINITY;
+      if (first + 2 * i + 1 >= seen) s[i + 2 * r + 1] = -INFINITY;
+    }
   }
 }
 
-// Moves the rows' references where their maxima ask for it; returns the rescale factors of what was
-// accumulated so far.
-__device__ __forceinline__ void update_references(const float (&s)[32], SoftmaxRows& rows,
-                                                  float scale_log2, float (&rescale)[2]) {
+// Moves the rows' references where their maxima ask for it, and tells the value warpgroups the
+// rescale factors of what was accumulated so far.
+__device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
+                                                  SoftmaxRows& rows, float scale_log2, int slot) {
   float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
@@ -90,13 +99,15 @@ __device__ __forceinline__ void update_references(const float (&s)[32], SoftmaxR
     peak[0] = fmaxf(peak[0], __shfl_xor_sync(~0u, peak[0], lane));
     peak[1] = fmaxf(peak[1], __shfl_xor_sync(~0u, peak[1], lane));
   }
+  const int thread = threadIdx.x % kWarpgroupThreads;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float scaled = peak[r] * scale_log2;
     const float before = rows.reference[r];
     rows.reference[r] = scaled > before + kLazyRescale ? scaled : before;
-    rescale[r] = exp2_approx(before - finite_reference(rows, r));
-    rows.sum[r] *= rescale[r];
+    const float rescale = exp2_approx(before - finite_reference(rows, r));
+    rows.sum[r] *= rescale;
+    if (thread % 4 == 0) smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = rescale;
   }
 }
 
@@ -140,7 +151,8 @@ __device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& ro
   }
 }
 
-// Log-sum-exp of the rows, from their finished sums. index: sequence or, if partial, workspace slot.
+// Log-sum-exp of the rows, from their finished sums. index: sequence or, if partial, workspace
+// slot.
 __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
                                           const SoftmaxRows& rows, bool partial, int index) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
@@ -157,29 +169,19 @@ template <typename T>
 __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const bool warp_leader = thread % 32 == 0;
-  const RowTile row_tile = smem.row_tile;
-  const Cut begin = smem.begin, end = smem.end;
   QueryFragments q;
   float s[32];
   RingIndex<kStages> stage;
   RingIndex<2> pair;
 
-  for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
+  for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
-    const Piece piece = piece_of(begin, end, sequence, seqlen);
-    const bool partial = piece.continued || piece.unfinished;
-    const int index = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
+    const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     SoftmaxRows rows;
-    int limit[2];  // how many tokens of the sequence each row sees
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-      limit[r] = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
-    }
-    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
 
     take_query(smem, stage, pair, kScoreBarrier, q);
-    if (warp_leader) {  // no one waits for the first three, but their phases keep step with the loads
+    if (warp_leader) {  // no one waits for the first three, but their phases keep step with the
+                        // loads
       mbarrier_arrive(smem_address(&smem.scores_done[pair.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[pair.slot]));
@@ -197,14 +199,10 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[pair.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
-      if (tile >= unmasked_tiles) mask_tile(s, tile, limit);
-      float rescale[2];
-      update_references(s, rows, args.scale_log2, rescale);
-      if (thread % 4 == 0) {
-        const int row = thread / 32 * 16 + thread % 32 / 4;
-        smem.rescale[pair.slot][row] = rescale[0];
-        smem.rescale[pair.slot][row + 8] = rescale[1];
+      if ((tile + 1) * kTileTokens > seqlen - (args.causal ? args.s_q - 1 : 0)) {
+        mask_tile(args, smem, s, tile, seqlen);
       }
+      update_references(smem, s, rows, args.scale_log2, pair.slot);
       mbarrier_wait(scores_done, pair.parity);  // the rope slot becomes the probabilities
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[pair.slot]));
       const bool last = tile + 1 == piece.tile_end;
@@ -216,8 +214,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
         mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
       }
 
-      // The next scores go first on the tensor cores: then these have the value products to do while
-      // this warpgroup computes the next softmax.
+      // The next scores go first on the tensor cores: then these have the value products to do
+      // while this warpgroup computes the next softmax.
       const uint32_t values_go = smem_address(&smem.values_go[pair.slot]);
       stage.advance();
       pair.advance();
@@ -228,7 +226,9 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       if (warp_leader) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }
-    store_lse(args, row_tile, rows, partial, index);
+    const bool partial = piece.continued || piece.unfinished;
+    store_lse(args, smem.row_tile, rows, partial,
+              partial ? piece_slot(blockIdx.z, piece.continued) : sequence);
   }
 }
 

@@ -12,8 +12,8 @@ struct alignas(1024) SharedStorage {
   // Load t's columns 512-575 in slot t % 2; a tile's probabilities once its scores are computed.
   uint8_t rope[2][kChunkBytes];
   uint8_t query[kChunks - kQueryChunksInRegisters][kChunkBytes];
-  float rescale[2][kTileRows];      // by slot: factor for the output so far
-  float inverse_sum[2][kTileRows];  // by parity of the sequence
+  float rescale[2][kTileRows];       // by slot: factor for the output so far
+  float inverse_sum[2][kTileRows];   // by parity of the sequence
   uint64_t latent_full[2][kStages];  // loaded; first index: left or right half
   uint64_t rope_full[2];
   uint64_t scores_done[2];           // all warps have read the tile's rope columns
@@ -24,7 +24,7 @@ struct alignas(1024) SharedStorage {
   Cut begin, end;  // of this block's part
   // The loading thread's own state.
   LoadStream stream;
-  volatile LoadItem load;  // the last one taken from the stream
+  volatile LoadItem items[2];  // load t in items[t % 2]
 };
 static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 

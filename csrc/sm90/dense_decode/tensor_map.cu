@@ -1,7 +1,7 @@
 #include "tensor_map.h"
 
-#include <cuda_runtime_api.h>
 #include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
 
 #include <string>
 
@@ -14,14 +14,15 @@ namespace {
 PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &result);
   if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
 constexpr cuuint64_t kElementBytes = 2, kChunkColumns = 64;
-constexpr cuuint64_t kChunkStride = kChunkColumns * kElementBytes, kRowBytes = kHeadDim * kElementBytes;
+constexpr cuuint64_t kChunkStride = kChunkColumns * kElementBytes,
+                     kRowBytes = kHeadDim * kElementBytes;
 
 // Extents, outermost strides in bytes, and a box of 64 rows of `chunks` chunks.
 Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
@@ -47,10 +48,10 @@ Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
 
 Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
   const cuuint64_t token_bytes = params.h_kv * kRowBytes;
-  return encode(params.blocks, params.dtype,
-                {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks,
-                 cuuint64_t(params.num_blocks)},
-                {token_bytes, kChunkStride, kBlockSize * token_bytes}, chunks, map);
+  return encode(
+      params.blocks, params.dtype,
+      {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks, cuuint64_t(params.num_blocks)},
+      {token_bytes, kChunkStride, kBlockSize * token_bytes}, chunks, map);
 }
 
 Status make_query_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {

@@ -1,5 +1,5 @@
-// A value warpgroup: O[64 x 256] = P V for one half of the value columns, and the output. One thread of
-// the right warpgroup issues all loads.
+// A value warpgroup: O[64 x 256] = P V for one half of the value columns, and the output. One
+// thread of the right warpgroup issues all loads.
 #pragma once
 
 #include "../common/barrier.cuh"
@@ -27,50 +27,96 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
     const uint32_t other = __shfl_xor_sync(~0u, odd ? v[j] : v[j + 1], 1);
-    if (odd) v[j] = other;
-    else v[j + 1] = other;
+    if (odd)
+      v[j] = other;
+    else
+      v[j + 1] = other;
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const uint32_t other = __shfl_xor_sync(~0u, upper ? v[j] : v[j + 2], 2);
-    if (upper) v[j] = other;
-    else v[j + 2] = other;
+    if (upper)
+      v[j] = other;
+    else
+      v[j + 2] = other;
   }
 }
 
-// Element offset of row `row` of sequence or workspace slot `index`. The number of rows fits 32 bits.
-__device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int index, int row, int half) {
-  return uint64_t{static_cast<uint32_t>(index * args.rows + row)} * kValueDim + half * (kValueDim / 2);
+// Element offset of a column of row `row` of sequence or workspace slot `index`. The number of rows
+// fits 32 bits.
+__device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int index, int row,
+                                                  int column) {
+  return uint64_t{static_cast<uint32_t>(index * args.rows + row)} * kValueDim + column;
 }
 
-// Writes the normalised half of row `row` (o's row r) in 16 bit. A lane holds two neighbours of each 8
-// columns; quads exchange them so that a lane stores 8 at once.
+// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
+__device__ __forceinline__ int reread_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Writes the normalised half of row `row` (o's row r) in 16 bit. A lane holds two neighbours of
+// each 8 columns; quads exchange them so that a lane stores 8 at once.
 template <typename T>
-__device__ __forceinline__ void store_row(const KernelArgs& args, const float (&o)[128], int r, int half,
-                                          float inverse_sum, int sequence, int row, bool valid) {
-  T* target = static_cast<T*>(args.out) + output_offset(args, sequence, row, half) +
-              threadIdx.x % 4 * 8;
+__device__ __forceinline__ void store_row(const KernelArgs& args, const float (&o)[128], int r,
+                                          int column, float inverse_sum, int sequence, int row,
+                                          bool valid) {
+  T* target = static_cast<T*>(args.out) + output_offset(args, sequence, row, column);
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
     uint32_t v[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      v[j] = pack<T>(o[4 * (i + j) + 2 * r] * inverse_sum, o[4 * (i + j) + 2 * r + 1] * inverse_sum);
+      v[j] =
+          pack<T>(o[4 * (i + j) + 2 * r] * inverse_sum, o[4 * (i + j) + 2 * r + 1] * inverse_sum);
     }
     transpose_quad(v);
     if (valid) *reinterpret_cast<uint4*>(target + i * 8) = uint4{v[0], v[1], v[2], v[3]};
   }
 }
 
-// The same for a partial piece, in f32, in the order in which quads hold 16 columns: see combine.cu.
-__device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128], int r,
-                                                  int half, float inverse_sum, int slot, int row) {
-  float* target = args.out_accum + output_offset(args, slot, row, half) + threadIdx.x % 4 * 4;
+// The same for a partial piece, in f32, in the order in which quads hold 16 columns: see
+// combine.cu.
+__device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128],
+                                                  int r, int column, float inverse_sum, int slot,
+                                                  int row) {
+  float* target = args.out_accum + output_offset(args, slot, row, column);
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
     *reinterpret_cast<float4*>(target + i * 8) =
         float4{o[4 * i + 2 * r] * inverse_sum, o[4 * i + 2 * r + 1] * inverse_sum,
                o[4 * i + 4 + 2 * r] * inverse_sum, o[4 * i + 5 + 2 * r] * inverse_sum};
+  }
+}
+
+// Writes what a piece has accumulated. All but o is read and derived anew: registers are short
+// here.
+template <typename T>
+__device__ __forceinline__ void store_piece(const KernelArgs& args, const SharedStorage& smem,
+                                            const float (&o)[128], int sequence, bool empty) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int thread = reread_thread();
+    const int half_column = (thread / kWarpgroupThreads - 1) * (kValueDim / 2);
+    const int row = thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
+    const volatile RowTile& tile = smem.row_tile;
+    const bool valid = row < tile.count;
+    if (!__any_sync(~0u, valid)) break;
+    int parity = sequence;
+    asm volatile("" : "+r"(parity));  // nor is this kept from the first row to the second
+    const float inverse_sum = empty ? 0.0f : smem.inverse_sum[parity & 1][row];
+    const volatile Cut& begin = smem.begin;
+    const volatile Cut& end = smem.end;
+    const bool continued = sequence == begin.sequence && begin.tile > 0;
+    const bool unfinished = sequence == end.sequence && end.tile > 0;
+    if (!continued && !unfinished) {
+      store_row<T>(args, o, r, half_column + thread % 4 * 8, inverse_sum, sequence,
+                   tile.first + row, valid);
+    } else if (valid) {
+      store_partial_row(args, o, r, half_column + thread % 4 * 4, inverse_sum,
+                        piece_slot(blockIdx.z, continued), tile.first + row);
+    }
   }
 }
 
@@ -88,13 +134,13 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
-    if (piece.tile_begin >= piece.tile_end) {
-#pragma unroll
-      for (int i = 0; i < 128; ++i) o[i] = 0.0f;
-    }
+    bool fresh = true;  // nothing accumulated yet
     // The queries are not for this warpgroup.
     if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
-    if (loads) load_more(args, smem, stage, pair);
+    if (loads) {
+      prepare_load(args, smem, pair);
+      load_more(args, smem, stage, pair);
+    }
     stage.advance();
     pair.advance();
 
@@ -110,47 +156,37 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
       mbarrier_wait(smem_address(&smem.probabilities_stored[pair.slot]), pair.parity);
       const float rescale0 = smem.rescale[pair.slot][first_row];
       const float rescale1 = smem.rescale[pair.slot][first_row + 8];
-      if (tile > piece.tile_begin && __any_sync(~0u, rescale0 != 1.0f || rescale1 != 1.0f)) {
+      if (!fresh && __any_sync(~0u, rescale0 != 1.0f || rescale1 != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? rescale1 : rescale0;
       }
 
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[pair.slot]));
-      const uint64_t values = mn_major_desc(smem_address(smem.latent[stage.slot][half]), kChunkBytes);
+      const uint64_t values =
+          mn_major_desc(smem_address(smem.latent[stage.slot][half]), kChunkBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[pair.slot]), pair.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
-        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + 128 * k,
-                            k > 0 || tile > piece.tile_begin);
+        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + 128 * k, k > 0 || !fresh);
       }
       wgmma_commit();
+      if (loads) prepare_load(args, smem, pair);
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
       if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
       if (loads) load_more(args, smem, stage, pair);
+      fresh = false;
       stage.advance();
       pair.advance();
     }
-    // Read and derived anew: registers are short here.
-    const volatile RowTile& rows = smem.row_tile;
-    const Piece written = piece_of(smem.begin, smem.end, sequence, seqlen);
-    const bool empty = written.tile_begin >= written.tile_end;
+    if (fresh) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r;
-      if (thread / 32 * 16 + 8 * r >= rows.count) break;
-      const bool valid = row < rows.count;
-      const float inverse_sum = empty ? 0.0f : smem.inverse_sum[sequence & 1][row];
-      if (!written.continued && !written.unfinished) {
-        store_row<T>(args, o, r, half, inverse_sum, sequence, rows.first + row, valid);
-      } else if (valid) {
-        store_partial_row(args, o, r, half, inverse_sum, piece_slot(blockIdx.z, written.continued),
-                          rows.first + row);
-      }
+      for (int i = 0; i < 128; ++i) o[i] = 0.0f;
     }
+    store_piece<T>(args, smem, o, sequence, fresh);
   }
 }
 

@@ -6,8 +6,9 @@
 
 namespace flashmla::sm90 {
 
-// The up to 64 query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With one
-// KV head the rows of all query tokens are packed; with several, a tile holds one query token's.
+// The up to 64 query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With
+// one KV head the rows of all query tokens are packed; with several, a tile holds one query
+// token's.
 struct RowTile {
   int first;  // row within [s_q, h_q]
   int count;
@@ -62,15 +63,15 @@ struct LoadItem {
   int index;  // the queries' sequence, or the tile's cache block
 };
 
-// The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory by the
-// one thread that uses it (the value warpgroups have no registers to spare), with what comes next on
-// its way there from global memory.
+// The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
+// by the one thread that uses it (the value warpgroups have no registers to spare), with what comes
+// next on its way there from global memory.
 struct LoadStream {
   Cut end;
   int sequence, tile, tile_end;
-  bool open;        // not past the part's end
-  bool query_next;  // the queries of `sequence` come next, else its `tile`
-  bool entered;     // tile_end is known
+  bool open;          // not past the part's end
+  bool query_next;    // the queries of `sequence` come next, else its `tile`
+  bool entered;       // tile_end is known
   int seqlen, block;  // of `sequence` and `tile`, copied asynchronously
 
   __device__ void start(const KernelArgs& args, Cut begin, Cut end_cut) {
@@ -101,8 +102,10 @@ struct LoadStream {
     } else {
       item.kind = kTile;
       item.index = *const_cast<volatile int*>(&block);
-      if (++tile < tile_end) fetch_block(args);
-      else enter_next(args);
+      if (++tile < tile_end)
+        fetch_block(args);
+      else
+        enter_next(args);
     }
   }
 
