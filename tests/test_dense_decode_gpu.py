@@ -37,7 +37,7 @@ class Group:
         zero_lengths: bool = False,
         dtype: str = "bfloat16",
     ) -> None:
-        self.q = _normal(1, (b, s_q, h_q, 576), dtype)
+        self.q = _queries(1, (b, s_q, h_q, 576), dtype)
         self._expected: dict[tuple[bool, bool], tuple[jax.Array, jax.Array]] = {}
         self._cache = functools.partial(_cache, s_k, h_kv, b, zero_lengths, dtype)
 
@@ -52,6 +52,14 @@ class Group:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _queries(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return _normal(seed, shape, dtype) * jnp.asarray(cases.QUERY_SCALE, dtype)
+
+
+def _rows(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return _normal(seed, shape, dtype) * jnp.asarray(cases.ROW_SCALE, dtype)
+
+
 def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(cases.SEED + seed), shape, dtype)
 
@@ -67,7 +75,7 @@ def _cache(
     for row, length in zip(table, lengths, strict=True):
         token = np.arange(length)
         used[row[token // 64], token % 64] = True
-    blocks = _normal(2, (num_blocks, 64, h_kv, 576), dtype)
+    blocks = _rows(2, (num_blocks, 64, h_kv, 576), dtype)
     return jnp.where(used[:, :, None, None], blocks, jnp.nan), table, lengths
 
 
@@ -146,8 +154,8 @@ def test_one_huge_sequence_among_small_ones() -> None:
     lengths = np.full(33, 50, np.int32)
     lengths[17] = 200_000
     table, num_blocks = cases.make_table(lengths, 64, 3125)
-    blocks = _normal(2, (num_blocks, 64, 1, 576), "bfloat16")
-    arguments = (_normal(1, (33, 1, 16, 576), "bfloat16"), blocks, table, lengths)
+    blocks = _rows(2, (num_blocks, 64, 1, 576), "bfloat16")
+    arguments = (_queries(1, (33, 1, 16, 576), "bfloat16"), blocks, table, lengths)
     got = kernel(*arguments)
     alone = [x[17:18] for x in (arguments[0], table, lengths)]
     assert_close([x[17:18] for x in got], reference(alone[0], blocks, *alone[1:]))
@@ -162,13 +170,13 @@ def test_cache_of_more_than_2_to_the_31_elements() -> None:
     assert blocks.size > 2**31
     ids = np.array([[num_blocks - 1, 0, num_blocks - 50], [5, num_blocks - 2, 7]], np.int32)
     lengths = np.array([192, 130], np.int32)
-    rows = _normal(3, (2, 192, 1, 576), "bfloat16")
+    rows = _rows(3, (2, 192, 1, 576), "bfloat16")
     positions = np.zeros(2, np.int32)
     append = functools.partial(cache_append, implementation="kernel")
     blocks = jax.jit(append, donate_argnums=0)(blocks, rows, ids, positions)
     written = np.asarray(blocks[ids.reshape(-1)]).reshape(2, 192, 1, 576)
     np.testing.assert_array_equal(written, np.asarray(rows))
-    q = _normal(4, (2, 1, 16, 576), "bfloat16")
+    q = _queries(4, (2, 1, 16, 576), "bfloat16")
     out, lse = kernel(q, blocks, ids, lengths)
     for i in range(2):
         expected = cases.naive_attention(np.asarray(q[i]), written[i], int(lengths[i]), d_v=512)
@@ -186,9 +194,9 @@ def test_graph_replay_with_changed_lengths(loop: str, options: dict) -> None:
     b, h_q, max_blocks = 5, 16, 40
     table = np.random.default_rng(cases.SEED).permutation(b * max_blocks).astype(np.int32)
     table = table.reshape(b, max_blocks)
-    blocks = _normal(2, (LAYERS, b * max_blocks, 64, 1, 576), "bfloat16")
-    q = _normal(1, (LAYERS, b, 1, h_q, 576), "bfloat16")
-    rows = _normal(3, (LAYERS, b, 1, 1, 576), "bfloat16")
+    blocks = _rows(2, (LAYERS, b * max_blocks, 64, 1, 576), "bfloat16")
+    q = _queries(1, (LAYERS, b, 1, h_q, 576), "bfloat16")
+    rows = _rows(3, (LAYERS, b, 1, 1, 576), "bfloat16")
 
     def step(blocks: jax.Array, lengths: jax.Array, implementation: str) -> tuple:
         """Appends a token to each sequence in each layer, and attends."""
