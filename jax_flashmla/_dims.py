@@ -50,10 +50,15 @@ def check_dense_decode(
         raise ValueError(
             f"blocks must have rows of q's d_qk = {d_qk}, got {cache_d} in shape {blocks.shape}"
         )
+    if b * s_q * h_q > INT32_MAX:
+        raise ValueError(
+            "q must have less than 2^31 rows b * s_q * h_q, got "
+            f"{b} * {s_q} * {h_q} = {b * s_q * h_q}"
+        )
     if h_q % h_kv:
         raise ValueError(f"q's h_q must be a multiple of blocks' h_kv = {h_kv}, got h_q = {h_q}")
-    _check_table(block_table, b, block_size)
-    _check_per_sequence("cache_seqlens", cache_seqlens, b)
+    check_block_table(block_table, b, block_size)
+    check_per_sequence("cache_seqlens", cache_seqlens, b)
     d_v = check_int("d_v", d_v, 1, INT32_MAX)
     if d_v > d_qk:
         raise ValueError(
@@ -118,10 +123,10 @@ def check_cache_append(
         raise ValueError(
             f"rows must end in blocks' [h_kv, row] = [{h_kv}, {row}], got shape {rows.shape}"
         )
-    _check_table(block_table, b, block_size)
-    _check_per_sequence("positions", positions, b)
+    check_block_table(block_table, b, block_size)
+    check_per_sequence("positions", positions, b)
     if num_new is not None:
-        _check_per_sequence("num_new", num_new, b)
+        check_per_sequence("num_new", num_new, b)
     return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype)
 
 
@@ -147,6 +152,24 @@ def check_cache_seqlens(cache_seqlens: Any) -> int:
     return b
 
 
+def check_block_table(block_table: Any, b: int, block_size: int) -> None:
+    table_b, max_blocks = _check_array("block_table", block_table, "[b, max_blocks]", _INT32)
+    if table_b != b:
+        raise ValueError(
+            f"block_table must have one row per sequence, b = {b}, got shape {block_table.shape}"
+        )
+    if max_blocks * block_size > INT32_MAX:
+        raise ValueError(
+            "block_table must hold at most 2^31 - 1 tokens per sequence, got max_blocks = "
+            f"{max_blocks} of block_size = {block_size}"
+        )
+
+
+def check_per_sequence(name: str, x: Any, b: int) -> None:
+    if _check_array(name, x, "[b]", _INT32) != (b,):
+        raise ValueError(f"{name} must have one entry per sequence, b = {b}, got shape {x.shape}")
+
+
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a Python int (it is compiled in), got {_describe(value)}")
@@ -163,24 +186,6 @@ def _check_scale(sm_scale: Any) -> None:
         )
     if not FLOAT32_TINY <= sm_scale <= FLOAT32_MAX:
         raise ValueError(f"sm_scale must be finite and positive in float32, got {sm_scale}")
-
-
-def _check_table(block_table: Any, b: int, block_size: int) -> None:
-    table_b, max_blocks = _check_array("block_table", block_table, "[b, max_blocks]", _INT32)
-    if table_b != b:
-        raise ValueError(
-            f"block_table must have one row per sequence, b = {b}, got shape {block_table.shape}"
-        )
-    if max_blocks * block_size > INT32_MAX:
-        raise ValueError(
-            "block_table must hold at most 2^31 - 1 tokens per sequence, got max_blocks = "
-            f"{max_blocks} of block_size = {block_size}"
-        )
-
-
-def _check_per_sequence(name: str, x: Any, b: int) -> None:
-    if _check_array(name, x, "[b]", _INT32) != (b,):
-        raise ValueError(f"{name} must have one entry per sequence, b = {b}, got shape {x.shape}")
 
 
 def _check_batch(name: str, b: int) -> None:

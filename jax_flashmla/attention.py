@@ -28,7 +28,7 @@ def dense_decode(
     same inputs give the same bits on the same device.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bfloat16 or float16.
+        q: [b, s_q, h_q, d_qk] bfloat16 or float16; b at most 16384, b * s_q * h_q below 2^31.
         blocks: [num_blocks, block_size, h_kv, d_qk] in q's dtype; h_kv divides h_q.
         block_table: [b, max_blocks] int32, each sequence's blocks in order. Entries past a
             sequence's length are never used; a block id outside [0, num_blocks) reads as zeros.

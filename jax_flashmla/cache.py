@@ -1,4 +1,4 @@
-"""A model's paged cache as pytrees: how a row is stored, who owns which block, and the blocks."""
+"""A model's paged cache as pytrees: who owns which block, and the blocks."""
 
 from __future__ import annotations
 
@@ -10,67 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _dims
+from jax_flashmla.cache_format import CacheFormat
 from jax_flashmla.cache_ops import cache_append, copy_blocks
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike, DTypeLike
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheFormat:
-    """How one token's row is stored, and how many rows make a block. Static and hashable.
-
-    Args:
-        d_qk: columns of a row: the latent, then the rotary key.
-        d_v: leading columns of a row that are its value.
-        h_kv: KV heads; 1 for multi-head latent attention.
-        block_size: tokens of a block.
-        dtype: bfloat16 or float16.
-        name: the layout. "dense", the only one so far: blocks [num_blocks, block_size, h_kv, d_qk].
-
-    Raises:
-        ValueError, TypeError: a number or dtype that no cache can have.
-    """
-
-    d_qk: int = 576
-    d_v: int = 512
-    h_kv: int = 1
-    block_size: int = 64
-    dtype: DTypeLike = jnp.bfloat16
-    name: str = "dense"
-
-    def __post_init__(self) -> None:
-        if self.name != "dense":
-            raise ValueError(f'name must be "dense", got {self.name!r}')
-        for name in ("d_qk", "d_v", "h_kv", "block_size"):
-            value = _dims.check_int(name, getattr(self, name), 1, _dims.INT32_MAX)
-            object.__setattr__(self, name, value)
-        if self.d_v > self.d_qk:
-            raise ValueError(f"d_v must be at most d_qk = {self.d_qk}, got {self.d_v}")
-        dtype = jnp.dtype(self.dtype)
-        if dtype not in _dims.CACHE_DTYPES:
-            raise TypeError(f"dtype must be bfloat16 or float16, got {dtype}")
-        object.__setattr__(self, "dtype", dtype)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes in one layer."""
-        return self.h_kv * self.d_qk * jnp.dtype(self.dtype).itemsize
-
-    def allocate(self, num_blocks: int, *, device: Any = None) -> jax.Array:
-        """Zeroed blocks [num_blocks, block_size, h_kv, d_qk].
-
-        Args:
-            num_blocks: how many.
-            device: a `jax.Device` or `jax.sharding.Sharding` to put them on; JAX's default if None.
-
-        Raises:
-            ValueError, TypeError: `num_blocks` is not an int between 1 and 2^31 - 1.
-        """
-        num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX)
-        shape = (num_blocks, self.block_size, self.h_kv, self.d_qk)
-        return jnp.zeros(shape, self.dtype, device=device)
+    from jax.typing import ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +49,7 @@ class BlockTable:
         cache_seqlens = jnp.array(cache_seqlens)
         block_size = _dims.check_int("block_size", block_size, 1, _dims.INT32_MAX)
         b = _dims.check_cache_seqlens(cache_seqlens)
-        _dims._check_table(block_table, b, block_size)
+        _dims.check_block_table(block_table, b, block_size)
         return cls(block_table, cache_seqlens, block_size)
 
     @property
@@ -292,7 +236,7 @@ class PagedCache:
             num_new = jnp.full(seqlens.shape, s_new, jnp.int32)
         else:
             num_new = jnp.asarray(num_new)
-            _dims._check_per_sequence("num_new", num_new, seqlens.shape[0])
+            _dims.check_per_sequence("num_new", num_new, seqlens.shape[0])
             num_new = jnp.clip(num_new, 0, s_new)
         capacity = self.table.capacity(self.num_blocks)
         positions = jnp.clip(seqlens, 0, capacity)
@@ -379,13 +323,7 @@ class PagedCache:
             return cache
         return jax.lax.fori_loop(0, self.layers, write, cache)
 
-    def layer(
-        self, layer: int | jax.Array | None = None
-    ) -> tuple[
-        jax.Array,
-        jax.Array,
-        jax.Array,
-    ]:
+    def layer(self, layer: int | jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A layer as `dense_decode` takes it: `dense_decode(q, *cache.layer(i), d_v=format.d_v)`.
 
         Args:

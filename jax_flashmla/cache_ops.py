@@ -27,7 +27,9 @@ def cache_append(
     given the same slot: which of their rows it then holds is not defined.
 
     The update is in place inside a jitted function whose caller donates `blocks`, loops included.
-    Otherwise XLA copies the whole cache first.
+    Otherwise XLA copies the whole cache first. Under `jax.vmap` it does so even where the cache is
+    donated; where `blocks` is not mapped, the result is a cache for each index. To write to one
+    cache in place, make the mapped axis part of b instead.
 
     Args:
         blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16 or float16.

@@ -100,6 +100,7 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (decode, {"cache_seqlens": i32(3)}, ValueError, "cache_seqlens must have one entry per sequence, b = 2, got shape (3,)"),
     (decode, {"cache_seqlens": zeros(2, dtype=np.int16)}, TypeError, "cache_seqlens must have dtype int32, got int16"),
     (decode, {"cache_seqlens": [3, 4]}, TypeError, "cache_seqlens must be an array [b], got [3, 4] of type list"),
+    (decode, {"q": jax.ShapeDtypeStruct((2, 2**15, 2**15, 24), BF16)}, ValueError, "q must have less than 2^31 rows b * s_q * h_q, got 2 * 32768 * 32768 = 2147483648"),
     # d_v, sm_scale, causal, implementation
     (decode, {"d_v": 25}, ValueError, "d_v must be at most d_qk = 24 (a value is a row's first d_v columns), got 25"),
     (decode, {"d_v": 512}, ValueError, "d_v must be at most d_qk = 24"),

@@ -15,9 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_flashmla.cache
-from jax_flashmla import dense_decode, make_schedule
-from jax_flashmla.allocator import BlockAllocator
-from jax_flashmla.cache import BlockTable, CacheFormat, PagedCache
+from jax_flashmla import (
+    BlockAllocator,
+    BlockTable,
+    CacheFormat,
+    PagedCache,
+    dense_decode,
+    make_schedule,
+)
 
 FORMAT = CacheFormat(d_qk=6, d_v=4, h_kv=2, block_size=4)
 LAYOUTS = {

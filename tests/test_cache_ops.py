@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_flashmla.allocator import BlockAllocator
-from jax_flashmla.cache_ops import cache_append, copy_blocks
+from jax_flashmla import BlockAllocator, cache_append, copy_blocks
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 

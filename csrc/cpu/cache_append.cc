@@ -23,8 +23,7 @@ int64_t destination(const CacheAppendParams& params, int64_t i, int64_t j) {
 
 Status run_cache_append(const CacheAppendParams& params, const ParallelFor& parallel_for) {
   const int64_t num_rows = int64_t{params.b} * params.s_new;
-  const int64_t rows_per_task =
-      kBytesPerTask / std::clamp<int64_t>(params.row_bytes, 1, kBytesPerTask);
+  const int64_t rows_per_task = kBytesPerTask / std::min(params.row_bytes, kBytesPerTask);
   const auto* rows = static_cast<const char*>(params.rows);
   auto* blocks = static_cast<char*>(params.blocks);
 

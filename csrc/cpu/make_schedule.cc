@@ -33,7 +33,7 @@ Status run_make_schedule(const MakeScheduleParams& params, const ParallelFor&) {
   std::vector<int64_t> tiles(params.b);
   for (int i = 0; i < params.b; ++i) tiles[i] = num_tiles(params.cache_seqlens[i]);
   const int64_t total = std::accumulate(tiles.begin(), tiles.end(), int64_t{0});
-  const bool few = params.b > 0 && params.b <= params.num_parts;
+  const bool few = params.b <= params.num_parts;
   const int64_t uniform_stride = few ? find_uniform_stride(tiles, params.num_parts) : 0;
   const SplitPlan plan = choose_plan(params.b, params.num_parts, total, uniform_stride);
 

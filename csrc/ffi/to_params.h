@@ -92,6 +92,10 @@ inline Status to_params(AnyBuffer q, AnyBuffer blocks, I32R2 block_table, I32R1 
   checks.expect("lse_accum", lse_accum->dimensions(),
                 {{"2 * num_parts", 2 * num_parts}, {"s_q", s_q}, {"h_q", h_q}});
   check_table_reach(checks, max_blocks, block_size);
+  if (checks.ok()) checks.int32("b * s_q * h_q (query rows)", b * s_q * h_q);
+  if (checks.ok()) {
+    checks.int32("2 * num_parts * s_q * h_q (workspace rows)", 2 * num_parts * s_q * h_q);
+  }
 
   params->b = checks.int32("b", b);
   params->s_q = checks.int32("s_q", s_q);
