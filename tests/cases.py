@@ -7,6 +7,7 @@ NaN, and table entries past the last block are 2147480000, far outside the cache
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -222,3 +223,23 @@ def cpu_cases() -> list[DecodeCase]:
         DecodeCase(2, 1, 20, 4, 2, d_qk=33, d_v=33, block_size=1),
         DecodeCase(2, 1, 700, 4, d_qk=512, d_v=512, block_size=256),
     ]
+
+
+# Dimensions that only the CPU and the reference take, for tests of what is around the operations.
+SMALL_D_V = 16
+small = functools.partial(DecodeCase, d_qk=24, d_v=SMALL_D_V, block_size=8)
+
+
+def growing_cache(steps: int, b: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An empty cache, a table with room for `steps` tokens, and the rows [steps, b, 1, 1, 24]."""
+    table = np.arange(b * -(-steps // 8), dtype=np.int32).reshape(b, -1)
+    rows = normal(np.random.default_rng(SEED), (steps, b, 1, 1, 24), "bfloat16")
+    blocks = np.full((table.size, 8, 1, 24), np.nan, rows.dtype)
+    return blocks, table, rows
+
+
+def attend_growing(rows: np.ndarray, q: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    keys = np.moveaxis(rows[:length, :, 0], 0, 1)  # [b, length, 1, 24]
+    results = [naive_attention(q[i], keys[i], length, d_v=SMALL_D_V) for i in range(len(q))]
+    outs, lses = zip(*results, strict=True)
+    return np.stack(outs), np.stack(lses)

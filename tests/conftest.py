@@ -67,6 +67,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """The CPU is the default device, also where there is a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 def _tested_device(request: pytest.FixtureRequest) -> jax.Device:
     is_gpu = request.node.get_closest_marker("gpu") is not None
     return jax.devices("cuda" if is_gpu else "cpu")[0]

@@ -232,8 +232,7 @@ def test_junk_in_a_schedule(kind: str, kernel: str) -> None:
     assert (out.shape, lse.shape) == ((4, 2, 6, 512), (4, 2, 6))
     out, lse = dense_decode(*inputs.arguments, implementation=kernel)
     expected = cases.naive_decode(CASE, inputs)
-    tolerances.assert_close("out", out, expected[0], tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected[1], tolerances.LSE)
+    tolerances.assert_decoded((out, lse), expected)
 
 
 def test_junk_table_and_lengths_stay_within_the_cache(implementation: str) -> None:
@@ -253,8 +252,7 @@ def test_junk_table_and_lengths_stay_within_the_cache(implementation: str) -> No
         expected = cases.naive_attention(
             q[i], keys.reshape(256, 1, 576), int(np.clip(lengths[i], 0, 256)), d_v=512, causal=True
         )
-        tolerances.assert_close("out", out[i], expected[0], tolerances.OUT)
-        tolerances.assert_close("lse", lse[i], expected[1], tolerances.LSE)
+        tolerances.assert_decoded((out[i], lse[i]), expected)
 
 
 def test_junk_in_an_append_stays_within_the_sequences_own_blocks(implementation: str) -> None:

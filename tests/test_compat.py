@@ -40,8 +40,7 @@ def test_positional_call_with_flashmlas_conventions(inputs: cases.DecodeInputs) 
     expected_out, expected_lse = expected_of(inputs)
     assert lse.shape == (CASE.b, CASE.h_q, CASE.s_q)
     assert np.isposinf(expected_lse).any()
-    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+    tolerances.assert_decoded((out, lse), (expected_out, expected_lse))
 
 
 @pytest.mark.parametrize("form", ["schedule", "cuts", "none"])
@@ -58,10 +57,8 @@ def test_metadata_passes_through_jit(inputs: cases.DecodeInputs, form: str) -> N
             *arguments, CASE.d_v, metadata, num_splits, softmax_scale=80**-0.5, causal=True
         )
 
-    out, lse = decode(inputs.arguments, metadata, num_splits)
-    expected_out, expected_lse = expected_of(inputs)
-    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+    got = decode(inputs.arguments, metadata, num_splits)
+    tolerances.assert_decoded(got, expected_of(inputs))
 
 
 def test_metadata_without_arguments_as_later_versions_call_it(inputs: cases.DecodeInputs) -> None:

@@ -50,8 +50,7 @@ def test_matches_naive_attention(
     out, lse = run()
     assert out.dtype == case.dtype
     assert lse.dtype == jnp.float32
-    tolerances.assert_close("out", out, problem.out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, problem.lse, tolerances.LSE)
+    tolerances.assert_decoded((out, lse), (problem.out, problem.lse))
 
     again = run()
     np.testing.assert_array_equal(bits(out), bits(again[0]))
@@ -69,41 +68,38 @@ def test_scale_and_default_scale(implementation: str) -> None:
     np.testing.assert_array_equal(bits(default[0]), bits(given[0]))
     out, lse = decode(sm_scale=0.2)
     for i in range(5):
-        expected_out, expected_lse = cases.naive_attention(
+        expected = cases.naive_attention(
             inputs.q[i],
             inputs.keys[i],
             int(inputs.cache_seqlens[i]),
             d_v=512,
             sm_scale=0.2,
         )
-        tolerances.assert_close("out", out[i], expected_out, tolerances.OUT)
-        tolerances.assert_close("lse", lse[i], expected_lse, tolerances.LSE)
+        tolerances.assert_decoded((out[i], lse[i]), expected)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 64, 256])
 def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) -> None:
     case = DecodeCase(4, 1, 900, 3, causal=True)
     inputs = cases.make_inputs(case)
-    expected_out, expected_lse = cases.naive_decode(case, inputs)
+    expected = cases.naive_decode(case, inputs)
     schedule = make_schedule(
         inputs.cache_seqlens, h_q=3, num_parts=num_parts, implementation=kernel
     )
     out, lse = dense_decode(
         *inputs.arguments, causal=True, schedule=schedule, implementation=kernel
     )
-    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+    tolerances.assert_decoded((out, lse), expected)
 
 
 @pytest.mark.parametrize("was", [[900, 1, 0, 64], [0, 0, 0, 0], [1, 2000, 128, 65]])
 def test_schedule_of_other_lengths_gives_the_same_result(was: list[int], kernel: str) -> None:
     case = DecodeCase(4, 1, 900, 3)
     inputs = cases.make_inputs(case)
-    expected_out, expected_lse = cases.naive_decode(case, inputs)
+    expected = cases.naive_decode(case, inputs)
     schedule = make_schedule(jnp.asarray(was, jnp.int32), h_q=3, num_parts=9, implementation=kernel)
     out, lse = dense_decode(*inputs.arguments, schedule=schedule, implementation=kernel)
-    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+    tolerances.assert_decoded((out, lse), expected)
 
 
 def test_row_with_nothing_to_attend_is_zero_and_minus_infinity(implementation: str) -> None:
@@ -137,8 +133,7 @@ def test_out_of_range_blocks_read_as_zeros(implementation: str) -> None:
     )
     for i in range(2):
         expected = cases.naive_attention(inputs.q[i], keys[i], 200, d_v=512)
-        tolerances.assert_close("out", out[i], expected[0], tolerances.OUT)
-        tolerances.assert_close("lse", lse[i], expected[1], tolerances.LSE)
+        tolerances.assert_decoded((out[i], lse[i]), expected)
 
 
 def test_lengths_are_clamped_to_the_table(implementation: str) -> None:
@@ -149,6 +144,5 @@ def test_lengths_are_clamped_to_the_table(implementation: str) -> None:
     decode = functools.partial(dense_decode, q, blocks, table, implementation=implementation)
     hostile = decode(jnp.asarray([2**31 - 1, -(2**31), 129], jnp.int32))
     clamped = decode(jnp.asarray([128, 0, 128], jnp.int32))
-    tolerances.assert_close("out", hostile[0], clamped[0], tolerances.OUT)
-    tolerances.assert_close("lse", hostile[1], clamped[1], tolerances.LSE)
+    tolerances.assert_decoded(hostile, clamped)
     assert np.isneginf(hostile[1][1]).all()

@@ -133,8 +133,7 @@ def test_flashmlas_space_against_float64(group: Group) -> None:
     length = int(lengths[1])
     keys = np.asarray(blocks[table[1, : -(-length // 64)]]).reshape(-1, *blocks.shape[2:])
     expected = cases.naive_attention(np.asarray(q[1]), keys, length, d_v=512, causal=True)
-    tolerances.assert_close("out", out[1], expected[0], tolerances.OUT)
-    tolerances.assert_close("lse", lse[1], expected[1], tolerances.LSE)
+    tolerances.assert_decoded((out[1], lse[1]), expected)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -180,8 +179,7 @@ def test_cache_of_more_than_2_to_the_31_elements() -> None:
     out, lse = kernel(q, blocks, ids, lengths)
     for i in range(2):
         expected = cases.naive_attention(np.asarray(q[i]), written[i], int(lengths[i]), d_v=512)
-        tolerances.assert_close("out", out[i], expected[0], tolerances.OUT)
-        tolerances.assert_close("lse", lse[i], expected[1], tolerances.LSE)
+        tolerances.assert_decoded((out[i], lse[i]), expected)
 
 
 LAYERS = 8  # more than the 5 nodes from which XLA records a CUDA graph
@@ -272,7 +270,6 @@ def test_other_dimensions_run_the_reference_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match="the sm90 kernel takes .* got d_qk = 320, d_v = 256"):
         out, lse = dense_decode(*inputs.arguments, d_v=256)
     expected = cases.naive_decode(case, inputs)
-    tolerances.assert_close("out", out, expected[0], tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected[1], tolerances.LSE)
+    tolerances.assert_decoded((out, lse), expected)
     with pytest.raises(NotImplementedError, match="got d_qk = 320, d_v = 256"):
         kernel(*inputs.arguments, d_v=256)

@@ -28,15 +28,16 @@ def attend_parts(bounds: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(outs).astype(np.float32), np.stack(lses).astype(np.float32)
 
 
+def assert_merged(got: tuple, expected: tuple) -> None:
+    tolerances.assert_decoded(got, expected, out=tolerances.MERGE, lse=tolerances.MERGE)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=4))
 def test_parts_merge_to_the_whole_empty_ones_included(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), 41]
     (whole_out,), (whole_lse,) = attend_parts([0, 41])
-    outs, lses = attend_parts(bounds)
-    out, lse = merge_lse(outs, lses)
-    tolerances.assert_close("out", out, whole_out, tolerances.MERGE)
-    tolerances.assert_close("lse", lse, whole_lse, tolerances.MERGE)
+    assert_merged(merge_lse(*attend_parts(bounds)), (whole_out, whole_lse))
 
 
 def test_empty_part_has_no_influence_even_if_it_holds_nan() -> None:
@@ -44,9 +45,7 @@ def test_empty_part_has_no_influence_even_if_it_holds_nan() -> None:
     alone = merge_lse(outs, lses)
     outs = np.concatenate([outs, np.full_like(outs[:1], np.nan)])
     lses = np.concatenate([lses, np.full_like(lses[:1], -np.inf)])
-    merged = merge_lse(outs, lses)
-    tolerances.assert_close("out", merged[0], alone[0], tolerances.MERGE)
-    tolerances.assert_close("lse", merged[1], alone[1], tolerances.MERGE)
+    assert_merged(merge_lse(outs, lses), alone)
 
 
 def test_nothing_at_all_is_zero_and_minus_infinity() -> None:
@@ -74,8 +73,7 @@ def test_sequences_and_other_axes_give_the_same() -> None:
     from_sequence = merge_lse(list(outs), tuple(lses))
     from_axis = merge_lse(np.moveaxis(outs, 0, 2), np.moveaxis(lses, 0, 2), axis=2)
     for got in (from_sequence, from_axis, jax.jit(merge_lse)(outs, lses)):
-        tolerances.assert_close("out", got[0], expected[0], tolerances.MERGE)
-        tolerances.assert_close("lse", got[1], expected[1], tolerances.MERGE)
+        assert_merged(got, expected)
 
 
 def test_keeps_the_dtype_of_outs() -> None:
@@ -104,8 +102,7 @@ def test_merges_dense_decode_over_two_caches(implementation: str) -> None:
         )
     ]
     out, lse = merge_lse(*zip(*parts, strict=True))
-    tolerances.assert_close("out", out, expected_out, tolerances.OUT)
-    tolerances.assert_close("lse", lse, expected_lse, tolerances.LSE)
+    tolerances.assert_decoded((out, lse), (expected_out, expected_lse))
 
 
 def test_gradient_is_finite_with_empty_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,3 +53,15 @@ def assert_close(name: str, got: np.ndarray, expected: np.ndarray, tolerance: To
     if tolerance.cosine is not None and size > 0:
         distance = 1 - 2 * np.sum(got * expected) / size
         assert distance <= tolerance.cosine, f"{name}: cosine distance {distance:.3g}"
+
+
+def assert_decoded(
+    got: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    *,
+    out: Tolerance = OUT,
+    lse: Tolerance = LSE,
+) -> None:
+    """(out, lse) against the (out, lse) expected."""
+    for name, x, y, bound in zip(("out", "lse"), got, expected, (out, lse), strict=True):
+        assert_close(name, x, y, bound)
