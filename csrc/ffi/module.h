@@ -27,8 +27,18 @@ inline nanobind::capsule to_capsule(XLA_FFI_Handler* xla_handler) {
   return nanobind::capsule(reinterpret_cast<void*>(xla_handler));
 }
 
-// The version of the FFI headers that the module was built with: a jaxlib runs handlers of its own
-// version and of older ones.
-inline std::pair<int, int> ffi_api_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+// The Python functions of a module: its handlers by target, and the version of the FFI headers that
+// it was built with (a jaxlib runs handlers of its own version and of older ones).
+inline void define_functions(nanobind::module_& module, XLA_FFI_Handler* make_schedule,
+                             XLA_FFI_Handler* dense_decode, XLA_FFI_Handler* cache_append) {
+  module.def("registrations", [=] {
+    nanobind::dict handlers;
+    handlers["flashmla_make_schedule_v1"] = to_capsule(make_schedule);
+    handlers["flashmla_dense_decode_v1"] = to_capsule(dense_decode);
+    handlers["flashmla_cache_append_v1"] = to_capsule(cache_append);
+    return handlers;
+  });
+  module.def("ffi_api_version", [] { return std::pair(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+}
 
 }  // namespace flashmla::ffi

@@ -10,7 +10,6 @@
 namespace flashmla::ffi {
 namespace {
 
-namespace nb = nanobind;
 using xla::ffi::Ffi;
 using xla::ffi::ThreadPool;
 
@@ -29,18 +28,10 @@ XLA_FFI_DEFINE_HANDLER(dense_decode, (cpu_handler<DenseDecodeParams, cpu::run_de
 XLA_FFI_DEFINE_HANDLER(cache_append, (cpu_handler<CacheAppendParams, cpu::run_cache_append>),
                        bind_cache_append(Ffi::Bind().Ctx<ThreadPool>()));
 
-nb::dict registrations() {
-  nb::dict handlers;
-  handlers["flashmla_make_schedule_v1"] = to_capsule(make_schedule);
-  handlers["flashmla_dense_decode_v1"] = to_capsule(dense_decode);
-  handlers["flashmla_cache_append_v1"] = to_capsule(cache_append);
-  return handlers;
-}
-
 }  // namespace
 }  // namespace flashmla::ffi
 
 NB_MODULE(_cpu, module) {
-  module.def("registrations", &flashmla::ffi::registrations);
-  module.def("ffi_api_version", &flashmla::ffi::ffi_api_version);
+  using namespace flashmla::ffi;
+  define_functions(module, make_schedule, dense_decode, cache_append);
 }

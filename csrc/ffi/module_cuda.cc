@@ -12,7 +12,6 @@
 namespace flashmla::ffi {
 namespace {
 
-namespace nb = nanobind;
 using xla::ffi::Ffi;
 using xla::ffi::Traits;
 using Stream = xla::ffi::PlatformStream<cudaStream_t>;
@@ -27,18 +26,10 @@ XLA_FFI_DEFINE_HANDLER(cache_append, (checked_call<CacheAppendParams, sm90::run_
                        bind_cache_append(Ffi::Bind().Ctx<Stream>()),
                        {Traits::kCmdBufferCompatible});
 
-nb::dict registrations() {
-  nb::dict handlers;
-  handlers["flashmla_make_schedule_v1"] = to_capsule(make_schedule);
-  handlers["flashmla_dense_decode_v1"] = to_capsule(dense_decode);
-  handlers["flashmla_cache_append_v1"] = to_capsule(cache_append);
-  return handlers;
-}
-
 }  // namespace
 }  // namespace flashmla::ffi
 
 NB_MODULE(_cuda, module) {
-  module.def("registrations", &flashmla::ffi::registrations);
-  module.def("ffi_api_version", &flashmla::ffi::ffi_api_version);
+  using namespace flashmla::ffi;
+  define_functions(module, make_schedule, dense_decode, cache_append);
 }
