@@ -15,21 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_flashmla.cache
-from jax_flashmla import (
-    BlockAllocator,
-    BlockTable,
-    CacheFormat,
-    PagedCache,
-    dense_decode,
-    make_schedule,
-)
+from jax_flashmla import BlockAllocator, CacheFormat, PagedCache, dense_decode, make_schedule
+from small_caches import FORMAT, LAYOUTS, layers_of, make_cache, row_numbers
 
-FORMAT = CacheFormat(d_qk=6, d_v=4, h_kv=2, block_size=4)
-LAYOUTS = {
-    "one layer": {},
-    "one array": {"layers": 3},
-    "an array per layer": {"layers": 3, "array_per_layer": True},
-}
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
@@ -48,29 +36,6 @@ on_each_platform = pytest.mark.parametrize(
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
 def layout(request):
     return request.param
-
-
-def make_cache(block_table, cache_seqlens=None, *, num_blocks=12, format=FORMAT, **layout):
-    table = BlockTable.create(
-        np.array(block_table, np.int32),
-        None if cache_seqlens is None else np.array(cache_seqlens, np.int32),
-        block_size=format.block_size,
-    )
-    return PagedCache.create(format, table, num_blocks=num_blocks, **layout)
-
-
-def layers_of(cache):
-    """The blocks of each layer, on the host, as bits [layers, num_blocks, ...]."""
-    blocks = cache.blocks if isinstance(cache.blocks, tuple) else [cache.blocks]
-    blocks = np.concatenate([np.asarray(x) for x in blocks]).view(np.uint16)
-    return blocks.reshape(cache.layers, cache.num_blocks, *blocks.shape[1:])
-
-
-def row_numbers(shape, first):
-    """Rows of distinct bit patterns, [*shape, h_kv, d_qk]."""
-    size = (*shape, FORMAT.h_kv, FORMAT.d_qk)
-    bits = (first + np.arange(np.prod(size))) % 2**15
-    return jnp.array(bits.astype(np.uint16).reshape(size).view(jnp.bfloat16))
 
 
 # Pytrees.
@@ -430,95 +395,6 @@ def test_check_lists_bad_values(layout, block_table, cache_seqlens, found):
     assert len(listed) == len(found)
     for line, start in zip(listed, found, strict=True):
         assert line.startswith(start)
-
-
-# Wrong calls.
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"name": "fp8"}, ValueError, "name must be \"dense\", got 'fp8'"),
-        ({"d_v": 577}, ValueError, "d_v must be at most d_qk = 576, got 577"),
-        ({"block_size": 0}, ValueError, "block_size must be between 1"),
-        ({"h_kv": 1.0}, TypeError, "h_kv must be a Python int"),
-        ({"dtype": jnp.float32}, TypeError, "dtype must be bfloat16 or float16, got float32"),
-    ],
-)
-def test_wrong_formats_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        CacheFormat(**arguments)
-
-
-ROW = jnp.zeros((1, 1, 2, 6), jnp.bfloat16)
-
-
-def single():
-    return make_cache([[0, 1]])
-
-
-def double():
-    return make_cache([[0, 1]], layers=2)
-
-
-def apart():
-    return make_cache([[0, 1]], layers=2, array_per_layer=True)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: FORMAT.allocate(0), ValueError, "num_blocks must be between 1"),
-        (
-            lambda: make_cache([[0]], num_blocks=2**30, layers=4),
-            ValueError,
-            "num_blocks must be between 1 and 536870911, got 1073741824",
-        ),
-        (lambda: make_cache([[0]], layers=0), ValueError, "layers must be between 1"),
-        (lambda: make_cache([0, 1]), ValueError, r"block_table must have rank 2"),
-        (lambda: make_cache([[0]], [1, 2]), ValueError, "block_table must have one row"),
-        (lambda: BlockTable.create(np.zeros((1, 2))), TypeError, "block_table must have dtype"),
-        (
-            lambda: BlockTable.create(np.zeros((1, 2), np.int32), block_size=0),
-            ValueError,
-            "block_size must be between 1",
-        ),
-        (
-            lambda: PagedCache.create(CacheFormat(), single().table, num_blocks=2),
-            ValueError,
-            "table must have the format's block_size = 64, got 4",
-        ),
-        (lambda: single().advance(0), ValueError, "s_new must be between 1"),
-        (lambda: single().advance(jnp.int32(1)), TypeError, "s_new must be a Python int"),
-        (
-            lambda: single().advance(1, jnp.ones(2, jnp.int32)),
-            ValueError,
-            r"num_new must have one entry per sequence, b = 1, got shape \(2,\)",
-        ),
-        (
-            lambda: single().write(ROW, single().advance(2)[1]),
-            ValueError,
-            r"rows must have the s_new = 2 of the step's advance\(\), got shape \(1, 1, 2, 6\)",
-        ),
-        (lambda: single().append(ROW[0]), ValueError, r"rows must be \[layers = 1, b, s_new"),
-        (lambda: single().append(ROW[..., :5]), ValueError, "rows must end in blocks'"),
-        (lambda: double().append(ROW), ValueError, r"rows must be \[layers = 2, b, s_new"),
-        (lambda: double().append(ROW[None]), ValueError, r"rows must be \[layers = 2, b, s_new"),
-        (lambda: single().layer(1), ValueError, "layer must be between 0 and 0, got 1"),
-        (lambda: double().layer(), TypeError, "layer must be a Python int"),
-        (lambda: double().layer(2), ValueError, "layer must be between 0 and 1, got 2"),
-        (lambda: apart().layer(-1), ValueError, "layer must be between 0 and 1, got -1"),
-        (lambda: jax.jit(apart().layer)(jnp.int32(0)), TypeError, "layer must be a Python int"),
-        (
-            lambda: single().with_table(np.zeros((2, 2), np.int32)),
-            ValueError,
-            r"block_table must have one row per sequence, b = 1, got shape \(2, 2\)",
-        ),
-    ],
-)
-def test_wrong_calls_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
 
 
 # What the documentation shows.

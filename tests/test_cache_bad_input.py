@@ -1,0 +1,97 @@
+"""Wrong calls of the paged cache's methods get an error that names what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashmla import BlockTable, CacheFormat, PagedCache
+from small_caches import FORMAT, make_cache
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "fp8"}, ValueError, "name must be \"dense\", got 'fp8'"),
+        ({"d_v": 577}, ValueError, "d_v must be at most d_qk = 576, got 577"),
+        ({"block_size": 0}, ValueError, "block_size must be between 1"),
+        ({"h_kv": 1.0}, TypeError, "h_kv must be a Python int"),
+        ({"dtype": jnp.float32}, TypeError, "dtype must be bfloat16 or float16, got float32"),
+    ],
+)
+def test_wrong_formats_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CacheFormat(**arguments)
+
+
+ROW = jnp.zeros((1, 1, 2, 6), jnp.bfloat16)
+
+
+def single():
+    return make_cache([[0, 1]])
+
+
+def double():
+    return make_cache([[0, 1]], layers=2)
+
+
+def apart():
+    return make_cache([[0, 1]], layers=2, array_per_layer=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: FORMAT.allocate(0), ValueError, "num_blocks must be between 1"),
+        (
+            lambda: make_cache([[0]], num_blocks=2**30, layers=4),
+            ValueError,
+            "num_blocks must be between 1 and 536870911, got 1073741824",
+        ),
+        (lambda: make_cache([[0]], layers=0), ValueError, "layers must be between 1"),
+        (lambda: make_cache([0, 1]), ValueError, r"block_table must have rank 2"),
+        (lambda: make_cache([[0]], [1, 2]), ValueError, "block_table must have one row"),
+        (lambda: BlockTable.create(np.zeros((1, 2))), TypeError, "block_table must have dtype"),
+        (
+            lambda: BlockTable.create(np.zeros((1, 2), np.int32), block_size=0),
+            ValueError,
+            "block_size must be between 1",
+        ),
+        (
+            lambda: PagedCache.create(CacheFormat(), single().table, num_blocks=2),
+            ValueError,
+            "table must have the format's block_size = 64, got 4",
+        ),
+        (lambda: single().advance(0), ValueError, "s_new must be between 1"),
+        (lambda: single().advance(jnp.int32(1)), TypeError, "s_new must be a Python int"),
+        (
+            lambda: single().advance(1, jnp.ones(2, jnp.int32)),
+            ValueError,
+            r"num_new must have one entry per sequence, b = 1, got shape \(2,\)",
+        ),
+        (
+            lambda: single().write(ROW, single().advance(2)[1]),
+            ValueError,
+            r"rows must have the s_new = 2 of the step's advance\(\), got shape \(1, 1, 2, 6\)",
+        ),
+        (lambda: single().append(ROW[0]), ValueError, r"rows must be \[layers = 1, b, s_new"),
+        (lambda: single().append(ROW[..., :5]), ValueError, "rows must end in blocks'"),
+        (lambda: double().append(ROW), ValueError, r"rows must be \[layers = 2, b, s_new"),
+        (lambda: double().append(ROW[None]), ValueError, r"rows must be \[layers = 2, b, s_new"),
+        (lambda: single().layer(1), ValueError, "layer must be between 0 and 0, got 1"),
+        (lambda: double().layer(), TypeError, "layer must be a Python int"),
+        (lambda: double().layer(2), ValueError, "layer must be between 0 and 1, got 2"),
+        (lambda: apart().layer(-1), ValueError, "layer must be between 0 and 1, got -1"),
+        (lambda: jax.jit(apart().layer)(jnp.int32(0)), TypeError, "layer must be a Python int"),
+        (
+            lambda: single().with_table(np.zeros((2, 2), np.int32)),
+            ValueError,
+            r"block_table must have one row per sequence, b = 1, got shape \(2, 2\)",
+        ),
+    ],
+)
+def test_wrong_calls_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
