@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from jax_flashmla import SplitSchedule, make_schedule
 
 TILE = 64
 OVERHEAD = 2  # tiles
+MERGE_COST = 6
 
 
 def make_cuts(lengths: list[int] | np.ndarray, num_parts: int, implementation: str) -> np.ndarray:
@@ -33,10 +36,11 @@ def naive_cuts(lengths: list[int] | np.ndarray, num_parts: int) -> list[list[int
     """The two plans of csrc/split_schedule.h, one unit after another."""
     tiles, b = count_tiles(lengths), len(lengths)
     stride = max(1, -(-(int(tiles.sum()) + OVERHEAD * (b - 1)) // num_parts))
+    least = max(1, math.isqrt(MERGE_COST * int(tiles.sum()) // num_parts))
     uniform = next(
         (
             k
-            for k in range(1, stride + OVERHEAD + 1)
+            for k in range(min(least, max(1, tiles.max())), stride + OVERHEAD + 1)
             if np.maximum(1, -(-tiles // k)).sum() <= num_parts
         ),
         None,

@@ -13,7 +13,9 @@ namespace {
 
 // The least stride that cuts the sequences into at most num_parts pieces.
 int64_t find_uniform_stride(const std::vector<int64_t>& tiles, int num_parts) {
-  int64_t low = 1, high = std::max<int64_t>(1, *std::max_element(tiles.begin(), tiles.end()));
+  const int64_t total = std::accumulate(tiles.begin(), tiles.end(), int64_t{0});
+  int64_t high = std::max<int64_t>(1, *std::max_element(tiles.begin(), tiles.end()));
+  int64_t low = std::min(least_stride(total, num_parts), high);
   while (low < high) {
     const int64_t mid = (low + high) / 2;
     int64_t pieces = 0;

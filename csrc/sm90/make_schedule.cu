@@ -15,9 +15,11 @@ constexpr int kWarps = kThreads / 32;
 
 // The least stride that cuts the sequences into at most num_parts pieces, for b <= num_parts. All
 // warps try strides at once, and the range shrinks by their number each round.
-__device__ int64_t find_uniform_stride(const MakeScheduleParams& params, int64_t most_tiles) {
+__device__ int64_t find_uniform_stride(const MakeScheduleParams& params, int64_t total_tiles,
+                                       int64_t most_tiles) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int64_t low = 1, high = max(most_tiles, int64_t{1});
+  int64_t high = max(most_tiles, int64_t{1});
+  int64_t low = min(least_stride(total_tiles, params.num_parts), high);
   while (low < high) {
     const int64_t step = ceil_div(high - low, kWarps + 1);
     const int64_t stride = min(low + step * (warp + 1), high) - 1;  // in [low, high)
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeSchedulePar
   }
   __syncthreads();
   const bool few = params.b <= params.num_parts;
-  const int64_t uniform_stride = few ? find_uniform_stride(params, sums[1]) : 0;
+  const int64_t uniform_stride = few ? find_uniform_stride(params, sums[0], sums[1]) : 0;
   const SplitPlan plan = choose_plan(params.b, params.num_parts, sums[0], uniform_stride);
 
   int64_t total = 0;

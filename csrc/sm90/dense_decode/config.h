@@ -23,6 +23,7 @@ constexpr int kStages = 3;                  // latent tiles in shared memory
 constexpr int kChunkBytes = kTileTokens * 128;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kLatentBytes = 2 * kHalfBytes;
+constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
 constexpr int kWarpgroupThreads = 128;
 // Warpgroups: scores, left values, right values. Registers a thread: together the whole file.
@@ -48,6 +49,7 @@ struct KernelArgs {
   int group;  // query heads per KV head
   int max_blocks;
   float scale_log2;  // sm_scale * log2(e)
+  uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;
 };
 

@@ -21,8 +21,17 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ SharedStorage shared_storage[];
-  SharedStorage& smem = shared_storage[0];
+  // Addressed by a constant: the symbol's address would be computed anew, with a long latency, at
+  // every use.
+  SharedStorage& smem = *static_cast<SharedStorage*>(__cvta_shared_to_generic(kSharedBase));
+  if (smem_address(shared_storage) != kSharedBase) __trap();
 
+  if (threadIdx.x == 32) {
+    prefetch_tensor_map(&args.query_half_map);
+    prefetch_tensor_map(&args.cache_half_map);
+    prefetch_tensor_map(&args.query_rope_map);
+    prefetch_tensor_map(&args.cache_rope_map);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.latent_full[0][i]), 1);

@@ -3,6 +3,7 @@
 
 #include "../combine.h"
 #include "../common/launch.h"
+#include "../common/tma.cuh"
 #include "../dense_decode.h"
 #include "kernel_decl.h"
 #include "tensor_map.h"
@@ -56,6 +57,8 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   // One KV head: all query rows packed. Several: the rows of one query token at a time.
   const int row_tiles = params.h_kv == 1 ? (args.rows + kTileRows - 1) / kTileRows
                                          : params.s_q * ((args.group + kTileRows - 1) / kTileRows);
+  // A tile that several blocks read must stay in L2 until the last has read it.
+  args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel =
       params.dtype == DType::kBFloat16 ? launch_dense_decode_bf16 : launch_dense_decode_f16;

@@ -22,7 +22,7 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, const Share
   const int index = item.index;
   tma_load_4d(target, map, full, 0, query ? index * args.rows + smem.row_tile.first : 0,
               columns * kHalfChunks + (query ? 0 : blockIdx.y * kChunks), query ? 0 : index,
-              kEvictFirst);
+              args.cache_hint);
 }
 
 __device__ __forceinline__ void load_latent(const KernelArgs& args, SharedStorage& smem,
@@ -62,7 +62,7 @@ __device__ __forceinline__ void prepare_load(const KernelArgs& args, SharedStora
   smem.stream.next(args, item);
   if (item.kind == kTile) {
     tma_prefetch_4d(&args.cache_rope_map, 0, 0, blockIdx.y * kChunks + kChunks - 1, item.index,
-                    kEvictFirst);
+                    args.cache_hint);
   }
 }
 

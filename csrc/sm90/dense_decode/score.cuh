@@ -107,7 +107,8 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
     rows.reference[r] = scaled > before + kLazyRescale ? scaled : before;
     const float rescale = exp2_approx(before - finite_reference(rows, r));
     rows.sum[r] *= rescale;
-    if (thread % 4 == 0) smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = rescale;
+    // The four lanes of a row all write the same.
+    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = rescale;
   }
 }
 
@@ -219,11 +220,15 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       const uint32_t values_go = smem_address(&smem.values_go[pair.slot]);
       stage.advance();
       pair.advance();
+      bool gone = false;
       if (!last) {
         score_latent<T>(s, q, smem, stage);
+        // Rope columns that are late must not keep the tensor cores waiting.
+        gone = !mbarrier_passed(smem_address(&smem.rope_full[pair.slot]), pair.parity);
+        if (gone && warp_leader) mbarrier_arrive(values_go);
         score_rope<T>(s, smem, pair);
       }
-      if (warp_leader) mbarrier_arrive(values_go);
+      if (!gone && warp_leader) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }
     const bool partial = piece.continued || piece.unfinished;
