@@ -131,6 +131,13 @@ def check_cache_append(
     return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype)
 
 
+def check_copy_blocks(blocks: Any, src: Any, dst: Any) -> None:
+    _check_array("blocks", blocks, "[num_blocks, block_size, h_kv, row]", CACHE_DTYPES)
+    shape = _check_array("src", src, "[n]", _INT32, may_be_empty=True)
+    if _check_array("dst", dst, "[n]", _INT32, may_be_empty=True) != shape:
+        raise ValueError(f"dst must have src's shape {shape}, got {dst.shape}")
+
+
 def check_implementation(implementation: Any) -> None:
     if implementation is not None and implementation not in ("kernel", "xla"):
         raise ValueError(f'implementation must be None, "kernel" or "xla", got {implementation!r}')
@@ -194,8 +201,10 @@ def _check_batch(name: str, b: int) -> None:
         raise ValueError(f"{name} must have at most b = {MAX_BATCH} sequences, got {b}")
 
 
-def _check_array(name: str, x: Any, dims: str, dtypes: tuple[np.dtype, ...]) -> tuple[int, ...]:
-    """The shape of x, an array with the named dimensions, none of them empty."""
+def _check_array(
+    name: str, x: Any, dims: str, dtypes: tuple[np.dtype, ...], *, may_be_empty: bool = False
+) -> tuple[int, ...]:
+    """The shape of x, an array with the named dimensions."""
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         raise TypeError(f"{name} must be an array {dims}, got {_describe(x)}")
     rank = dims.count(",") + 1
@@ -204,7 +213,7 @@ def _check_array(name: str, x: Any, dims: str, dtypes: tuple[np.dtype, ...]) -> 
     if x.dtype not in dtypes:
         names = " or ".join(d.name for d in dtypes)
         raise TypeError(f"{name} must have dtype {names}, got {x.dtype}")
-    if 0 in x.shape:
+    if 0 in x.shape and not may_be_empty:
         raise ValueError(f"{name} {dims} must have no empty dimension, got shape {tuple(x.shape)}")
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
         raise ValueError(

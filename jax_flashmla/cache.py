@@ -357,12 +357,14 @@ class PagedCache:
         Raises:
             ValueError, TypeError: a rank, shape or dtype that does not fit.
         """
+        src, dst = jnp.asarray(src), jnp.asarray(dst)
+        blocks: jax.Array | tuple[jax.Array, ...]
         if isinstance(self.blocks, tuple):
             blocks = tuple(copy_blocks(x, src, dst) for x in self.blocks)
         else:
             src, dst = (
                 jnp.concatenate([_in_layer(ids, i, self.num_blocks) for i in range(self.layers)])
-                for ids in (jnp.asarray(src), jnp.asarray(dst))
+                for ids in (src, dst)
             )
             blocks = copy_blocks(self.blocks, src, dst)
         return dataclasses.replace(self, blocks=blocks)

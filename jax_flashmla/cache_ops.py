@@ -57,22 +57,17 @@ def cache_append(
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def copy_blocks(
-    blocks: jax.Array,
-    src: jax.Array,
-    dst: jax.Array,
-) -> jax.Array:
+def copy_blocks(blocks: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     """Copies block `src[i]` over block `dst[i]`, for all i at once, as the cache was before.
 
     `src` and `dst` come from `BlockAllocator.plan_copies`. A pair with an id outside
     [0, num_blocks), such as the padding, copies nothing. The ids in `dst` must differ.
 
-    The function is jitted and donates `blocks`: called outside jit it is in place, and the array
-    passed in is gone afterwards.
+    `blocks` is donated: called outside jit, the copy is in place, and the array passed in is gone
+    afterwards.
 
     Args:
-        blocks: the cache [num_blocks, block_size, h_kv, row].
+        blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16 or float16.
         src: ids of the blocks to read [n], int32.
         dst: ids of the blocks to overwrite [n], int32.
 
@@ -82,17 +77,12 @@ def copy_blocks(
     Raises:
         ValueError, TypeError: a rank, shape or dtype that does not fit.
     """
-    if blocks.ndim != 4:
-        raise ValueError(
-            f"blocks must have rank 4 [num_blocks, block_size, h_kv, row], got shape {blocks.shape}"
-        )
-    for name, ids in (("src", src), ("dst", dst)):
-        if ids.dtype != jnp.int32:
-            raise TypeError(f"{name} must have dtype int32, got {ids.dtype}")
-        if ids.ndim != 1:
-            raise ValueError(f"{name} must have rank 1 [n], got shape {ids.shape}")
-    if src.shape != dst.shape:
-        raise ValueError(f"dst must have src's shape {src.shape}, got {dst.shape}")
+    _dims.check_copy_blocks(blocks, src, dst)
+    return _copy_blocks(blocks, src, dst)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_blocks(blocks: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     num_blocks = blocks.shape[0]
     valid = (src >= 0) & (src < num_blocks) & (dst >= 0)
     copied = blocks[jnp.where(valid, src, 0)]

@@ -68,6 +68,8 @@ def _parts_first(name: str, parts: jax.Array | Sequence[jax.Array], axis: int) -
                 f"{name} must be at least one part, all of one shape, got shapes {sorted(shapes)}"
             )
         return jnp.stack(list(parts))
+    if not hasattr(parts, "shape"):
+        raise TypeError(f"{name} must be an array or a sequence of arrays, got {parts!r}")
     rank = jnp.ndim(parts)
     if not 0 <= axis < rank:
         raise ValueError(f"axis must be between 0 and {rank - 1} for {name}, got {axis}")

@@ -359,4 +359,16 @@ def test_unknown_implementation():
 )
 def test_wrong_arguments_of_copy_are_named(blocks, src, dst, error, message):
     with pytest.raises(error, match=message):
-        copy_blocks(jnp.zeros(blocks), jnp.array(src), jnp.array(dst))
+        copy_blocks(jnp.zeros(blocks, jnp.bfloat16), jnp.array(src), jnp.array(dst))
+
+
+def test_more_wrong_arguments_of_copy():
+    ids = np.zeros(1, np.int32)
+    with pytest.raises(TypeError, match=r"src must be an array \[n\], got \[0\] of type list"):
+        copy_blocks(jnp.zeros(BLOCKS, jnp.bfloat16), [0], ids)
+    with pytest.raises(TypeError, match="blocks must have dtype bfloat16 or float16, got float32"):
+        copy_blocks(jnp.zeros(BLOCKS), ids, ids)
+    blocks = jnp.zeros(BLOCKS, jnp.bfloat16)
+    copy_blocks(blocks, ids, ids)
+    with pytest.raises(ValueError, match="blocks must be a live array, got one that was donated"):
+        copy_blocks(blocks, ids, ids)

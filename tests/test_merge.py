@@ -136,6 +136,7 @@ def test_gradient_is_finite_with_empty_parts() -> None:
             ValueError,
             r"outs must be .* one shape, got shapes \[\(2, 4\), \(3, 4\)\]",
         ),
+        (None, None, 0, TypeError, "outs must be an array or a sequence of arrays, got None"),
         (
             np.ones((0, 4), np.float32),
             np.ones(0, np.float32),
