@@ -29,6 +29,15 @@ __device__ __forceinline__ uint64_t k_major_desc(uint32_t address) {
   return kFixed | ((address & 0x3FFFF) >> 4);
 }
 
+// Rows are M or N, 16 columns are K, not swizzled: eight rows' 16-byte pieces one after the other,
+// `piece_bytes` from the first eight columns to the other eight, `group_bytes` from 8 rows to the
+// next.
+__device__ __forceinline__ uint64_t unswizzled_desc(uint32_t address, uint32_t piece_bytes,
+                                                    uint32_t group_bytes) {
+  return (uint64_t{group_bytes >> 4} << 32) | (uint64_t{piece_bytes >> 4} << 16) |
+         ((address & 0x3FFFF) >> 4);
+}
+
 // Rows are K, columns are N; chunk_bytes leads from 64 columns of N to the next 64. Step k16 by
 // adding 128 to the descriptor (16 rows).
 __device__ __forceinline__ uint64_t mn_major_desc(uint32_t address, uint32_t chunk_bytes) {

@@ -16,10 +16,13 @@ constexpr int kTileRows = 64;   // packed query rows (query token x head) of one
 constexpr int kTileTokens = kSplitTile;
 static_assert(kTileTokens == kBlockSize, "a tile is one cache block");
 
-constexpr int kChunks = kHeadDim / 64;      // of 64 columns: 0-3 left, 4-7 right, 8 rope
-constexpr int kQueryChunksInRegisters = 7;  // the other two stay in shared memory
-constexpr int kHalfChunks = 4;              // 256 value columns: what one warpgroup accumulates
-constexpr int kStages = 3;                  // latent tiles in shared memory
+constexpr int kChunks = kHeadDim / 64;  // of 64 columns: 0-3 left, 4-7 right, 8 rope
+constexpr int kLatentChunks = kChunks - 1;
+// Of the latent columns' 32 steps of 16, those whose queries stay in the score warpgroup's
+// registers; one more would not fit.
+constexpr int kQueryStepsInRegisters = 31;
+constexpr int kHalfChunks = 4;  // 256 value columns: what one warpgroup accumulates
+constexpr int kStages = 3;      // tiles in shared memory
 constexpr int kChunkBytes = kTileTokens * 128;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kLatentBytes = 2 * kHalfBytes;
@@ -28,7 +31,7 @@ constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper
 constexpr int kWarpgroupThreads = 128;
 // Warpgroups: scores, left values, right values. Registers a thread: together the whole file.
 constexpr int kThreads = 3 * kWarpgroupThreads;
-constexpr int kScoreRegisters = 184;  // 112 of the query, 32 of the scores
+constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores
 constexpr int kValueRegisters = 160;  // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
@@ -48,7 +51,7 @@ struct KernelArgs {
   int s_q, h_q;
   int group;  // query heads per KV head
   int max_blocks;
-  float scale_log2;  // sm_scale * log2(e)
+  float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;
 };

@@ -33,12 +33,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.cache_rope_map);
   }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(smem_address(&smem.latent_full[0][i]), 1);
-      mbarrier_init(smem_address(&smem.latent_full[1][i]), 1);
-    }
     constexpr int kWarps = kWarpgroupThreads / 32;
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
+      mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
       mbarrier_init(smem_address(&smem.rope_full[i]), 1);
       mbarrier_init(smem_address(&smem.scores_done[i]), kWarps);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);

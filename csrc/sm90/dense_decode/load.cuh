@@ -1,5 +1,5 @@
-// Loads by TMA, issued by one thread: a ring of latent columns and a pair of rope columns. A
-// piece's queries take the same way as its cache tiles.
+// Loads by TMA, issued by one thread into a ring of tiles. A piece's queries take the same way as
+// its cache tiles.
 //
 // The thread belongs to a value warpgroup, whose products must not wait for it. So what takes time,
 // to find the next load, is done while the tensor cores are at work.
@@ -25,54 +25,37 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, const Share
               args.cache_hint);
 }
 
-__device__ __forceinline__ void load_latent(const KernelArgs& args, SharedStorage& smem,
-                                            const volatile LoadItem& item, int slot) {
+// Loads the item that was found last into a slot that nobody uses any more.
+__device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage& smem, int slot) {
+  const volatile LoadItem& item = smem.item;
   if (item.kind == kNothing) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     load_columns(args, smem, item, smem_address(smem.latent[slot][half]),
-                 smem_address(&smem.latent_full[half][slot]), half);
+                 smem_address(&smem.half_full[half][slot]), half);
   }
-}
-
-__device__ __forceinline__ void load_rope(const KernelArgs& args, SharedStorage& smem,
-                                          const volatile LoadItem& item, int slot) {
-  if (item.kind == kNothing) return;
   load_columns(args, smem, item, smem_address(smem.rope[slot]), smem_address(&smem.rope_full[slot]),
                2);
 }
 
-// Loads 0, 1 and 2, without the rope columns of the last.
+__device__ __forceinline__ void find_item(const KernelArgs& args, SharedStorage& smem) {
+  smem.stream.next(args, smem.item);
+}
+
 __device__ __forceinline__ void start_loads(const KernelArgs& args, SharedStorage& smem) {
   smem.stream.start(args, smem.begin, smem.end);
 #pragma unroll 1
-  for (int t = 0; t < kStages; ++t) {
-    volatile LoadItem& item = smem.items[t % 2];
-    smem.stream.next(args, item);
-    load_latent(args, smem, item, t);
-    if (t < 2) load_rope(args, smem, item, t);
+  for (int slot = 0; slot < kStages; ++slot) {
+    find_item(args, smem);
+    load_item(args, smem, slot);
   }
 }
 
-// During load t: finds load t + 3. Its rope columns will be wanted as soon as there is room for
-// them: they are brought to L2.
-__device__ __forceinline__ void prepare_load(const KernelArgs& args, SharedStorage& smem,
-                                             RingIndex<2> pair) {
-  volatile LoadItem& item = smem.items[pair.slot ^ 1];
-  smem.stream.next(args, item);
-  if (item.kind == kTile) {
-    tma_prefetch_4d(&args.cache_rope_map, 0, 0, blockIdx.y * kChunks + kChunks - 1, item.index,
-                    args.cache_hint);
-  }
-}
-
-// Once load t is used up: the rope columns of load t + 2, wanted soonest and so first in the copy
-// engine's queue, then the latent columns of load t + 3. `stage` and `pair` are load t's slots.
-__device__ __forceinline__ void load_more(const KernelArgs& args, SharedStorage& smem,
-                                          RingIndex<kStages> stage, RingIndex<2> pair) {
-  mbarrier_wait(smem_address(&smem.load_done[pair.slot]), pair.parity);
-  load_rope(args, smem, smem.items[pair.slot], pair.slot);
-  load_latent(args, smem, smem.items[pair.slot ^ 1], stage.slot);
+// Refills the slot of a load once all are through with it.
+__device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& smem,
+                                       RingIndex ring) {
+  mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity);
+  load_item(args, smem, ring.slot);
 }
 
 }  // namespace flashmla::sm90

@@ -1,4 +1,5 @@
-// The query tile: seven chunks as wgmma A fragments in registers, two resident in shared memory.
+// The query tile: 496 latent columns as wgmma A fragments in registers, the last 16 and the rope
+// columns in shared memory.
 #pragma once
 
 #include "../common/barrier.cuh"
@@ -8,37 +9,33 @@
 
 namespace flashmla::sm90 {
 
-using QueryFragments = uint32_t[kQueryChunksInRegisters][4][4];  // chunk, k16 step, A fragment
-
-__device__ __forceinline__ void copy_chunk(uint32_t target, uint32_t source, int thread) {
-#pragma unroll
-  for (int i = 0; i < kChunkBytes; i += kWarpgroupThreads * 16) {
-    const uint32_t offset = i + thread * 16;
-    store_shared(target + offset, load_shared(source + offset));
-  }
-}
+using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
 // Takes the queries out of the ring. Called by the score warpgroup with no wgmma in flight;
 // `barrier` is its named barrier.
-__device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex<kStages> stage,
-                                           RingIndex<2> pair, int barrier,
+__device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, int barrier,
                                            QueryFragments& fragments) {
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
-  const uint32_t latent = smem_address(smem.latent[stage.slot]);
-  mbarrier_wait(smem_address(&smem.latent_full[0][stage.slot]), stage.parity);
-  mbarrier_wait(smem_address(&smem.latent_full[1][stage.slot]), stage.parity);
+  const uint32_t latent = smem_address(smem.latent[ring.slot]);
+  mbarrier_wait(smem_address(&smem.half_full[0][ring.slot]), ring.parity);
+  mbarrier_wait(smem_address(&smem.half_full[1][ring.slot]), ring.parity);
 #pragma unroll
-  for (int c = 0; c < kQueryChunksInRegisters; ++c) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_matrix_x4(fragments[c][k],
-                     latent + c * kChunkBytes + swizzled_offset(row, k * 2 + lane / 16));
-    }
+  for (int step = 0; step < kQueryStepsInRegisters; ++step) {
+    load_matrix_x4(fragments[step], latent + step / 4 * kChunkBytes +
+                                        swizzled_offset(row, step % 4 * 2 + lane / 16));
   }
-  copy_chunk(smem_address(smem.query[0]), latent + kQueryChunksInRegisters * kChunkBytes, thread);
-  mbarrier_wait(smem_address(&smem.rope_full[pair.slot]), pair.parity);
-  copy_chunk(smem_address(smem.query[1]), smem_address(smem.rope[pair.slot]), thread);
+  const int copied_row = thread % kTileRows, half = thread / kTileRows;
+  store_shared(smem_address(smem.query_step[half][copied_row]),
+               load_shared(latent + (kLatentChunks - 1) * kChunkBytes +
+                           swizzled_offset(copied_row, 6 + half)));
+  mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
+#pragma unroll
+  for (int i = 0; i < kChunkBytes; i += kWarpgroupThreads * 16) {
+    const uint32_t offset = i + thread * 16;
+    store_shared(smem_address(smem.query_rope) + offset,
+                 load_shared(smem_address(smem.rope[ring.slot]) + offset));
+  }
   fence_async_proxy();
   named_barrier_sync(barrier, kWarpgroupThreads);
 }

@@ -16,6 +16,7 @@ constexpr int kScoreBarrier = 1;  // named barrier of this warpgroup
 // How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
 constexpr float kLazyRescale = 8.0f;
+constexpr float kForget = 127.0f;  // halvings that leave nothing in f32: also from -inf
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
@@ -31,36 +32,35 @@ __device__ __forceinline__ float finite_reference(const SoftmaxRows& rows, int r
 
 template <typename T>
 __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragments& q,
-                                             const SharedStorage& smem, RingIndex<kStages> stage) {
+                                             const SharedStorage& smem, RingIndex ring) {
 #pragma unroll
-  for (int c = 0; c < kChunks - 1; ++c) {
+  for (int c = 0; c < kLatentChunks; ++c) {
     if (c % kHalfChunks == 0) {
-      mbarrier_wait(smem_address(&smem.latent_full[c / kHalfChunks][stage.slot]), stage.parity);
+      mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.slot]), ring.parity);
       wgmma_fence();
     }
-    const uint64_t keys = k_major_desc(smem_address(smem.latent[stage.slot]) + c * kChunkBytes);
+    const uint64_t keys = k_major_desc(smem_address(smem.latent[ring.slot]) + c * kChunkBytes);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (c < kQueryChunksInRegisters) {
-        wgmma_n64_rs<T>(s, q[c][k], keys + 2 * k, c + k > 0);
+      const int step = c * 4 + k;
+      if (step < kQueryStepsInRegisters) {
+        wgmma_n64_rs<T>(s, q[step], keys + 2 * k, step > 0);
       } else {
         const uint64_t query =
-            k_major_desc(smem_address(smem.query[c - kQueryChunksInRegisters])) + 2 * k;
+            unswizzled_desc(smem_address(smem.query_step), kTileRows * 16, 8 * 16);
         wgmma_n64_ss<T>(s, query, keys + 2 * k, 1);
       }
     }
   }
-  wgmma_commit();
 }
 
 template <typename T>
 __device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& smem,
-                                           RingIndex<2> pair) {
-  mbarrier_wait(smem_address(&smem.rope_full[pair.slot]), pair.parity);
+                                           RingIndex ring) {
+  mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
   wgmma_fence();
-  const uint64_t query =
-      k_major_desc(smem_address(smem.query[kChunks - 1 - kQueryChunksInRegisters]));
-  const uint64_t keys = k_major_desc(smem_address(smem.rope[pair.slot]));
+  const uint64_t query = k_major_desc(smem_address(smem.query_rope));
+  const uint64_t keys = k_major_desc(smem_address(smem.rope[ring.slot]));
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_n64_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
   wgmma_commit();
@@ -104,11 +104,12 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
   for (int r = 0; r < 2; ++r) {
     const float scaled = peak[r] * scale_log2;
     const float before = rows.reference[r];
-    rows.reference[r] = scaled > before + kLazyRescale ? scaled : before;
-    const float rescale = exp2_approx(before - finite_reference(rows, r));
-    rows.sum[r] *= rescale;
+    rows.reference[r] = scaled > before + kLazyRescale ? ceilf(scaled) : before;
+    const float halvings = fminf(rows.reference[r] - before, kForget);  // NaN where -inf stays
+    const int power = rows.reference[r] == before ? 0 : static_cast<int>(halvings);
+    rows.sum[r] *= rescale_factor(power);
     // The four lanes of a row all write the same.
-    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = rescale;
+    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power;
   }
 }
 
@@ -172,63 +173,55 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const bool warp_leader = thread % 32 == 0;
   QueryFragments q;
   float s[32];
-  RingIndex<kStages> stage;
-  RingIndex<2> pair;
+  RingIndex ring;
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
+    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
     SoftmaxRows rows;
 
-    take_query(smem, stage, pair, kScoreBarrier, q);
+    take_query(smem, ring, kScoreBarrier, q);
     if (warp_leader) {  // no one waits for the first three, but their phases keep step with the
                         // loads
-      mbarrier_arrive(smem_address(&smem.scores_done[pair.slot]));
-      mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
-      mbarrier_arrive(smem_address(&smem.values_go[pair.slot]));
-      mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+      mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
+      mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
+      mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
+      mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     }
-    stage.advance();
-    pair.advance();
+    ring.advance();
     if (piece.tile_begin < piece.tile_end) {
-      score_latent<T>(s, q, smem, stage);
-      score_rope<T>(s, smem, pair);
+      score_latent<T>(s, q, smem, ring);
+      score_rope<T>(s, smem, ring);
     }
     wgmma_wait<0>();
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       pin_registers(s);
-      const uint32_t scores_done = smem_address(&smem.scores_done[pair.slot]);
+      const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
-      if ((tile + 1) * kTileTokens > seqlen - (args.causal ? args.s_q - 1 : 0)) {
-        mask_tile(args, smem, s, tile, seqlen);
-      }
-      update_references(smem, s, rows, args.scale_log2, pair.slot);
-      mbarrier_wait(scores_done, pair.parity);  // the rope slot becomes the probabilities
-      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[pair.slot]));
+      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, load_seqlen(args, sequence));
+      update_references(smem, s, rows, args.scale_log2, ring.slot);
+      mbarrier_wait(scores_done, ring.parity);  // the rope slot becomes the probabilities
+      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]));
       const bool last = tile + 1 == piece.tile_end;
       if (last) finish_sums(smem, rows, sequence & 1);
       fence_async_proxy();
       __syncwarp();
       if (warp_leader) {
-        mbarrier_arrive(smem_address(&smem.probabilities_stored[pair.slot]));
-        mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+        mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
+        mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
       }
 
       // The next scores go first on the tensor cores: then these have the value products to do
       // while this warpgroup computes the next softmax.
-      const uint32_t values_go = smem_address(&smem.values_go[pair.slot]);
-      stage.advance();
-      pair.advance();
-      bool gone = false;
+      const uint32_t values_go = smem_address(&smem.values_go[ring.slot]);
+      ring.advance();
       if (!last) {
-        score_latent<T>(s, q, smem, stage);
-        // Rope columns that are late must not keep the tensor cores waiting.
-        gone = !mbarrier_passed(smem_address(&smem.rope_full[pair.slot]), pair.parity);
-        if (gone && warp_leader) mbarrier_arrive(values_go);
-        score_rope<T>(s, smem, pair);
+        score_latent<T>(s, q, smem, ring);
+        score_rope<T>(s, smem, ring);
       }
-      if (!gone && warp_leader) mbarrier_arrive(values_go);
+      if (warp_leader) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }
     const bool partial = piece.continued || piece.unfinished;

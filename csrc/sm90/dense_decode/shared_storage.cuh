@@ -7,25 +7,32 @@
 namespace flashmla::sm90 {
 
 struct alignas(1024) SharedStorage {
-  // Load t (a tile, or a piece's queries on their way), columns 0-511, in slot t % kStages.
+  // Load t, a tile or a piece's queries on their way, in slot t % kStages: columns 0-511 ...
   uint8_t latent[kStages][2][kHalfBytes];
-  // Load t's columns 512-575 in slot t % 2; a tile's probabilities once its scores are computed.
-  uint8_t rope[2][kChunkBytes];
-  uint8_t query[kChunks - kQueryChunksInRegisters][kChunkBytes];
-  float rescale[2][kTileRows];       // by slot: factor for the output so far
-  float inverse_sum[2][kTileRows];   // by parity of the sequence
-  uint64_t latent_full[2][kStages];  // loaded; first index: left or right half
-  uint64_t rope_full[2];
-  uint64_t scores_done[2];           // all warps have read the tile's rope columns
-  uint64_t probabilities_stored[2];  // and the rescale factors
-  uint64_t values_go[2];             // the tensor cores are free for the tile's value products
-  uint64_t load_done[2];             // all warps are through with what was loaded
+  // ... and 512-575; a tile's probabilities once its scores are computed.
+  uint8_t rope[kStages][kChunkBytes];
+  uint8_t query_rope[kChunkBytes];
+  uint8_t query_step[2][kTileRows][16];  // columns 496-511: eight, then the other eight, by row
+  uint8_t rescale[kStages][kTileRows];   // the output so far is to be divided by two to this power
+  float inverse_sum[2][kTileRows];       // by parity of the sequence
+  // Barriers, by slot.
+  uint64_t half_full[2][kStages];  // left or right half loaded
+  uint64_t rope_full[kStages];
+  uint64_t scores_done[kStages];           // all warps have read the tile's rope columns
+  uint64_t probabilities_stored[kStages];  // and the rescale factors
+  uint64_t values_go[kStages];  // the tensor cores are free for the tile's value products
+  uint64_t load_done[kStages];  // all warps are through with what was loaded
   RowTile row_tile;
   Cut begin, end;  // of this block's part
   // The loading thread's own state.
   LoadStream stream;
-  volatile LoadItem items[2];  // load t in items[t % 2]
+  volatile LoadItem item;  // the next to be loaded
 };
+// 2^-power; 0 from 127 on.
+__device__ __forceinline__ float rescale_factor(int power) {
+  return __int_as_float((127 - min(power, 127)) << 23);
+}
+
 static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 
 }  // namespace flashmla::sm90

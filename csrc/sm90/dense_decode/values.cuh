@@ -128,59 +128,57 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   const bool loads = half == 1 && thread == 32;
   if (loads) start_loads(args, smem);
   float o[128];
-  RingIndex<kStages> stage;
-  RingIndex<2> pair;
+  RingIndex ring;
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     bool fresh = true;  // nothing accumulated yet
     // The queries are not for this warpgroup.
-    if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
+    if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     if (loads) {
-      prepare_load(args, smem, pair);
-      load_more(args, smem, stage, pair);
+      find_item(args, smem);
+      refill(args, smem, ring);
     }
-    stage.advance();
-    pair.advance();
+    ring.advance();
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-      mbarrier_wait(smem_address(&smem.latent_full[half][stage.slot]), stage.parity);
+      mbarrier_wait(smem_address(&smem.half_full[half][ring.slot]), ring.parity);
       if (seqlen - tile * kTileTokens < kTileTokens) {
         // All scores of this tile must have been read from it first.
-        mbarrier_wait(smem_address(&smem.scores_done[pair.slot]), pair.parity);
-        zero_tail(smem.latent[stage.slot][half], seqlen - tile * kTileTokens);
+        mbarrier_wait(smem_address(&smem.scores_done[ring.slot]), ring.parity);
+        zero_tail(smem.latent[ring.slot][half], seqlen - tile * kTileTokens);
         fence_async_proxy();
         named_barrier_sync(barrier, kWarpgroupThreads);
       }
-      mbarrier_wait(smem_address(&smem.probabilities_stored[pair.slot]), pair.parity);
-      const float rescale0 = smem.rescale[pair.slot][first_row];
-      const float rescale1 = smem.rescale[pair.slot][first_row + 8];
-      if (!fresh && __any_sync(~0u, rescale0 != 1.0f || rescale1 != 1.0f)) {
+      mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
+      const int power0 = smem.rescale[ring.slot][first_row];
+      const int power1 = smem.rescale[ring.slot][first_row + 8];
+      if (!fresh && __any_sync(~0u, (power0 | power1) != 0)) {
+        const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
-        for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? rescale1 : rescale0;
+        for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
       }
 
-      const uint64_t probabilities = k_major_desc(smem_address(smem.rope[pair.slot]));
+      const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot]));
       const uint64_t values =
-          mn_major_desc(smem_address(smem.latent[stage.slot][half]), kChunkBytes);
+          mn_major_desc(smem_address(smem.latent[ring.slot][half]), kChunkBytes);
       pin_registers(o);
-      mbarrier_wait(smem_address(&smem.values_go[pair.slot]), pair.parity);
+      mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + 128 * k, k > 0 || !fresh);
       }
       wgmma_commit();
-      if (loads) prepare_load(args, smem, pair);
+      if (loads) find_item(args, smem);
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
-      if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[pair.slot]));
-      if (loads) load_more(args, smem, stage, pair);
+      if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
+      if (loads) refill(args, smem, ring);
       fresh = false;
-      stage.advance();
-      pair.advance();
+      ring.advance();
     }
     if (fresh) {
 #pragma unroll

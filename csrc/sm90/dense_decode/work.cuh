@@ -42,14 +42,13 @@ __device__ __forceinline__ int load_seqlen(const KernelArgs& args, int sequence)
   return clamp_seqlen(args, args.cache_seqlens[sequence]);
 }
 
-// Position in a ring of kDepth slots, and the parity of its current round.
-template <int kDepth>
+// The slot of a load in the ring, and the parity of the ring's current round.
 struct RingIndex {
   int slot = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++slot == kDepth) {
+    if (++slot == kStages) {
       slot = 0;
       parity ^= 1;
     }
