@@ -23,14 +23,18 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kMaxBlocks = 4 * 132;
 constexpr int kQuarters = 4;  // of a row's columns
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
-constexpr int kFewPieces = 8;  // up to here one warp merges a row; above, a block a quarter row
+constexpr int kFewPieces =
+    8;  // up to here a warp merges a row; above, a block may take a quarter row
+constexpr int kWarpPieces = 32;  // and must
 
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   Cut cuts[kMaxParts + 1];
   uint32_t
       continues[kMaxParts / 32 + 1];  // bit p: part p goes on with the sequence of part p - 1's
-  int task_end[kMaxParts];            // running number of block tasks, by owner
+  // By the part after the owner:
+  bool quarters[kMaxParts];  // a block merges a quarter row, not a warp a row
+  int task_end[kMaxParts];   // running number of block tasks
 };
 
 // How many bits from `first` on are set without a gap.
@@ -61,10 +65,14 @@ __device__ __forceinline__ int list_merges(const DenseDecodeParams& params, Merg
   if (thread % 32 == 0) list.continues[thread / 32] = word;
   __syncthreads();
 
+  // A block for each quarter row is the faster way while that makes few rounds of blocks.
+  const int merges = __syncthreads_count(midway && !goes_on);
+  const bool few_rounds = merges * rows * kQuarters <= 2 * static_cast<int>(gridDim.x);
   int tasks = 0;  // of the merge owned by the part before this thread's
   if (midway && !goes_on) {
     const int pieces = 2 + run_length(list.continues, thread + 1);
-    tasks = pieces > kFewPieces ? rows * kQuarters : (rows + kWarps - 1) / kWarps;
+    list.quarters[thread] = pieces > kWarpPieces || (pieces > kFewPieces && few_rounds);
+    tasks = list.quarters[thread] ? rows * kQuarters : (rows + kWarps - 1) / kWarps;
   }
   using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -90,19 +98,11 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Log-sum-exp (base 2) of a row over its pieces; each lane of the warp gets it.
-__device__ __forceinline__ float merged_lse(const float* lse, int64_t stride, int owner,
-                                            int pieces) {
-  float peak = -INFINITY;
-  for (int i = threadIdx.x % 32; i < pieces; i += 32)
-    peak = fmaxf(peak, lse[slot_of(owner, i) * stride]);
-  peak = warp_max(peak);
+// Log-sum-exp (base 2) of what the lanes hold; each lane gets it.
+__device__ __forceinline__ float warp_lse(float lse) {
+  const float peak = warp_max(lse);
   if (peak == -INFINITY) return -INFINITY;
-  float sum = 0.0f;
-  for (int i = threadIdx.x % 32; i < pieces; i += 32) {
-    sum += exp2f(lse[slot_of(owner, i) * stride] - peak);
-  }
-  return peak + log2f(warp_sum(sum));
+  return peak + log2f(warp_sum(exp2f(lse - peak)));
 }
 
 // Weight of a piece; 0 also where no piece saw a key.
@@ -126,20 +126,22 @@ __device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
   pairs[4] = pack<T>(v.z, v.w);
 }
 
-// One warp merges a row of few pieces.
+// One warp merges a row of at most 32 pieces.
 template <typename T>
 __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int owner, int pieces,
                                           int sequence, int row) {
   const int lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
-  const float* lse = params.lse_accum + row;
-  const float total_lse = merged_lse(lse, rows, owner, pieces);
+  const float lse =
+      lane < pieces ? params.lse_accum[int64_t{slot_of(owner, lane)} * rows + row] : -INFINITY;
+  const float total_lse = warp_lse(lse);
+  const float lane_weight = weight(lse, total_lse);
   float4 sum[kQuarters] = {};
-#pragma unroll 2
+#pragma unroll 4
   for (int i = 0; i < pieces; ++i) {
-    const int64_t index = int64_t{slot_of(owner, i)} * rows;
-    const float w = weight(lse[index], total_lse);
+    const float w = __shfl_sync(~0u, lane_weight, i);
+    const int64_t index = int64_t{slot_of(owner, i)} * rows + row;
     const auto* source =
-        reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim) + lane;
+        reinterpret_cast<const float4*>(params.out_accum + index * kValueDim) + lane;
 #pragma unroll
     for (int j = 0; j < kQuarters; ++j) add_scaled(sum[j], w, source[j * 32]);
   }
@@ -159,7 +161,13 @@ __device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, i
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
   const int column = quarter * 32 + lane;  // in float4
   const float* lse = params.lse_accum + row;
-  const float total_lse = merged_lse(lse, rows, owner, pieces);
+  float lane_lse = -INFINITY;
+  for (int i = lane; i < pieces; i += 32) {
+    const float next = lse[int64_t{slot_of(owner, i)} * rows];
+    const float peak = fmaxf(lane_lse, next);
+    if (peak > -INFINITY) lane_lse = peak + log2f(exp2f(lane_lse - peak) + exp2f(next - peak));
+  }
+  const float total_lse = warp_lse(lane_lse);
   float4 sum = {};
 #pragma unroll 8
   for (int i = warp; i < pieces; i += kWarps) {
@@ -191,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DenseDecodeParams par
     const int pieces = 2 + run_length(list.continues, part + 1);
     const int local = task - list.task_end[part - 1];
     const int sequence = list.cuts[part].sequence;
-    if (pieces > kFewPieces) {
+    if (list.quarters[part]) {
       merge_quarter<T>(params, part - 1, pieces, sequence, local / kQuarters, local % kQuarters);
     } else if (const int row = local * kWarps + threadIdx.x / 32; row < rows) {
       merge_row<T>(params, part - 1, pieces, sequence, row);
