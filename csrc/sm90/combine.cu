@@ -20,21 +20,27 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kMaxBlocks = 4 * 132;
-constexpr int kQuarters = 4;  // of a row's columns
+constexpr int kBlocksPerMultiprocessor = 4;  // what fits
+constexpr int kQuarters = 4;                 // of a row's columns
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
-constexpr int kFewPieces =
-    8;  // up to here a warp merges a row; above, a block may take a quarter row
-constexpr int kWarpPieces = 32;  // and must
+// Who merges what: a warp a whole row, a warp a quarter row, or a block a quarter row. The more
+// pieces, the fewer columns and the more warps, so that a lane has few rounds of loads to wait for;
+// but blocks must not come in rounds themselves, unless a warp could not hold the pieces' weights.
+enum class Team { kWarpRow, kWarpQuarter, kBlockQuarter };
+
+__device__ __forceinline__ Team choose_team(int pieces, bool one_round) {
+  if (pieces <= 4) return Team::kWarpRow;
+  if (pieces > 32 || (pieces > 8 && one_round)) return Team::kBlockQuarter;
+  return Team::kWarpQuarter;
+}
 
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   Cut cuts[kMaxParts + 1];
-  uint32_t
-      continues[kMaxParts / 32 + 1];  // bit p: part p goes on with the sequence of part p - 1's
-  // By the part after the owner:
-  bool quarters[kMaxParts];  // a block merges a quarter row, not a warp a row
-  int task_end[kMaxParts];   // running number of block tasks
+  // Bit p: part p goes on with the sequence that part p - 1 went on with.
+  uint32_t continues[kMaxParts / 32 + 1];
+  bool one_round;           // the grid has a block for each quarter row of all merges
+  int task_end[kMaxParts];  // running number of block tasks, by the part after the owner
 };
 
 // How many bits from `first` on are set without a gap.
@@ -65,14 +71,15 @@ __device__ __forceinline__ int list_merges(const DenseDecodeParams& params, Merg
   if (thread % 32 == 0) list.continues[thread / 32] = word;
   __syncthreads();
 
-  // A block for each quarter row is the faster way while that makes few rounds of blocks.
   const int merges = __syncthreads_count(midway && !goes_on);
-  const bool few_rounds = merges * rows * kQuarters <= 2 * static_cast<int>(gridDim.x);
+  const bool one_round = merges * rows * kQuarters <= static_cast<int>(gridDim.x);
+  if (thread == 0) list.one_round = one_round;
+
   int tasks = 0;  // of the merge owned by the part before this thread's
   if (midway && !goes_on) {
-    const int pieces = 2 + run_length(list.continues, thread + 1);
-    list.quarters[thread] = pieces > kWarpPieces || (pieces > kFewPieces && few_rounds);
-    tasks = list.quarters[thread] ? rows * kQuarters : (rows + kWarps - 1) / kWarps;
+    const Team team = choose_team(2 + run_length(list.continues, thread + 1), one_round);
+    const int items = team == Team::kWarpRow ? rows : rows * kQuarters;
+    tasks = team == Team::kBlockQuarter ? items : (items + kWarps - 1) / kWarps;
   }
   using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -126,37 +133,39 @@ __device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
   pairs[4] = pack<T>(v.z, v.w);
 }
 
-// One warp merges a row of at most 32 pieces.
-template <typename T>
-__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int owner, int pieces,
-                                          int sequence, int row) {
+// One warp merges kCount quarters of a row, from `quarter` on, of at most 32 pieces.
+template <typename T, int kCount>
+__device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
+                                              int pieces, int sequence, int row, int quarter) {
+  constexpr int kLoadsAtOnce = 16;
   const int lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
   const float lse =
       lane < pieces ? params.lse_accum[int64_t{slot_of(owner, lane)} * rows + row] : -INFINITY;
   const float total_lse = warp_lse(lse);
   const float lane_weight = weight(lse, total_lse);
-  float4 sum[kQuarters] = {};
-#pragma unroll 4
+  float4 sum[kCount] = {};
+#pragma unroll(kLoadsAtOnce / kCount)
   for (int i = 0; i < pieces; ++i) {
     const float w = __shfl_sync(~0u, lane_weight, i);
     const int64_t index = int64_t{slot_of(owner, i)} * rows + row;
     const auto* source =
-        reinterpret_cast<const float4*>(params.out_accum + index * kValueDim) + lane;
+        reinterpret_cast<const float4*>(params.out_accum + index * kValueDim) + quarter * 32 + lane;
 #pragma unroll
-    for (int j = 0; j < kQuarters; ++j) add_scaled(sum[j], w, source[j * 32]);
+    for (int j = 0; j < kCount; ++j) add_scaled(sum[j], w, source[j * 32]);
   }
   const int64_t target = int64_t{sequence} * rows + row;
 #pragma unroll
-  for (int j = 0; j < kQuarters; ++j) {
-    store_columns(static_cast<T*>(params.out) + target * kValueDim, j * 32 + lane, sum[j]);
+  for (int j = 0; j < kCount; ++j) {
+    store_columns(static_cast<T*>(params.out) + target * kValueDim, (quarter + j) * 32 + lane,
+                  sum[j]);
   }
-  if (lane == 0) params.lse[target] = total_lse * kLn2;
+  if (quarter == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
 }
 
-// One block merges a quarter row of many pieces, its warps taking turns at the pieces.
+// One block merges a quarter row of any number of pieces, its warps taking turns at them.
 template <typename T>
-__device__ __forceinline__ void merge_quarter(const DenseDecodeParams& params, int owner,
-                                              int pieces, int sequence, int row, int quarter) {
+__device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, int owner,
+                                               int pieces, int sequence, int row, int quarter) {
   __shared__ float4 partial[kWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
   const int column = quarter * 32 + lane;  // in float4
@@ -199,10 +208,19 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DenseDecodeParams par
     const int pieces = 2 + run_length(list.continues, part + 1);
     const int local = task - list.task_end[part - 1];
     const int sequence = list.cuts[part].sequence;
-    if (list.quarters[part]) {
-      merge_quarter<T>(params, part - 1, pieces, sequence, local / kQuarters, local % kQuarters);
-    } else if (const int row = local * kWarps + threadIdx.x / 32; row < rows) {
-      merge_row<T>(params, part - 1, pieces, sequence, row);
+    const int item = local * kWarps + threadIdx.x / 32;  // of this warp
+    switch (choose_team(pieces, list.one_round)) {
+      case Team::kWarpRow:
+        if (item < rows) merge_by_warp<T, kQuarters>(params, part - 1, pieces, sequence, item, 0);
+        break;
+      case Team::kWarpQuarter:
+        if (item < rows * kQuarters) {
+          merge_by_warp<T, 1>(params, part - 1, pieces, sequence, item / kQuarters,
+                              item % kQuarters);
+        }
+        break;
+      case Team::kBlockQuarter:
+        merge_by_block<T>(params, part - 1, pieces, sequence, local / kQuarters, local % kQuarters);
     }
   }
 }
@@ -217,7 +235,10 @@ Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
                                    std::to_string(params.num_parts));
   }
   const int rows = params.s_q * params.h_q;
-  const unsigned grid = std::min((params.num_parts - 1) * rows * kQuarters, kMaxBlocks);
+  int multiprocessors = 0;
+  if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
+  const unsigned grid = std::min((params.num_parts - 1) * rows * kQuarters,
+                                 multiprocessors * kBlocksPerMultiprocessor);
   LaunchOptions options{grid, kThreads};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {

@@ -30,6 +30,16 @@ inline Status require_hopper() {
                                     std::to_string(major) + "." + std::to_string(minor));
 }
 
+// Of the current device.
+inline Status count_multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return to_status(error, "querying the device");
+}
+
 struct LaunchOptions {
   dim3 grid, block;
   size_t shared_bytes = 0;
