@@ -25,7 +25,6 @@ constexpr int kHalfChunks = 4;  // 256 value columns: what one warpgroup accumul
 constexpr int kStages = 3;      // tiles in shared memory
 constexpr int kChunkBytes = kTileTokens * 128;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
-constexpr int kLatentBytes = 2 * kHalfBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
 constexpr int kWarpgroupThreads = 128;

@@ -84,8 +84,8 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   }
 }
 
-// Moves the rows' references where their maxima ask for it, and tells the value warpgroups the
-// rescale factors of what was accumulated so far.
+// Moves the rows' references, whole numbers, where their maxima ask for it, and tells the value
+// warpgroups by what power of two to divide what they have accumulated.
 __device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
                                                   SoftmaxRows& rows, float scale_log2, int slot) {
   float peak[2] = {-INFINITY, -INFINITY};
@@ -174,6 +174,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   QueryFragments q;
   float s[32];
   RingIndex ring;
+  bool odd_piece = false;  // counting pieces that are not empty
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
@@ -182,8 +183,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     SoftmaxRows rows;
 
     take_query(smem, ring, kScoreBarrier, q);
-    if (warp_leader) {  // no one waits for the first three, but their phases keep step with the
-                        // loads
+    if (warp_leader) {  // no one waits for the first three: their phases keep step with the loads
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
@@ -205,7 +205,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       mbarrier_wait(scores_done, ring.parity);  // the rope slot becomes the probabilities
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]));
       const bool last = tile + 1 == piece.tile_end;
-      if (last) finish_sums(smem, rows, sequence & 1);
+      if (last) finish_sums(smem, rows, odd_piece);
       fence_async_proxy();
       __syncwarp();
       if (warp_leader) {
@@ -224,6 +224,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       if (warp_leader) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }
+    odd_piece ^= piece.tile_begin < piece.tile_end;
     const bool partial = piece.continued || piece.unfinished;
     store_lse(args, smem.row_tile, rows, partial,
               partial ? piece_slot(blockIdx.z, piece.continued) : sequence);

@@ -14,7 +14,7 @@ struct alignas(1024) SharedStorage {
   uint8_t query_rope[kChunkBytes];
   uint8_t query_step[2][kTileRows][16];  // columns 496-511: eight, then the other eight, by row
   uint8_t rescale[kStages][kTileRows];   // the output so far is to be divided by two to this power
-  float inverse_sum[2][kTileRows];       // by parity of the sequence
+  float inverse_sum[2][kTileRows];       // of every other piece that is not empty
   // Barriers, by slot.
   uint64_t half_full[2][kStages];  // left or right half loaded
   uint64_t rope_full[kStages];
@@ -28,11 +28,11 @@ struct alignas(1024) SharedStorage {
   LoadStream stream;
   volatile LoadItem item;  // the next to be loaded
 };
+static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
+
 // 2^-power; 0 from 127 on.
 __device__ __forceinline__ float rescale_factor(int power) {
   return __int_as_float((127 - min(power, 127)) << 23);
 }
-
-static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 
 }  // namespace flashmla::sm90

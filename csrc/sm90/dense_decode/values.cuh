@@ -94,7 +94,8 @@ __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const 
 // here.
 template <typename T>
 __device__ __forceinline__ void store_piece(const KernelArgs& args, const SharedStorage& smem,
-                                            const float (&o)[128], int sequence, bool empty) {
+                                            const float (&o)[128], int sequence, bool empty,
+                                            bool odd_piece) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int thread = reread_thread();
@@ -103,9 +104,7 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
     const volatile RowTile& tile = smem.row_tile;
     const bool valid = row < tile.count;
     if (!__any_sync(~0u, valid)) break;
-    int parity = sequence;
-    asm volatile("" : "+r"(parity));  // nor is this kept from the first row to the second
-    const float inverse_sum = empty ? 0.0f : smem.inverse_sum[parity & 1][row];
+    const float inverse_sum = empty ? 0.0f : smem.inverse_sum[odd_piece][row];
     const volatile Cut& begin = smem.begin;
     const volatile Cut& end = smem.end;
     const bool continued = sequence == begin.sequence && begin.tile > 0;
@@ -129,6 +128,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   if (loads) start_loads(args, smem);
   float o[128];
   RingIndex ring;
+  bool odd_piece = false;  // counting pieces that are not empty
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
@@ -184,7 +184,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
 #pragma unroll
       for (int i = 0; i < 128; ++i) o[i] = 0.0f;
     }
-    store_piece<T>(args, smem, o, sequence, fresh);
+    store_piece<T>(args, smem, o, sequence, fresh, odd_piece);
+    odd_piece ^= !fresh;
   }
 }
 
