@@ -49,11 +49,14 @@ struct CacheAppendParams {
   int64_t num_blocks;
   int64_t row_bytes;  // of one token: h_kv * row * itemsize
 
+  const void* blocks;          // [num_blocks, block_size, h_kv, row]
   const void* rows;            // [b, s_new, h_kv, row]
   const int32_t* block_table;  // [b, max_blocks]
   const int32_t* positions;    // [b] first token position to write
   const int32_t* num_new;      // [b] rows to write, clamped to [0, s_new]
-  void* blocks;                // [num_blocks, block_size, h_kv, row], updated in place
+  // As blocks. Aliased to it where the caller donates; but XLA may fuse the operation with the
+  // slices around it and then gives it a buffer of its own, to which blocks must be copied first.
+  void* updated;
 };
 
 }  // namespace flashmla

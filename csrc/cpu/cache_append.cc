@@ -25,7 +25,10 @@ Status run_cache_append(const CacheAppendParams& params, const ParallelFor& para
   const int64_t num_rows = int64_t{params.b} * params.s_new;
   const int64_t rows_per_task = kBytesPerTask / std::min(params.row_bytes, kBytesPerTask);
   const auto* rows = static_cast<const char*>(params.rows);
-  auto* blocks = static_cast<char*>(params.blocks);
+  auto* updated = static_cast<char*>(params.updated);
+  if (params.updated != params.blocks) {
+    std::memcpy(updated, params.blocks, params.num_blocks * params.block_size * params.row_bytes);
+  }
 
   const auto num_tasks = static_cast<int>((num_rows + rows_per_task - 1) / rows_per_task);
   parallel_for(num_tasks, [&](int task) {
@@ -34,7 +37,7 @@ Status run_cache_append(const CacheAppendParams& params, const ParallelFor& para
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = destination(params, row / params.s_new, row % params.s_new);
       if (slot < 0) continue;
-      std::memcpy(blocks + slot * params.row_bytes, rows + row * params.row_bytes,
+      std::memcpy(updated + slot * params.row_bytes, rows + row * params.row_bytes,
                   params.row_bytes);
     }
   });

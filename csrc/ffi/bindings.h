@@ -47,7 +47,7 @@ auto bind_cache_append(Binding context) {
       .template Arg<I32R2>()       // block_table
       .template Arg<I32R1>()       // positions
       .template Arg<I32R1>()       // num_new
-      .template Ret<AnyBuffer>();  // blocks, aliased to operand 0
+      .template Ret<AnyBuffer>();  // blocks updated, as a rule aliased to operand 0
 }
 
 }  // namespace flashmla::ffi

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) cache_append_kernel(CacheAppendParam
     const int block = params.block_table[int64_t{sequence} * params.max_blocks + entry];
     if (block < 0 || block >= params.num_blocks) continue;
     const Word* source = static_cast<const Word*>(params.rows) + row * words;
-    Word* target = static_cast<Word*>(params.blocks) +
+    Word* target = static_cast<Word*>(params.updated) +
                    (int64_t{block} * params.block_size + position % params.block_size) * words;
     for (int i = threadIdx.x; i < words; i += kThreads) target[i] = source[i];
   }
@@ -41,6 +41,12 @@ Status launch_append(const CacheAppendParams& params, cudaStream_t stream) {
 }  // namespace
 
 Status run_cache_append(const CacheAppendParams& params, cudaStream_t stream) {
+  if (params.updated != params.blocks) {
+    const int64_t bytes = params.num_blocks * params.block_size * params.row_bytes;
+    const cudaError_t error =
+        cudaMemcpyAsync(params.updated, params.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
+    if (error != cudaSuccess) return to_status(error, "cache_append");
+  }
   if (int64_t{params.b} * params.s_new == 0 || params.row_bytes == 0) return Status::Ok();
   if (params.row_bytes % sizeof(uint4) == 0) return launch_append<uint4>(params, stream);
   if (params.row_bytes % sizeof(uint32_t) == 0) return launch_append<uint32_t>(params, stream);
