@@ -24,6 +24,13 @@ OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 # exp2 and log2 taken approximately.
 LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
 
+# Of float32 caches against float64: each score is a sum of up to 576 products of which every one is
+# rounded (2^-24), and the weights' relative error is the scores' absolute one.
+F32_DECODE = {
+    "out": Tolerance(absolute=2e-6, relative=1e-5, cosine=1e-11),
+    "lse": Tolerance(absolute=2e-6, relative=1e-6),
+}
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 

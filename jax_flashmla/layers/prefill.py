@@ -105,7 +105,7 @@ def _attend(q: jax.Array, k: jax.Array, values: jax.Array, sm_scale: float) -> j
 
 
 def _attention_library(q: jax.Array) -> Literal["cudnn", "xla"]:
-    """Which implementation of attention: cuDNN where a Hopper or newer GPU is JAX's default and cuDNN takes q, else XLA."""
+    """cuDNN where JAX's default device is a Hopper or newer and cuDNN takes q, else XLA."""
     device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
     platform = device if isinstance(device, str) else device.platform
     if platform not in ("gpu", "cuda"):
