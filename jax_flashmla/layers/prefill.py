@@ -98,9 +98,10 @@ def _attend(q: jax.Array, k: jax.Array, values: jax.Array, sm_scale: float) -> j
     q, k, padded = (
         jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, width - a.shape[-1]))) for a in (q, k, values)
     )
-    attended = jax.nn.dot_product_attention(
-        q, k, padded, scale=sm_scale, is_causal=True, implementation=_attention_library(q)
-    )
+    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 implicitly
+        attended = jax.nn.dot_product_attention(
+            q, k, padded, scale=sm_scale, is_causal=True, implementation=_attention_library(q)
+        )
     return attended[..., :d_v]
 
 
