@@ -15,6 +15,8 @@ from jax_flashmla import PagedCache, make_schedule
 from jax_flashmla.layers import MLAConfig, MLAParams, absorb, decode, prefill
 from layer_cases import CONFIGS, LITE, V3
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 LENGTHS = [13, 6, 21]  # tokens, the step's included; 21 is in three blocks
 
 

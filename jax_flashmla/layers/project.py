@@ -23,13 +23,7 @@ def check_call(
     """Checks what a layer is called with; the number of its heads on this device."""
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    num_devices = 1 if heads_axis is None else jax.lax.axis_size(heads_axis)
-    if config.num_heads % num_devices:
-        raise ValueError(
-            f"heads_axis must split num_heads = {config.num_heads} evenly, got {heads_axis!r} of "
-            f"{num_devices} devices"
-        )
-    num_heads = config.num_heads // num_devices
+    num_heads = heads_per_device(config, heads_axis)
     check_params(config, params, num_heads)
     if not isinstance(cache, PagedCache):
         raise TypeError(f"cache must be a PagedCache, got {type(cache).__name__}")
@@ -55,6 +49,22 @@ def check_call(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must have a floating dtype, got {x.dtype}")
     return num_heads
+
+
+def heads_per_device(config: MLAConfig, heads_axis: str | None) -> int:
+    """Heads that one device has, where the mesh axis splits them; all of them for None."""
+    num_devices = 1 if heads_axis is None else jax.lax.axis_size(heads_axis)
+    if config.num_heads % num_devices:
+        raise ValueError(
+            f"heads_axis must split num_heads = {config.num_heads} evenly, got {heads_axis!r} of "
+            f"{num_devices} devices"
+        )
+    return config.num_heads // num_devices
+
+
+def manual_axis(name: str | None) -> str | None:
+    """The mesh axis where it is a manual one: inside a `jax.shard_map` over it. Else None."""
+    return name if name in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
 def positions_of(slots: Slots) -> jax.Array:
