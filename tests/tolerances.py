@@ -24,6 +24,21 @@ OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 # exp2 and log2 taken approximately.
 LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
 
+# Of float32 caches against float64: each score is a sum of up to 576 products of which every one is
+# rounded (2^-24), and the weights' relative error is the scores' absolute one.
+F32_DECODE = {
+    "out": Tolerance(absolute=2e-6, relative=1e-5, cosine=1e-11),
+    "lse": Tolerance(absolute=2e-6, relative=1e-6),
+}
+
+# A layer in float32 against float64: five matrix products, each of whose sums rounds (2^-24), on
+# outputs of about 1; and the two paths take them in different orders.
+F32_LAYER = Tolerance(absolute=5e-6, relative=1e-5, cosine=1e-11)
+
+# A layer in bfloat16 against float64 with the same, rounded weights: latents, queries, attention
+# and output are each rounded to 8 bits (2^-9), and errors of scores grow with the scores.
+BF16_LAYER = Tolerance(absolute=0.06, relative=0.03, cosine=1e-4)
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 
