@@ -1,4 +1,4 @@
-"""Hugging Face directories for tests: written tensors, whole or in shards, float8 blocks included."""
+"""Hugging Face directories for tests: whole or in shards, float8 blocks included."""
 
 from __future__ import annotations
 

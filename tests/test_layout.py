@@ -128,6 +128,12 @@ def test_nnx_and_linen_layers_do_not_know_each_other():
     assert "layers.nnx" not in importers_of("jax_flashmla.layers.linen", "flax.linen")
 
 
+def test_layers_depend_on_flax_and_safetensors_in_one_place_each():
+    assert importers_of("safetensors") == {"layers.tensor_reader"}
+    assert importers_of("flax") == {"layers.nnx", "layers.linen"}
+    assert importers_of("torch", "transformers") == set()
+
+
 def test_nothing_imports_cli_tests_or_benchmarks():
     outside = {
         name

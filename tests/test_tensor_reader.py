@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face directories: dtypes, shards, float8 blocks, and what is wrong with them."""
+"""Tensors of Hugging Face directories: dtypes, shards, float8 blocks, and bad ones."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_one_error_names_all_that_does_not_fit(tmp_path):
     shapes |= {"layer.misshapen": (7, 5), "layer.unscaled": (5, 7), "layer.badly_scaled": (5, 7)}
     shapes["layer.cubic"] = (1, 5, 7)
     reader = TensorReader(write_checkpoint(tmp_path / "model", tensors, shards=2))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="8 tensors") as error:
         reader.check(shapes, within=r"layer\.", ignore=r"layer\.ignored")
     assert str(error.value).splitlines()[1:] == [
         "  extra layer.extra",

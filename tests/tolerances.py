@@ -39,6 +39,13 @@ F32_LAYER = Tolerance(absolute=5e-6, relative=1e-5, cosine=1e-11)
 # and output are each rounded to 8 bits (2^-9), and errors of scores grow with the scores.
 BF16_LAYER = Tolerance(absolute=0.06, relative=0.03, cosine=1e-4)
 
+# A layer in float32 against transformers in float32, outputs of about 1: both round every product
+# and sum (2^-24), in different orders. What the project promises.
+F32_PARITY = Tolerance(absolute=1e-5, relative=1e-5, cosine=1e-11)
+
+# A layer in bfloat16 against transformers in float32 with the same, rounded weights: as BF16_LAYER.
+BF16_PARITY = BF16_LAYER
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 

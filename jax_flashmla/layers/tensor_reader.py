@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -169,7 +170,7 @@ class _Shard:
         try:
             self._file = safetensors.safe_open(path, framework="np")
         except FileNotFoundError:
-            raise FileNotFoundError(f"the checkpoint's index names {path}, which is missing") from None
+            raise FileNotFoundError(f"{path}, which the index names, is missing") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} must be a safetensors file: {error}") from None
         self.names = frozenset(self._file.keys())
@@ -188,14 +189,14 @@ class _Shard:
             length = int.from_bytes(file.read(8), "little")
             begin, _ = json.loads(file.read(length))[name]["data_offsets"]
             file.seek(8 + length + begin)
-            return np.fromfile(file, ml_dtypes.float8_e4m3fn, np.prod(shape, dtype=int)).reshape(shape)
+            return np.fromfile(file, ml_dtypes.float8_e4m3fn, math.prod(shape)).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _dequantise(
     x: jax.Array, scales: jax.Array, block_size: tuple[int, int], dtype: np.dtype
 ) -> jax.Array:
-    """x [m, n] times the scales [ceil(m / block_size[0]), ceil(n / block_size[1])] of its blocks."""
+    """x [m, n] times the scales of its blocks, float32 [ceil(m / size), ceil(n / size)]."""
     m, n = x.shape
     rows = jnp.repeat(scales, block_size[0], axis=0)[:m]
     return (x.astype(jnp.float32) * jnp.repeat(rows, block_size[1], axis=1)[:, :n]).astype(dtype)
