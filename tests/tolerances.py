@@ -46,6 +46,10 @@ F32_PARITY = Tolerance(absolute=1e-5, relative=1e-5, cosine=1e-11)
 # A layer in bfloat16 against transformers in float32 with the same, rounded weights: as BF16_LAYER.
 BF16_PARITY = BF16_LAYER
 
+# Logits of a whole small model in float32 against transformers', about 1.5 large: the errors of its
+# layers (F32_PARITY) added up, and multiplied by the norms and projections that follow.
+F32_LOGITS = Tolerance(absolute=5e-5, relative=5e-5, cosine=1e-10)
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 
