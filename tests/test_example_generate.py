@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,8 @@ V3 = golden_models.GOLDEN / "deepseek_v3"
 
 def expected_text(i: int) -> str:
     golden = golden_models.load(V3)
-    ends = set(json.loads((V3 / "generation_config.json").read_text())["eos_token_id"] for _ in "1")
-    tokens = [t for t in golden[f"greedy.{i}"].tolist() if t not in ends]
+    end = json.loads((V3 / "generation_config.json").read_text())["eos_token_id"]
+    tokens = [t for t in golden[f"greedy.{i}"].tolist() if t != end]
     return bytes(golden[f"prompt.{i}"].tolist()).decode() + bytes(tokens).decode(errors="replace")
 
 
@@ -49,14 +50,6 @@ def run(capsys, *options: str) -> str:
     arguments = ["--checkpoint", str(V3), "--dtype", "float32", "--max-new-tokens", "12"]
     assert generate.main([*arguments, *options]) == 0
     return capsys.readouterr().out
-
-
-def test_random_texts_depend_on_the_seed_alone(capsys):
-    options = ["--temperature", "0.9", "--top-p", "0.95", "--prompt", "abc"]
-    alone = run(capsys, *options)
-    among_others = run(capsys, *options, "--prompt", "xyz", "--prompt", "u", "--batch", "2")
-    assert among_others.startswith(alone)
-    assert run(capsys, *options, "--seed", "1") != alone
 
 
 def test_stop_token_ends_a_text(capsys):
@@ -90,9 +83,6 @@ def test_bad_checkpoints_are_named(tmp_path, capsys, change, message):
     assert generate.main(options) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    pytest.importorskip("re")
-    import re
-
     assert re.search(message, err), err
 
 

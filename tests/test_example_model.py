@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import jax
@@ -16,6 +17,7 @@ import tolerances
 from checkpoints import dequantise, quantise, write_checkpoint
 from deepseek.config import ModelConfig, MoEConfig
 from deepseek.moe import Experts, route
+from deepseek.sampling import Sampling
 from deepseek.serve import Server, Stats
 from deepseek.weights import load_model
 from jax_flashmla import BlockTable, PagedCache
@@ -128,8 +130,6 @@ V2_OPTIONS = {"scoring": "softmax", "normalise": False, "scale": 16.0}
     ids=["v3", "one group", "v2"],
 )
 def test_routing_equals_a_naive_one(options):
-    import dataclasses
-
     config = dataclasses.replace(V3_MOE, **options)
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((50, 12), np.float32)
@@ -208,6 +208,24 @@ def test_float8_model_equals_its_dequantised_twin(copy, tmp_path):
     np.testing.assert_array_equal(
         logits_of(*load(directory), tokens, 18), logits_of(*load(other), tokens, 18)
     )
+
+
+def test_random_choices_depend_on_seed_and_prompt_alone():
+    config, model = load(golden_models.GOLDEN / "deepseek_v3")
+
+    def texts(server: Server, *prompts: list[int]) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        for token in server.generate(prompts, 12):
+            answers[token.prompt].append(token.id)
+        return answers
+
+    options = {"batch": 2, "max_tokens": 16, "block_size": 16, "dtype": jnp.float32}
+    sampling = Sampling(temperature=0.9, top_p=0.95)
+    server = Server(config, model, sampling=sampling, **options)
+    (alone,) = texts(server, [1, 2, 3])
+    assert texts(server, [1, 2, 3], [9, 9], [8])[0] == alone  # and the cache may be used
+    other = Server(config, model, sampling=dataclasses.replace(sampling, seed=1), **options)
+    assert texts(other, [1, 2, 3]) != [alone]
 
 
 def test_server_refuses_what_it_cannot_serve():
