@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -257,3 +259,10 @@ def test_init_has_unit_variance_and_norms_of_ones() -> None:
     assert np.std(np.asarray(params.w_o, np.float32)) == pytest.approx(200**-0.5, rel=0.03)
     assert np.std(np.asarray(params.w_uk, np.float32)) == pytest.approx(16**-0.5, rel=0.03)
     assert params.w_q is None
+
+
+def test_documentation_runs() -> None:
+    page = pathlib.Path(__file__).parents[1] / "docs" / "mla_layers.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 20
+    assert result.failed == 0
