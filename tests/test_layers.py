@@ -26,6 +26,12 @@ every_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 with_and_without_query_rank = pytest.mark.parametrize("config", [V3, LITE], ids=["v3", "v2-lite"])
 
 
+COMPILED = {
+    prefill: jax.jit(prefill, static_argnames=("prefix", "implementation")),
+    decode: jax.jit(decode, static_argnames="implementation"),
+}
+
+
 class Run:
     """Sequences of one layer, step by step, held against the naive layer as a whole."""
 
@@ -57,7 +63,7 @@ class Run:
         for i, n in enumerate(num_new):
             x[i, :n] = self.x[i, at[i] : at[i] + n]
         cache, slots = self.cache.advance(width, np.array(num_new, np.int32))
-        self.cache, y = function(
+        self.cache, y = COMPILED[function](
             self.config,
             self.params,
             jnp.asarray(x),
@@ -80,7 +86,7 @@ class Run:
             tolerances.assert_close(f"rows[{i}]", cached, rows, self.tolerance)
 
 
-@every_kind
+@with_and_without_query_rank
 @pytest.mark.parametrize("prefix", [False, True])
 def test_prefill_of_whole_prompts(config: MLAConfig, prefix: bool) -> None:
     run = Run(config, LENGTHS)
@@ -156,7 +162,7 @@ def test_parameters_cache_and_computation_of_different_types() -> None:
     cache, slots = layer_cases.make_cache(V3, [20], dtype="bfloat16").advance(20)
     expected, rows = layer_cases.naive_layer(V3, params, x[0])
     for function in (prefill, decode):
-        written, y = function(V3, params, jnp.asarray(x), cache, slots=slots)
+        written, y = COMPILED[function](V3, params, jnp.asarray(x), cache, slots=slots)
         assert y.dtype == jnp.float32
         assert written.blocks.dtype == jnp.bfloat16
         tolerances.assert_close("y", y[0], expected, tolerances.BF16_LAYER)
@@ -249,7 +255,7 @@ def test_writing_is_in_place() -> None:
 
 def test_init_has_unit_variance_and_norms_of_ones() -> None:
     config = dataclasses.replace(V3, hidden_size=300, num_heads=40)
-    params = MLAParams.init(config, jax.random.key(0), jnp.bfloat16)
+    params = jax.jit(MLAParams.init, static_argnums=2)(config, jax.random.key(0), jnp.bfloat16)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
         lambda s: s.shape, MLAParams.shapes(config)
     )
