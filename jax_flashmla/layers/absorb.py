@@ -41,9 +41,8 @@ def absorb(config: MLAConfig, params: MLAParams) -> AbsorbedWeights:
 
     A step then has two matrix products less, but as a rule more weights to read: per head
     r * c numbers for (r + c) * nope, and c * hidden for (c + hidden) * v, where r is the query's
-    rank (or hidden_size) and c is kv_lora_rank. For DeepSeek V3 that is 2.7 times as many. It pays
-    where launches cost more than reading, as with small models; and where nope is more than
-    r * c / (r + c), as in no published model.
+    rank (or hidden_size) and c is kv_lora_rank. For DeepSeek V3 that is 3.6 times as many. It pays
+    where launching a product costs more than reading its weights, as with small models.
 
     Args:
         config: the layer.
