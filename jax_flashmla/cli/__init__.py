@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench_parser = commands.add_parser(
         "bench",
         help="time dense_decode over a grid of shapes",
-        description="Times dense_decode over a grid of shapes: N calls over N separate caches in one "
-        "jitted function, random data, random block order, causal, d_qk 576, d_v 512. Compares with "
-        "the limit model, plain XLA and, on an H200, the recorded peers; on a CPU with the pure-JAX "
-        "reference. A row that fails is reported and the others still run.",
+        description="Times dense_decode over a grid of shapes: N calls over N separate caches in "
+        "one jitted function, random data, random block order, causal, d_qk 576, d_v 512. Compares "
+        "with the limit model, plain XLA and, on an H200, the recorded peers; on a CPU with the "
+        "pure-JAX reference. A row that fails is reported and the others still run.",
     )
     bench_options.add_arguments(bench_parser)
     commands.add_parser("info", help="say what this installation can do here")
