@@ -106,14 +106,19 @@ def _tokens(n: int) -> str:
 
 
 def _legend(figure: Figure, rows: Rows) -> None:
-    black = {"color": "black"}
+    black: dict[str, Any] = {"color": "black"}
     handles = [
         Line2D([], [], marker="o", markersize=5, linewidth=1.8, label="jax_flashmla", **black),
         Line2D([], [], linestyle="--", linewidth=1, label="limit model", **black),
     ]
     if any("peers" in row for row in rows):
-        cross = {"marker": "x", "markersize": 8, "markeredgewidth": 1.8, "linestyle": ""}
+        cross: dict[str, Any] = {
+            "marker": "x",
+            "markersize": 8,
+            "markeredgewidth": 1.8,
+            "linestyle": "",
+        }
         handles.append(Line2D([], [], label="best recorded peer", **cross, **black))
-    number = {"marker": "$128$", "markersize": 22, "linestyle": ""}
+    number: dict[str, Any] = {"marker": "$128$", "markersize": 22, "linestyle": ""}
     handles.append(Line2D([], [], label="sequences in the batch", **number, **black))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

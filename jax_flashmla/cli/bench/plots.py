@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from jax_flashmla.cli.bench.latency_plot import draw_latency
 from jax_flashmla.cli.bench.roofline_plot import draw_roofline
 
-STYLE = {
+STYLE: Any = {  # of matplotlib's rcParams
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.grid": True,
