@@ -164,7 +164,7 @@ def append_prompts(
     cache: PagedCache, serials: jax.Array, prompts: jax.Array, size: Size
 ) -> PagedCache:
     """Appends prompts[i] tokens to sequence i."""
-    positions = cache.table.cache_seqlens[:, None] + jnp.arange(size.prompt, dtype=jnp.int32)
+    positions = cache.table.cache_seqlens[:, None] + jnp.arange(size.prompt, dtype=jnp.int32)[None]
     writers = jnp.broadcast_to(serials[:, None], positions.shape)
     rows = cache_rows(writers, positions, cache.format)
     return cache.append(rows[:, :, None], num_new=prompts)

@@ -85,8 +85,8 @@ def composed_decode() -> Decode:
         b, s_q = q.shape[:2]
         keys = pool[table].reshape(b, -1, D_QK)
         scores = jnp.einsum("bshd,bkd->bshk", q, keys, preferred_element_type=jnp.float32)
-        end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)
-        visible = jnp.arange(keys.shape[1]) < end[..., None]
+        end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)[None]
+        visible = jnp.arange(keys.shape[1])[None, None] < end[..., None]
         p = jax.nn.softmax(jnp.where(visible[:, :, None], scores * D_QK**-0.5, -jnp.inf))
         return jnp.einsum("bshk,bkd->bshd", p.astype(q.dtype), keys[..., :D_V])
 

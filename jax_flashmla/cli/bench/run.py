@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,7 +32,7 @@ def run(options: Options, console: Console) -> int:
     Returns:
         As `report.show`; 1 also if nothing can be measured here, 2 if no row is left to measure.
     """
-    device = jax.devices()[0]
+    (device,) = jnp.zeros(()).devices()  # the default one
     refusal = kernel_refusal(platform_of(device))
     if refusal is not None:
         console.print(f"[red]nothing to measure: {refusal}")
