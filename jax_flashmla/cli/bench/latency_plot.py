@@ -43,7 +43,8 @@ def draw_latency(figure: Figure, rows: Rows, limits: dict[str, Any]) -> None:
     colours = {b: palette(LIGHTEST * i / max(1, len(batches) - 1)) for i, b in enumerate(batches)}
     for (h_q, s_q), ax in zip(sorted(panels), axes, strict=False):
         _draw_panel(ax, panels[h_q, s_q], colours)
-        ax.set_title(f"{h_q} heads" + (f", {s_q} query tokens" if s_q > 1 else ""))
+        heads = "1 head" if h_q == 1 else f"{h_q} heads"
+        ax.set_title(heads + (f", {s_q} query tokens" if s_q > 1 else ""))
         _scale(ax, chosen)
         ax.set_xlabel("cached tokens of each sequence")
         ax.set_ylabel("time of a call, microseconds")

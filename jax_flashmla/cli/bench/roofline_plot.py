@@ -31,7 +31,7 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
     ax.plot(x, np.minimum(x * limits["read_gbs"] / 1e3, limits["tflops"]), color="black")
     middle = (x[0] * x[1]) ** 0.5
     ax.annotate(
-        f"{limits['read_gbs'] / 1e3:.3g} TB/s\n({limits['read_source']})",
+        f"{limits['read_gbs'] / 1e3:.3g} TB/s",
         (middle, middle * limits["read_gbs"] / 1e3),
         xytext=(-6, 6),
         textcoords="offset points",
@@ -40,7 +40,7 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
         fontsize=9.5,
     )
     ax.annotate(
-        f"{limits['tflops']:.3g} TFLOP/s ({limits['tflops_source']})",
+        f"{limits['tflops']:.3g} TFLOP/s",
         (x[2], limits["tflops"]),
         xytext=(-4, 5),
         textcoords="offset points",
@@ -70,6 +70,8 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    sources = dict.fromkeys((limits["read_source"], limits["tflops_source"]))
+    ax.set_title(f"lines: {'; '.join(sources)}", loc="left", fontsize=9.5)
     ax.set_xlabel("operations per byte of cache, q and out, FLOP/byte")
     ax.set_ylabel("TFLOP/s")
     legend = ax.legend(
