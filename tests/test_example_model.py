@@ -22,18 +22,24 @@ from deepseek.serve import Server, Stats
 from deepseek.weights import load_model
 from jax_flashmla import BlockTable, PagedCache
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
 
-
-def load(directory):
+def load(directory, dtype: str = "float32"):
     config = ModelConfig.from_directory(directory)
-    return config, load_model(directory, config, dtype=jnp.float32)
+    return config, load_model(directory, config, dtype=jnp.dtype(dtype))
 
 
-def logits_of(config: ModelConfig, model, tokens: np.ndarray, prefilled: int) -> np.ndarray:
+def logits_of(
+    config: ModelConfig,
+    model,
+    tokens: np.ndarray,
+    prefilled: int,
+    *,
+    dtype: str = "float32",
+    block_size: int = 16,
+) -> np.ndarray:
     """Logits after each token from prefilled - 1 on: a prefill, then steps."""
-    table = BlockTable.create(np.arange(8, dtype=np.int32)[None], block_size=16)
-    format = config.attention.cache_format("float32", 16)
+    table = BlockTable.create(np.arange(8, dtype=np.int32)[None], block_size=block_size)
+    format = config.attention.cache_format(dtype, block_size)
     cache = PagedCache.create(format, table, num_blocks=8, layers=config.num_layers)
     graph, state = nnx.split(model)
 
@@ -52,6 +58,7 @@ def logits_of(config: ModelConfig, model, tokens: np.ndarray, prefilled: int) ->
     return np.concatenate(logits)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
 @pytest.mark.parametrize("name", golden_models.LANGUAGE_MODELS)
 def test_logits_and_greedy_tokens_equal_transformers(name, source, scratch):
@@ -89,6 +96,17 @@ def test_logits_and_greedy_tokens_equal_transformers(name, source, scratch):
     assert server.stats.compile_seconds > 0
 
 
+def test_bfloat16_model_is_near_transformers(kernel):
+    """On a GPU through the Hopper kernels, which take this model's widths."""
+    directory = golden_models.GOLDEN / "deepseek_v3_wide"
+    golden = golden_models.load(directory)
+    loaded = load(directory, "bfloat16")
+    prefilled = len(golden["tokens"]) - len(golden["logits"]) + 1
+    options = {"dtype": "bfloat16", "block_size": 64}
+    got = logits_of(*loaded, golden["tokens"], prefilled, **options)
+    tolerances.assert_close("logits", got, golden["logits"], tolerances.BF16_LOGITS)
+
+
 def naive_route(
     config: MoEConfig, logits: np.ndarray, bias: np.ndarray | None
 ) -> dict[tuple[int, int], float]:
@@ -124,6 +142,7 @@ V3_MOE = MoEConfig(
 V2_OPTIONS = {"scoring": "softmax", "normalise": False, "scale": 16.0}
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_groups": 1, "groups_per_token": 1, "normalise": False}, V2_OPTIONS],
@@ -144,6 +163,7 @@ def test_routing_equals_a_naive_one(options):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_experts_equal_a_naive_loop():
     experts = Experts(V3_MOE, 8, jnp.float32, nnx.Rngs(0))
     rng = np.random.default_rng(1)
@@ -172,6 +192,7 @@ def copy(tmp_path):
     return directory, safetensors.numpy.load_file(directory / "model.safetensors")
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_one_error_names_every_tensor_of_the_model(copy):
     directory, tensors = copy
     del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
@@ -190,6 +211,7 @@ def test_one_error_names_every_tensor_of_the_model(copy):
     ]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_float8_model_equals_its_dequantised_twin(copy, tmp_path):
     directory, tensors = copy
     stored, twin = {}, {}
@@ -210,6 +232,7 @@ def test_float8_model_equals_its_dequantised_twin(copy, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_random_choices_depend_on_seed_and_prompt_alone():
     config, model = load(golden_models.GOLDEN / "deepseek_v3")
 
@@ -228,6 +251,7 @@ def test_random_choices_depend_on_seed_and_prompt_alone():
     assert texts(other, [1, 2, 3]) != [alone]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_server_refuses_what_it_cannot_serve():
     config, model = load(golden_models.GOLDEN / "deepseek_v3")
     options = {"batch": 1, "block_size": 16, "dtype": jnp.float32}

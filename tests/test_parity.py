@@ -19,11 +19,9 @@ from jax_flashmla import BlockAllocator, BlockTable, PagedCache, make_schedule
 from jax_flashmla.layers import MLAConfig, absorb, decode, prefill
 from jax_flashmla.layers.checkpoint import load_attention
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
-
 PROMPTS = [16, 7]  # tokens; both sequences are the same one, cut at different places
 STEPS = 64
-BLOCK_SIZE = 16
+WIDE = golden_models.GOLDEN / "deepseek_v3_wide"  # the only one with the Hopper kernels' widths
 
 
 def run_layer(directory, x: np.ndarray, dtype: str, **decode_options) -> list[np.ndarray]:
@@ -32,10 +30,11 @@ def run_layer(directory, x: np.ndarray, dtype: str, **decode_options) -> list[np
     (params,) = load_attention(directory, config, [0], dtype=dtype)
     if decode_options.pop("absorbed", False):
         decode_options["absorbed"] = absorb(config, params)
-    allocator = BlockAllocator(num_blocks=12, block_size=BLOCK_SIZE)
+    block_size = 64 if config.d_qk == 576 else 16
+    allocator = BlockAllocator(num_blocks=12, block_size=block_size)
     sequences = [allocator.allocate(n + STEPS) for n in PROMPTS]
-    table = BlockTable.create(allocator.block_table(sequences, 6), block_size=BLOCK_SIZE)
-    cache = PagedCache.create(config.cache_format(dtype, BLOCK_SIZE), table, num_blocks=12)
+    table = BlockTable.create(allocator.block_table(sequences, 6), block_size=block_size)
+    cache = PagedCache.create(config.cache_format(dtype, block_size), table, num_blocks=12)
 
     x = jnp.asarray(x).astype(dtype)
     padded = jnp.stack([x[: max(PROMPTS)]] * 2)
@@ -67,18 +66,25 @@ def check_layer(directory, dtype: str, tolerance: tolerances.Tolerance, **option
         tolerances.assert_close("y", got, golden["y"][: len(got)], tolerance)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
 @pytest.mark.parametrize("name", golden_models.NAMES)
 def test_layer_equals_transformers_in_float32(name, source, scratch):
     check_layer(golden_models.find(name, source, scratch), "float32", tolerances.F32_PARITY)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
 @pytest.mark.parametrize("name", golden_models.NAMES)
 def test_layer_is_near_transformers_in_bfloat16(name, source, scratch):
     check_layer(golden_models.find(name, source, scratch), "bfloat16", tolerances.BF16_PARITY)
 
 
+def test_kernels_are_near_transformers_in_bfloat16(kernel):
+    check_layer(WIDE, "bfloat16", tolerances.BF16_PARITY, implementation=kernel)
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_precomputed_products_equal_transformers():
     directory = golden_models.GOLDEN / "deepseek_v3"
     check_layer(directory, "float32", tolerances.F32_PARITY, absorbed=True)

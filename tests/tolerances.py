@@ -50,6 +50,9 @@ BF16_PARITY = BF16_LAYER
 # layers (F32_PARITY) added up, and multiplied by the norms and projections that follow.
 F32_LOGITS = Tolerance(absolute=5e-5, relative=5e-5, cosine=1e-10)
 
+# The same in bfloat16: as BF16_LAYER, after two norms, the MLP and the head.
+BF16_LOGITS = Tolerance(absolute=0.15, relative=0.05, cosine=3e-4)
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 

@@ -97,6 +97,18 @@ MODELS = {
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
+    # Cache rows as the Hopper kernels take them; without experts, whose choice rounding can turn.
+    "deepseek_v3_wide": {
+        **_SMALL,
+        **_EXPERTS,
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": _yarn(1.0),
+    },
     "minicpm3": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
 }
 
@@ -115,6 +127,8 @@ def write(name: str, directory: pathlib.Path, seed: int = 0) -> None:
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith("norm.weight"):
                 value.add_(0.3 * torch.randn(value.shape))  # by default ones
+            elif key.endswith("kv_b_proj.weight"):
+                value.mul_((16 / config.kv_lora_rank) ** 0.5)  # keys of one size, whatever the rank
             elif key.endswith("e_score_correction_bias"):
                 value.copy_(0.2 * torch.randn(value.shape))  # by default zeros
     model.to(torch.bfloat16).save_pretrained(directory)
