@@ -140,7 +140,7 @@ def test_progress_is_shown_where_rich_is_installed(tmp_path, monkeypatch, capsys
     directory = golden_models.GOLDEN / "deepseek_v3"
     config = MLAConfig.from_hf(directory)
     list(load_attention(directory, config, range(2), progress=True))
-    assert "attention" in capsys.readouterr().out
+    assert "attention" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     assert len(list(load_attention(directory, config, range(2), progress=True))) == 2
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")

@@ -273,3 +273,17 @@ def test_server_refuses_what_it_cannot_serve():
         with pytest.raises(ValueError, match=message):
             next(server.generate(prompts, new))
     assert server.stats == Stats()
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_reader_may_stop_early():
+    config, model = load(golden_models.GOLDEN / "deepseek_v3")
+    server = Server(config, model, batch=2, max_tokens=12, block_size=16, dtype=jnp.float32)
+    tokens = server.generate([[1], [2, 3], [4]], 4)
+    first = [next(tokens), next(tokens)]
+    tokens.close()
+    assert server.allocator.num_free == server.allocator.num_blocks
+    again = list(server.generate([[1], [2, 3], [4]], 4))
+    assert again[:2] == first
+    assert len(again) == 12
+    assert [token.prompt for token in again if token.last] == [0, 1, 2]

@@ -53,7 +53,8 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights float32 and ids int32 of each token's experts, [tokens, experts_per_token]."""
-        logits = x.astype(jnp.float32) @ self.weight[...].T
+        # GPUs would multiply float32 in fewer bits otherwise, and choose other experts.
+        logits = jnp.matmul(x.astype(jnp.float32), self.weight[...].T, precision="highest")
         bias = (
             self.e_score_correction_bias[...][None, :] if self.config.scoring == "sigmoid" else None
         )

@@ -143,11 +143,15 @@ class Server:
         """
         self._check(prompts, max_new_tokens)
         waiting = collections.deque(enumerate(prompts))
-        while waiting or any(self._places):
-            if admitted := self._admit(waiting, max_new_tokens):
-                yield from self._prefill(admitted, prompts)
-            if any(self._places):
-                yield from self._decode()
+        try:
+            while waiting or any(self._places):
+                if admitted := self._admit(waiting, max_new_tokens):
+                    yield from self._prefill(admitted, prompts)
+                if any(self._places):
+                    yield from self._decode()
+        finally:  # also where whoever reads the tokens stops early
+            for sequence in filter(None, self._places):
+                self._end(sequence)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
@@ -256,10 +260,13 @@ class Server:
             ended = sequence.left == 0 or token in self.stop_tokens
             tokens.append(Token(sequence.prompt, token, ended))
             if ended:
-                self.allocator.free(sequence.blocks)
-                self._places[sequence.place] = None
-                self._batch = None
+                self._end(sequence)
         return tokens
+
+    def _end(self, sequence: _Sequence) -> None:
+        self.allocator.free(sequence.blocks)
+        self._places[sequence.place] = None
+        self._batch = None
 
 
 def _step(

@@ -47,7 +47,7 @@ def load_attention(
         layers: which ones, from 0. LongCat's layers have two attentions each: there they are
             2 * layer and 2 * layer + 1, as transformers counts them.
         dtype: of the parameters.
-        progress: whether to show a bar, with rich where it is installed.
+        progress: whether to show a bar on standard error, with rich where it is installed.
 
     Returns:
         An iterator over MLAParams, in the order of `layers`.
@@ -104,10 +104,12 @@ def track(items: Sequence[_T], description: str, progress: bool) -> Iterable[_T]
     if not progress:
         return items
     try:
+        import rich.console
         import rich.progress
     except ImportError:
         return items
-    return rich.progress.track(items, description=description)
+    console = rich.console.Console(stderr=True)
+    return rich.progress.track(items, description=description, console=console)
 
 
 def _load(
