@@ -183,13 +183,22 @@ class _Shard:
         dtype, shape = self.stored(name)
         if dtype != "F8_E4M3":
             return self._file.get_tensor(name)
-        # safetensors looks for float8 types in numpy, where they are not. The format: the header's
-        # length in 8 bytes, the header in JSON, the tensors at the offsets that it gives.
+        # safetensors looks for float8 types in numpy, where they are not.
+        with self.path.open("rb") as file:
+            file.seek(self._begins[name])
+            return np.fromfile(file, ml_dtypes.float8_e4m3fn, math.prod(shape)).reshape(shape)
+
+    @functools.cached_property
+    def _begins(self) -> dict[str, int]:
+        """Where in the file each tensor begins.
+
+        The format: the header's length in 8 bytes, the header in JSON, then the tensors, at offsets
+        from there that the header gives. safetensors has checked them when it opened the file.
+        """
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            begin, _ = json.loads(file.read(length))[name]["data_offsets"]
-            file.seek(8 + length + begin)
-            return np.fromfile(file, ml_dtypes.float8_e4m3fn, math.prod(shape)).reshape(shape)
+            header = json.loads(file.read(length))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.names}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
