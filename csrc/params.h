@@ -7,7 +7,7 @@
 
 namespace flashmla {
 
-enum class DType : int32_t { kBFloat16, kFloat16 };
+enum class DType : int32_t { kBFloat16, kFloat16, kFloat32 };
 
 // Splits the batch's tokens over num_parts workers; see split_schedule.h for what a cut means.
 struct MakeScheduleParams {

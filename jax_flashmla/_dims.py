@@ -22,7 +22,8 @@ MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/split_schedule.h
 INT32_MAX = 2**31 - 1
 FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
-CACHE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+CACHE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+_SM90_DTYPES = CACHE_DTYPES[:2]
 _INT32 = (np.dtype(np.int32),)
 
 
@@ -144,8 +145,10 @@ def check_implementation(implementation: Any) -> None:
         raise ValueError(f'implementation must be None, "kernel" or "xla", got {implementation!r}')
 
 
-def sm90_refusal(d_qk: int, d_v: int, block_size: int) -> str | None:
-    """Why the Hopper kernel does not take these dimensions; None where it does."""
+def sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None:
+    """Why the Hopper kernel does not take these dimensions or dtype; None where it does."""
+    if np.dtype(dtype) not in _SM90_DTYPES:
+        return f"the sm90 kernel takes {dtype_names(_SM90_DTYPES)}, got {np.dtype(dtype)}"
     if (d_qk, d_v, block_size) == (576, 512, 64):
         return None
     return (
@@ -212,8 +215,7 @@ def _check_array(
     if len(x.shape) != rank:
         raise ValueError(f"{name} must have rank {rank} {dims}, got shape {tuple(x.shape)}")
     if x.dtype not in dtypes:
-        names = " or ".join(d.name for d in dtypes)
-        raise TypeError(f"{name} must have dtype {names}, got {x.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype_names(dtypes)}, got {x.dtype}")
     if 0 in x.shape and not may_be_empty:
         raise ValueError(f"{name} {dims} must have no empty dimension, got shape {tuple(x.shape)}")
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
@@ -222,6 +224,11 @@ def _check_array(
             "that the donating call returned"
         )
     return tuple(x.shape)
+
+
+def dtype_names(dtypes: tuple[np.dtype, ...]) -> str:
+    *others, last = (dtype.name for dtype in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _describe(value: Any) -> str:

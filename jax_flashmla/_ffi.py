@@ -301,7 +301,12 @@ _cuda, _cuda_missing = _load("_cuda", "CUDA")
 
 
 def kernel_refusal(
-    platform: str, *, d_qk: int = 576, d_v: int = 512, block_size: int = 64
+    platform: str,
+    *,
+    d_qk: int = 576,
+    d_v: int = 512,
+    block_size: int = 64,
+    dtype: Any = jnp.bfloat16,
 ) -> str | None:
     """Why this installation does not run the kernels on this platform; None where it does.
 
@@ -324,7 +329,7 @@ def kernel_refusal(
                 "the CUDA kernels need compute capability 9.0 (Hopper), got "
                 f"{device.compute_capability} ({device.device_kind})"
             )
-    return _dims.sm90_refusal(d_qk, d_v, block_size)
+    return _dims.sm90_refusal(d_qk, d_v, block_size, dtype)
 
 
 # Lowering.
@@ -343,11 +348,16 @@ def _dense_decode_attributes(*, sm_scale: float, causal: bool, **_: Any) -> dict
     return {"sm_scale": np.float32(sm_scale), "causal": bool(causal)}
 
 
-def _dense_decode_dimensions(q: Any, blocks: Any, *_: Any, d_v: int, **__: Any) -> dict[str, int]:
-    return {"d_qk": q.shape[-1], "d_v": d_v, "block_size": blocks.shape[1]}
+def _dense_decode_dimensions(q: Any, blocks: Any, *_: Any, d_v: int, **__: Any) -> dict[str, Any]:
+    return {
+        "d_qk": q.shape[-1],
+        "d_v": d_v,
+        "block_size": blocks.shape[1],
+        "dtype": q.dtype,
+    }
 
 
-def _no_dimensions(*_: Any, **__: Any) -> dict[str, int]:
+def _no_dimensions(*_: Any, **__: Any) -> dict[str, Any]:
     return {}
 
 
@@ -357,7 +367,7 @@ def _register(
     reference_rule: Callable[..., Any],
     *,
     attributes: Callable[..., dict[str, Any]] = _no_attributes,
-    dimensions: Callable[..., dict[str, int]] = _no_dimensions,
+    dimensions: Callable[..., dict[str, Any]] = _no_dimensions,
     aliases: dict[int, int] | None = None,
 ) -> None:
     """Lowers a primitive to its handler where there is one that takes it, else to the reference."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.export
+import jax.numpy as jnp
 
 from jax_flashmla import _dims, _ffi
 from jax_flashmla.schedule import SplitSchedule, make_schedule
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
 
 def dense_decode(
@@ -28,7 +34,8 @@ def dense_decode(
     same inputs give the same bits on the same device.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bfloat16 or float16; b at most 16384, b * s_q * h_q below 2^31.
+        q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32; b at most 16384, and b * s_q * h_q
+            below 2^31. The Hopper kernel takes no float32.
         blocks: [num_blocks, block_size, h_kv, d_qk] in q's dtype; h_kv divides h_q.
         block_table: [b, max_blocks] int32, each sequence's blocks in order. Entries past a
             sequence's length are never used; a block id outside [0, num_blocks) reads as zeros.
@@ -88,7 +95,12 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 
 def kernel_refusal(
-    platform: str, *, d_qk: int = 576, d_v: int = 512, block_size: int = 64
+    platform: str,
+    *,
+    d_qk: int = 576,
+    d_v: int = 512,
+    block_size: int = 64,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> str | None:
     """Why this installation does not run the kernels on a platform; None where it does.
 
@@ -100,5 +112,6 @@ def kernel_refusal(
         d_qk: columns of a key.
         d_v: columns of a value.
         block_size: tokens of a block.
+        dtype: of queries and cache.
     """
-    return _ffi.kernel_refusal(platform, d_qk=d_qk, d_v=d_v, block_size=block_size)
+    return _ffi.kernel_refusal(platform, d_qk=d_qk, d_v=d_v, block_size=block_size, dtype=dtype)

@@ -24,7 +24,7 @@ class CacheFormat:
         d_v: leading columns of a row that are its value.
         h_kv: KV heads; 1 for multi-head latent attention.
         block_size: tokens of a block.
-        dtype: bfloat16 or float16.
+        dtype: bfloat16, float16, or float32, which the Hopper kernel does not take.
         name: the layout. "dense", the only one so far: blocks [num_blocks, block_size, h_kv, d_qk].
 
     Raises:
@@ -48,7 +48,7 @@ class CacheFormat:
             raise ValueError(f"d_v must be at most d_qk = {self.d_qk}, got {self.d_v}")
         dtype = jnp.dtype(self.dtype)
         if dtype not in _dims.CACHE_DTYPES:
-            raise TypeError(f"dtype must be bfloat16 or float16, got {dtype}")
+            raise TypeError(f"dtype must be {_dims.dtype_names(_dims.CACHE_DTYPES)}, got {dtype}")
         object.__setattr__(self, "dtype", dtype)
 
     @property

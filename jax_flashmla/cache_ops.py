@@ -32,7 +32,7 @@ def cache_append(
     cache in place, make the mapped axis part of b instead.
 
     Args:
-        blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16 or float16.
+        blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16, float16 or float32.
         rows: new rows [b, s_new, h_kv, row], of the same dtype.
         block_table: block ids [b, max_blocks], int32.
         positions: token position [b] of each sequence's first new row, int32.
@@ -67,7 +67,7 @@ def copy_blocks(blocks: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     afterwards.
 
     Args:
-        blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16 or float16.
+        blocks: the cache [num_blocks, block_size, h_kv, row], bfloat16, float16 or float32.
         src: ids of the blocks to read [n], int32.
         dst: ids of the blocks to overwrite [n], int32.
 

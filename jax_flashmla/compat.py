@@ -86,7 +86,7 @@ def flash_mla_with_kvcache(
     """`dense_decode` under FlashMLA's name, argument order and conventions.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bfloat16 or float16.
+        q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32.
         k_cache: [num_blocks, block_size, h_kv, d_qk] in q's dtype.
         block_table: [b, max_blocks] int32.
         cache_seqlens: [b] int32, tokens in each sequence's cache, the new ones included.
@@ -137,8 +137,7 @@ def flash_mla_with_kvcache(
 def _refuse(*, is_fp8_kvcache: bool, **sparse: Any) -> None:
     if is_fp8_kvcache:
         raise NotImplementedError(
-            "is_fp8_kvcache must be False: only bfloat16 and float16 caches are supported, got "
-            f"{is_fp8_kvcache!r}"
+            f"is_fp8_kvcache must be False: fp8 caches are not supported, got {is_fp8_kvcache!r}"
         )
     for name, value in sparse.items():
         if value is not None:

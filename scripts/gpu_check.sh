@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a machine with a Hopper GPU should run: build and install, the tests marked `gpu`,
-# compute-sanitizer's memcheck over a small subset of them, the soak, and the benchmark.
+# compute-sanitizer's memcheck over a small subset of them, the soak, and the benchmarks.
 #
 #   scripts/gpu_check.sh [LOG_DIR]
 #
@@ -92,6 +92,7 @@ for grid in "${GRID:-targets}" layers; do
   step "bench_$grid" "$python" -P -m jax_flashmla.cli bench --grid "$grid" \
     --json "$logs/$grid.json" --plots "$logs"
 done
+step bench_mla_step "$python" -P benchmarks/bench_mla_step.py --json "$logs/mla_step.json"
 
 echo
 cat "$logs/summary.txt"

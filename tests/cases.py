@@ -217,6 +217,8 @@ def cpu_cases() -> list[DecodeCase]:
         DecodeCase(3, 4, 5, 2, causal=True),  # sequences shorter than s_q
         DecodeCase(2, 2, 300, 16, dtype="float16"),
         DecodeCase(2, 1, 300, 6, 2, causal=True, dtype="float16"),
+        DecodeCase(2, 2, 300, 9, dtype="float32", causal=True),
+        DecodeCase(3, 1, 300, 4, 2, d_qk=35, d_v=19, block_size=16, dtype="float32"),
         DecodeCase(2, 1, 300, 8, d_qk=320, d_v=256),
         DecodeCase(2, 1, 300, 8, d_qk=288, d_v=256, block_size=16),
         DecodeCase(2, 2, 130, 5, d_qk=7, d_v=3, block_size=5, causal=True),

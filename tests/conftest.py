@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import typing
 from collections.abc import Iterator
 from unittest import mock
@@ -77,3 +78,9 @@ def on_cpu() -> Iterator[None]:
 def _tested_device(request: pytest.FixtureRequest) -> jax.Device:
     is_gpu = request.node.get_closest_marker("gpu") is not None
     return jax.devices("cuda" if is_gpu else "cpu")[0]
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One folder for all tests, for what is slow to make."""
+    return tmp_path_factory.mktemp("scratch")

@@ -85,6 +85,19 @@ def test_lowering_for_cuda_of_dimensions_that_the_kernel_does_not_take() -> None
         lowered(functools.partial(decode, implementation="kernel"), "cuda", *inputs.arguments)
 
 
+def test_lowering_for_cuda_of_a_float32_cache() -> None:
+    """cache_append has a kernel for it, dense_decode the reference."""
+    inputs = cases.make_inputs(cases.DecodeCase(2, 1, 100, 4, dtype="float32"))
+    _ffi._warn_once.cache_clear()
+    message = "the sm90 kernel takes bfloat16 or float16, got float32"
+    with pytest.warns(RuntimeWarning, match=message):
+        text = lowered(layers, "cuda", *inputs.arguments)
+    assert "flashmla_cache_append" in text
+    assert "flashmla_dense_decode" not in text
+    with pytest.raises(NotImplementedError, match=message):
+        lowered(functools.partial(dense_decode, implementation="kernel"), "cuda", *inputs.arguments)
+
+
 def test_lowering_for_a_platform_without_kernels_is_the_reference() -> None:
     arguments = hopper_case().arguments
     assert "custom_call @flashmla" not in lowered(layers, "tpu", *arguments)
@@ -97,6 +110,7 @@ def test_kernel_refusal() -> None:
     assert kernel_refusal("cpu", d_qk=7, d_v=5, block_size=3) is None
     assert "not for tpu" in kernel_refusal("tpu")
     assert "got d_qk = 512" in kernel_refusal("cuda", d_qk=512)
+    assert "bfloat16 or float16, got float32" in kernel_refusal("cuda", dtype=jnp.float32)
 
 
 def run_python(script: str, **environment: str) -> str:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
         ({"d_v": 577}, ValueError, "d_v must be at most d_qk = 576, got 577"),
         ({"block_size": 0}, ValueError, "block_size must be between 1"),
         ({"h_kv": 1.0}, TypeError, "h_kv must be a Python int"),
-        ({"dtype": jnp.float32}, TypeError, "dtype must be bfloat16 or float16, got float32"),
+        ({"dtype": "int8"}, TypeError, "dtype must be bfloat16, float16 or float32, got int8"),
     ],
 )
 def test_wrong_formats_are_refused(arguments, error, message):

@@ -102,7 +102,9 @@ def make_append(
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"]
+)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -284,7 +286,9 @@ def test_a_donated_cache_cannot_be_used_again(implementation):
         cache_append(blocks, *arguments, implementation=implementation)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"]
+)
 def test_copy_blocks(implementation, dtype):
     before = np.random.default_rng(0).standard_normal((8, 4, 2, 6)).astype(dtype)
     pairs = [(1, 2), (3, 1), (7, 0)]  # 1 is read and written
@@ -366,8 +370,10 @@ def test_more_wrong_arguments_of_copy():
     ids = np.zeros(1, np.int32)
     with pytest.raises(TypeError, match=r"src must be an array \[n\], got \[0\] of type list"):
         copy_blocks(jnp.zeros(BLOCKS, jnp.bfloat16), [0], ids)
-    with pytest.raises(TypeError, match="blocks must have dtype bfloat16 or float16, got float32"):
-        copy_blocks(jnp.zeros(BLOCKS), ids, ids)
+    with pytest.raises(
+        TypeError, match="blocks must have dtype bfloat16, float16 or float32, got int32"
+    ):
+        copy_blocks(jnp.zeros(BLOCKS, jnp.int32), ids, ids)
     blocks = jnp.zeros(BLOCKS, jnp.bfloat16)
     copy_blocks(blocks, ids, ids)
     with pytest.raises(ValueError, match="blocks must be a live array, got one that was donated"):

@@ -38,8 +38,9 @@ def test_matches_naive_attention(
 ) -> None:
     case = problem.case
     is_gpu = request.node.get_closest_marker("gpu") is not None
-    if is_gpu and (case.d_qk, case.d_v, case.block_size) != HOPPER_ONLY:
-        pytest.skip("dimensions that the sm90 kernel does not take")
+    hopper_takes = (case.d_qk, case.d_v, case.block_size) == HOPPER_ONLY
+    if is_gpu and not (hopper_takes and case.dtype != "float32"):
+        pytest.skip("dimensions or a dtype that the sm90 kernel does not take")
     run = functools.partial(
         dense_decode,
         *problem.inputs.arguments,
@@ -50,7 +51,8 @@ def test_matches_naive_attention(
     out, lse = run()
     assert out.dtype == case.dtype
     assert lse.dtype == jnp.float32
-    tolerances.assert_decoded((out, lse), (problem.out, problem.lse))
+    bounds = tolerances.F32_DECODE if case.dtype == "float32" else {}
+    tolerances.assert_decoded((out, lse), (problem.out, problem.lse), **bounds)
 
     again = run()
     np.testing.assert_array_equal(bits(out), bits(again[0]))

@@ -140,9 +140,9 @@ MAKE_SCHEDULE = {
 DENSE_DECODE = {
     "q of rank 3": ({"q": zeros(b, h_q, d_qk)}, r"q must have shape \[b, s_q, h_q, d_qk\]"),
     "q without rows": ({"q": zeros(b, 0, h_q, d_qk)}, "q must have shape.*at least 1"),
-    "q in f32": (
-        {"q": zeros(b, s_q, h_q, d_qk, dtype=jnp.float32)},
-        "q must be bf16 or f16",
+    "q in s32": (
+        {"q": zeros(b, s_q, h_q, d_qk, dtype=jnp.int32)},
+        "q must be bf16, f16 or f32",
     ),
     "q in f16, blocks in bf16": (
         {"q": zeros(b, s_q, h_q, d_qk, dtype=jnp.float16)},
@@ -229,9 +229,9 @@ DENSE_DECODE = {
 
 CACHE_APPEND = {
     "blocks of rank 2": ({"blocks": zeros(num_blocks, d_qk)}, "blocks must have shape"),
-    "blocks in f32": (
-        {"blocks": zeros(num_blocks, block_size, h_kv, d_qk, dtype=jnp.float32)},
-        "blocks must be bf16 or f16",
+    "blocks in s32": (
+        {"blocks": zeros(num_blocks, block_size, h_kv, d_qk, dtype=jnp.int32)},
+        "blocks must be bf16, f16 or f32",
     ),
     "rows of rank 3": ({"rows": zeros(b, h_kv, d_qk)}, "rows must have shape"),
     "rows for fewer heads": (

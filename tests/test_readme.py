@@ -10,19 +10,33 @@ import pytest
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def test_python_example_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    assert (
-        sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 36
-    )  # "30 lines", imports aside
+def run_example(heading: str, num_lines: int) -> dict:
+    """The names that the code under a heading leaves; it has about num_lines, imports aside."""
+    section = README.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    lines = [line for line in code.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("import ", "from "))]
+    assert len(lines) <= num_lines + 5
     names: dict = {}
-    exec(compile(blocks[0], str(README), "exec"), names)
+    exec(compile(code, str(README), "exec"), names)
+    return names
+
+
+def test_python_example_runs():
+    names = run_example("The API in 30 lines", 30)
     np.testing.assert_array_equal(names["cache"].table.cache_seqlens, [78, 208, 13])
     assert names["cache"].check() == []
     assert names["outs"].shape == (2, 3, 1, 16, 512)
     # Every row of the cache is ones, so every mean of values is.
     assert bool((names["outs"] == jnp.ones((), names["outs"].dtype)).all())
+
+
+def test_layer_example_runs():
+    names = run_example("An attention layer in 20 lines", 20)
+    np.testing.assert_array_equal(names["cache"].table.cache_seqlens, [78, 13])
+    assert names["cache"].check() == []
+    assert names["y"].shape == (2, 1, 2048)
+    assert bool(jnp.isfinite(names["y"]).all())
 
 
 @pytest.mark.parametrize("last", ["/jax-flashmla demo", "/pytest"])

@@ -24,6 +24,35 @@ OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 # exp2 and log2 taken approximately.
 LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
 
+# Of float32 caches against float64: each score is a sum of up to 576 products of which every one is
+# rounded (2^-24), and the weights' relative error is the scores' absolute one.
+F32_DECODE = {
+    "out": Tolerance(absolute=2e-6, relative=1e-5, cosine=1e-11),
+    "lse": Tolerance(absolute=2e-6, relative=1e-6),
+}
+
+# A layer in float32 against float64: five matrix products, each of whose sums rounds (2^-24), on
+# outputs of about 1; and the two paths take them in different orders.
+F32_LAYER = Tolerance(absolute=5e-6, relative=1e-5, cosine=1e-11)
+
+# A layer in bfloat16 against float64 with the same, rounded weights: latents, queries, attention
+# and output are each rounded to 8 bits (2^-9), and errors of scores grow with the scores.
+BF16_LAYER = Tolerance(absolute=0.06, relative=0.03, cosine=1e-4)
+
+# A layer in float32 against transformers in float32, outputs of about 1: both round every product
+# and sum (2^-24), in different orders. What the project promises.
+F32_PARITY = Tolerance(absolute=1e-5, relative=1e-5, cosine=1e-11)
+
+# A layer in bfloat16 against transformers in float32 with the same, rounded weights: as BF16_LAYER.
+BF16_PARITY = BF16_LAYER
+
+# Logits of a whole small model in float32 against transformers', about 1.5 large: the errors of its
+# layers (F32_PARITY) added up, and multiplied by the norms and projections that follow.
+F32_LOGITS = Tolerance(absolute=5e-5, relative=5e-5, cosine=1e-10)
+
+# The same in bfloat16: as BF16_LAYER, after two norms, the MLP and the head.
+BF16_LOGITS = Tolerance(absolute=0.15, relative=0.05, cosine=3e-4)
+
 # Of merged parts against the whole, both float32 on one device: some roundings of 2^-24 each.
 MERGE = Tolerance(absolute=2e-6, relative=1e-5)
 

@@ -18,8 +18,8 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 constexpr int kScoreTokens = FLASHMLA_REGISTERS / 8;   // x 4 rows
 constexpr int kValueVectors = FLASHMLA_REGISTERS / 8;  // x 4 rows
 
-constexpr int kKeys = 8;       // converted and used at a time, so in the first cache
-constexpr int kPrefetch = 32;  // elements in a cache line
+constexpr int kKeys = 8;        // converted and used at a time, so in the first cache
+constexpr int kCacheLine = 64;  // bytes
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class Vector, class T>
@@ -87,9 +87,16 @@ FLASHMLA_TARGET inline Floats to_float(Halves from, Float16) {  // as Float16::t
 }
 
 template <class Element>
+FLASHMLA_TARGET inline Floats load_floats(const Element* from) {
+  return to_float(load<Halves>(from), Element{});
+}
+
+FLASHMLA_TARGET inline Floats load_floats(const Float32* from) { return load<Floats>(from); }
+
+template <class Element>
 FLASHMLA_TARGET void convert(const Element* from, int n, float* to) {
   int k = 0;
-  for (; k + kLanes <= n; k += kLanes) store(to + k, to_float(load<Halves>(from + k), Element{}));
+  for (; k + kLanes <= n; k += kLanes) store(to + k, load_floats(from + k));
   for (; k < n; ++k) to[k] = Element::to_float(from[k]);
 }
 
@@ -135,7 +142,8 @@ FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask&
     if (later >= task.token_end) continue;
     const Element* next = find_key<Element>(params, task, later);
     if (next == nullptr) continue;
-    for (int k = 0; k < params.d_qk; k += kPrefetch) __builtin_prefetch(next + k);
+    for (int k = 0; k < params.d_qk; k += kCacheLine / sizeof(Element))
+      __builtin_prefetch(next + k);
   }
 }
 
@@ -286,8 +294,14 @@ FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& ta
 
 FLASHMLA_TARGET void attend_piece(const DenseDecodeParams& params, const PieceTask& task,
                                   PieceState& state) {
-  if (params.dtype == DType::kBFloat16) return attend<BFloat16>(params, task, state);
-  attend<Float16>(params, task, state);
+  switch (params.dtype) {  // with_element's lambda would be outside the target attribute
+    case DType::kBFloat16:
+      return attend<BFloat16>(params, task, state);
+    case DType::kFloat16:
+      return attend<Float16>(params, task, state);
+    case DType::kFloat32:
+      return attend<Float32>(params, task, state);
+  }
 }
 
 }  // namespace flashmla::cpu::FLASHMLA_ISA

@@ -82,13 +82,11 @@ void combine(const DenseDecodeParams& params, const std::vector<Cut>& cuts,
     static thread_local std::vector<float> weights;
     const CutSequence& cut = found[task / tasks_per_sequence];
     const int64_t begin = int64_t{task % tasks_per_sequence} * kRowsPerTask;
-    for (int64_t row = begin; row < std::min(begin + kRowsPerTask, rows); ++row) {
-      if (params.dtype == DType::kBFloat16) {
-        combine_row<BFloat16>(params, cut, row, weights);
-      } else {
-        combine_row<Float16>(params, cut, row, weights);
+    with_element(params.dtype, [&](auto element) {
+      for (int64_t row = begin; row < std::min(begin + kRowsPerTask, rows); ++row) {
+        combine_row<decltype(element)>(params, cut, row, weights);
       }
-    }
+    });
   });
 }
 

@@ -64,11 +64,9 @@ void store_piece(const DenseDecodeParams& params, const PieceTask& task, const P
       for (int c = 0; c < params.d_v; ++c) out[c] = acc[c] * scale;
       params.lse_accum[slot_row] = lse_log2;
     } else {
-      if (params.dtype == DType::kBFloat16) {
-        store_row<BFloat16>(acc, scale, params.d_v, params.out, index);
-      } else {
-        store_row<Float16>(acc, scale, params.d_v, params.out, index);
-      }
+      with_element(params.dtype, [&](auto element) {
+        store_row<decltype(element)>(acc, scale, params.d_v, params.out, index);
+      });
       params.lse[index] = lse_log2 * kLn2;
     }
   }

@@ -1,10 +1,12 @@
-// The 16-bit element types of q, cache and out, to and from float. Bit arithmetic rather than
-// compiler types, so that it builds everywhere and is right where denormals are flushed, as on
-// XLA's threads.
+// The element types of q, cache and out, to and from float, and the choice between them. Bit
+// arithmetic rather than compiler types, so that it builds everywhere and is right where denormals
+// are flushed, as on XLA's threads.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "params.h"
 
 namespace flashmla::cpu {
 
@@ -66,5 +68,25 @@ struct Float16 {
     return {static_cast<uint16_t>(half | (sign >> 16))};
   }
 };
+
+struct Float32 {
+  float value;
+
+  static float to_float(Float32 x) { return x.value; }
+  static Float32 from_float(float value) { return {value}; }
+};
+
+// body(Element{}) with the struct that stands for dtype.
+template <class Body>
+void with_element(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat32:
+      return body(Float32{});
+  }
+}
 
 }  // namespace flashmla::cpu

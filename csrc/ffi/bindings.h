@@ -9,7 +9,7 @@
 
 namespace flashmla::ffi {
 
-using xla::ffi::AnyBuffer;  // rank and element type (bf16 or f16) are checked by to_params
+using xla::ffi::AnyBuffer;  // rank and element type (bf16, f16 or f32) are checked by to_params
 using I32R1 = xla::ffi::BufferR1<xla::ffi::S32>;
 using I32R2 = xla::ffi::BufferR2<xla::ffi::S32>;
 using F32R3 = xla::ffi::BufferR3<xla::ffi::F32>;

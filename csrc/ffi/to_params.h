@@ -14,14 +14,15 @@
 
 namespace flashmla::ffi {
 
-// The element type of a buffer that must hold bf16 or f16.
+// The element type of a buffer that must hold bf16, f16 or f32.
 inline DType read_dtype(ExtentChecks& checks, const char* buffer, xla::ffi::DataType got) {
   if (got == xla::ffi::BF16) return DType::kBFloat16;
-  if (got != xla::ffi::F16) {
-    checks.fail(std::string(buffer) + " must be bf16 or f16, got XLA element type " +
+  if (got == xla::ffi::F16) return DType::kFloat16;
+  if (got != xla::ffi::F32) {
+    checks.fail(std::string(buffer) + " must be bf16, f16 or f32, got XLA element type " +
                 std::to_string(static_cast<int>(got)));
   }
-  return DType::kFloat16;
+  return DType::kFloat32;
 }
 
 inline void expect_same_dtype(ExtentChecks& checks, const char* buffer, xla::ffi::DataType got,

@@ -28,6 +28,8 @@ Status check_supported(const DenseDecodeParams& params) {
         std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
         ", block_size = " + std::to_string(params.block_size));
   }
+  if (params.dtype == DType::kFloat32)
+    return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
   if (params.num_blocks < 1) {
     return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }

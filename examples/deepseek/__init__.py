@@ -1,0 +1,1 @@
+"""A compact language model of DeepSeek's architecture that serves published checkpoints."""

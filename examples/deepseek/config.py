@@ -1,0 +1,159 @@
+"""What a model is, from its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jax_flashmla.layers import MLAConfig
+
+# model_type: how the router scores experts. All rotate and cache as MLAConfig knows them.
+SCORING = {
+    "deepseek_v2": "softmax",
+    "deepseek_v3": "sigmoid",
+    "kimi_k2": "sigmoid",
+    "glm4_moe_lite": "sigmoid",
+}
+_GROUP_LIMITS = {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A layer of routed and shared experts.
+
+    Args:
+        num_experts: routed experts.
+        experts_per_token: how many of them a token goes to.
+        intermediate_size: columns within an expert.
+        shared_size: columns within the shared experts, all together.
+        scoring: "sigmoid" (V3; experts are chosen with a bias that their weights do not have) or
+            "softmax" (V2).
+        num_groups: groups that the experts are in.
+        groups_per_token: of these, how many a token's experts may come from.
+        normalise: whether a token's weights are made to sum to 1.
+        scale: what the weights are multiplied by.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_size: int
+    scoring: str
+    num_groups: int
+    groups_per_token: int
+    normalise: bool
+    scale: float
+
+    def __post_init__(self) -> None:
+        reachable = self.num_experts // self.num_groups * self.groups_per_token
+        if self.num_experts % self.num_groups or reachable < self.experts_per_token:
+            raise ValueError(
+                f"n_group must divide n_routed_experts = {self.num_experts} into groups of which "
+                f"topk_group = {self.groups_per_token} have num_experts_per_tok = "
+                f"{self.experts_per_token} experts, got n_group = {self.num_groups}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model; `moe[i]` is None where layer i has an ordinary MLP."""
+
+    attention: MLAConfig
+    moe: tuple[MoEConfig | None, ...]
+    vocab_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    tied_embeddings: bool
+    max_positions: int
+    stop_tokens: frozenset[int]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.moe)
+
+    @classmethod
+    def from_directory(cls, directory: pathlib.Path) -> ModelConfig:
+        """Reads config.json and, for the tokens that end a text, generation_config.json.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no config.json in it.
+            NotImplementedError: an architecture or option that this model does not have.
+            ValueError: a key that is missing or a value that does not fit.
+        """
+        if not directory.is_dir():
+            raise FileNotFoundError(f"the checkpoint must be a folder, got {str(directory)!r}")
+        hf = _read(directory / "config.json")
+        model_type = hf.get("model_type")
+        if model_type not in SCORING:
+            raise NotImplementedError(
+                f"model_type must be one of {sorted(SCORING)}, got {model_type!r}"
+            )
+        if hf.get("hidden_act", "silu") != "silu":
+            raise NotImplementedError(f"hidden_act must be silu, got {hf['hidden_act']!r}")
+        generation = directory / "generation_config.json"
+        stop = (_read(generation) if generation.is_file() else hf).get("eos_token_id")
+        moe = _read_moe(hf)
+        return cls(
+            attention=MLAConfig.from_hf(hf),
+            moe=tuple(moe if is_sparse else None for is_sparse in _sparse_layers(hf)),
+            vocab_size=_required(hf, "vocab_size"),
+            intermediate_size=_required(hf, "intermediate_size"),
+            rms_norm_eps=_required(hf, "rms_norm_eps"),
+            tied_embeddings=hf.get("tie_word_embeddings", False),
+            max_positions=_required(hf, "max_position_embeddings"),
+            stop_tokens=frozenset(
+                [] if stop is None else stop if isinstance(stop, list) else [stop]
+            ),
+        )
+
+
+def _sparse_layers(hf: dict[str, Any]) -> list[bool]:
+    """Which layers have experts."""
+    layers = _required(hf, "num_hidden_layers")
+    if hf.get("mlp_layer_types"):
+        return [kind == "sparse" for kind in hf["mlp_layer_types"][:layers]]
+    first, every = _required(hf, "first_k_dense_replace"), hf.get("moe_layer_freq", 1)
+    return [i >= first and i % every == 0 for i in range(layers)]
+
+
+def _read_moe(hf: dict[str, Any]) -> MoEConfig:
+    scoring = SCORING[hf["model_type"]]
+    method = hf.get("topk_method", "greedy" if scoring == "softmax" else "noaux_tc")
+    if method not in _GROUP_LIMITS or (method == "noaux_tc") != (scoring == "sigmoid"):
+        raise NotImplementedError(f"{hf['model_type']} has no topk_method {method!r}")
+    if hf.get("scoring_func", scoring) != scoring:
+        raise NotImplementedError(f"scoring_func must be {scoring}, got {hf['scoring_func']!r}")
+    normalise = bool(hf.get("norm_topk_prob"))
+    if normalise and scoring == "softmax":
+        raise NotImplementedError(
+            "norm_topk_prob must be false with softmax scores: implementations disagree on it, and "
+            "no published model sets it"
+        )
+    limited = _GROUP_LIMITS[method]
+    width = _required(hf, "moe_intermediate_size")
+    return MoEConfig(
+        num_experts=_required(hf, "n_routed_experts"),
+        experts_per_token=_required(hf, "num_experts_per_tok"),
+        intermediate_size=width,
+        shared_size=width * (hf.get("n_shared_experts") or 0),
+        scoring=scoring,
+        num_groups=_required(hf, "n_group") if limited else 1,
+        groups_per_token=_required(hf, "topk_group") if limited else 1,
+        normalise=normalise,
+        scale=_required(hf, "routed_scaling_factor"),
+    )
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+
+
+def _required(hf: dict[str, Any], key: str) -> Any:
+    if hf.get(key) is None:
+        raise ValueError(f"config.json must have the key {key}, got only {sorted(hf)}")
+    return hf[key]

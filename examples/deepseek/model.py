@@ -1,0 +1,104 @@
+"""The model: embedding, layers of latent attention and MLP, head. Modules are named as in a
+checkpoint."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deepseek.config import ModelConfig
+from deepseek.moe import MLP, MoE
+from jax_flashmla import PagedCache, Slots, SplitSchedule, make_schedule
+from jax_flashmla.layers.nnx import MLAttention
+
+
+class RMSNorm(nnx.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis of x [b, s, size]."""
+
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        self.weight, self.eps = nnx.Param(jnp.ones(size, dtype)), eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...][None, None, :] * normed.astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, index: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden = config.attention.hidden_size
+        self.index = index
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        self.self_attn = MLAttention(config.attention, param_dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        moe = config.moe[index]
+        self.mlp = (
+            MLP(hidden, config.intermediate_size, dtype, rngs)
+            if moe is None
+            else MoE(moe, hidden, dtype, rngs)
+        )
+
+    def __call__(
+        self, x: jax.Array, cache: PagedCache, slots: Slots, schedule: SplitSchedule | None
+    ) -> tuple[PagedCache, jax.Array]:
+        normed = self.input_layernorm(x)
+        if schedule is None:
+            cache, y = self.self_attn.prefill(
+                normed, cache, slots=slots, layer=self.index, prefix=False
+            )
+        else:
+            cache, y = self.self_attn.decode(
+                normed, cache, slots=slots, layer=self.index, schedule=schedule
+            )
+        x = x + y
+        tokens = self.post_attention_layernorm(x).reshape(-1, x.shape[-1])
+        return cache, x + self.mlp(tokens).reshape(x.shape)
+
+
+class DeepSeek(nnx.Module):
+    """Args: config, dtype of the parameters and the computation, rngs to draw parameters from."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden, self.heads = config.attention.hidden_size, config.attention.num_heads
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, hidden, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List([Layer(config, i, dtype, rngs) for i in range(config.num_layers)])
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
+        self.lm_head = (
+            None
+            if config.tied_embeddings
+            else nnx.Linear(
+                hidden,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
+        )
+
+    def __call__(
+        self, tokens: jax.Array, cache: PagedCache, slots: Slots, *, prefill: bool
+    ) -> tuple[PagedCache, jax.Array]:
+        """One step: tokens [b, s] int32 -> the cache with their rows, and states [b, s, hidden].
+
+        Args:
+            tokens: each sequence's next tokens.
+            cache: of all layers, after the step's `advance`, which gave `slots`.
+            prefill: whether these are whole prompts, with nothing in the cache before them.
+        """
+        schedule = (
+            None if prefill else make_schedule(cache.table.cache_seqlens, h_q=self.heads)
+        )  # once for all layers
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            cache, x = layer(x, cache, slots, schedule)
+        return cache, self.norm(x)
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """states [..., hidden] -> float32 [..., vocab]."""
+        head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
+        return head(states).astype(jnp.float32)

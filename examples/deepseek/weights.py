@@ -1,0 +1,93 @@
+"""From a checkpoint to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deepseek.config import ModelConfig
+from deepseek.model import DeepSeek
+from jax_flashmla.layers.checkpoint import attention_shapes, load_attention, track
+from jax_flashmla.layers.tensor_reader import TensorReader
+
+Path = tuple[Any, ...]  # of a parameter in the model
+
+
+def load_model(
+    directory: pathlib.Path, config: ModelConfig, *, dtype: DTypeLike, progress: bool = False
+) -> DeepSeek:
+    """The model with the weights of a Hugging Face directory, on JAX's default device.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: names every tensor that is missing, extra or misshapen.
+    """
+    reader = TensorReader(directory)
+    model = nnx.eval_shape(lambda: DeepSeek(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    parameters = {
+        path: parameter for path, parameter in nnx.to_flat_state(state) if "self_attn" not in path
+    }
+    expected = {
+        f"model.layers.{i}.self_attn.{name}": shape
+        for i in range(config.num_layers)
+        for name, shape in attention_shapes(config.attention).items()
+    }
+    for path, parameter in parameters.items():
+        shape = parameter.get_value().shape
+        for name in tensor_names(path, shape):
+            expected[name] = _stored_shape(path, shape)
+    reader.check(expected, ignore=_unused(config))
+
+    for path, parameter in track(list(parameters.items()), "weights", progress):
+        shape, as_dtype = parameter.get_value().shape, parameter.get_value().dtype
+        tensors = [reader.read(name, as_dtype) for name in tensor_names(path, shape)]
+        tensors = [x.T if _is_transposed(path) else x for x in tensors]
+        parameter.set_value(jnp.stack(tensors) if _is_stacked(path) else tensors[0])
+    layers = range(config.num_layers)
+    loaded = load_attention(reader, config.attention, layers, dtype=dtype, progress=progress)
+    for i, params in zip(layers, loaded, strict=True):
+        for field in dataclasses.fields(params):
+            if getattr(params, field.name) is not None:
+                state["layers"][i]["self_attn"][field.name].set_value(getattr(params, field.name))
+    return nnx.merge(graph, state)
+
+
+def tensor_names(path: Path, shape: tuple[int, ...]) -> list[str]:
+    """The tensors that a parameter is made of: one, or one for each expert."""
+    *parents, leaf = path
+    module = ".".join(map(str, parents if parents[0] == "lm_head" else ["model", *parents]))
+    if _is_stacked(path):
+        return [f"{module}.{expert}.{leaf}.weight" for expert in range(shape[0])]
+    return [f"{module}." + {"kernel": "weight", "embedding": "weight"}.get(leaf, leaf)]
+
+
+def _stored_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = shape[1:] if _is_stacked(path) else shape
+    return shape[::-1] if _is_transposed(path) else shape
+
+
+def _is_stacked(path: Path) -> bool:
+    return "experts" in path
+
+
+def _is_transposed(path: Path) -> bool:
+    """Whether it is a projection, which checkpoints store outputs first."""
+    return _is_stacked(path) or path[-1] == "kernel"
+
+
+def _unused(config: ModelConfig) -> str:
+    """Matches the names of what a checkpoint may have and the model does not use.
+
+    Layers past the last one predict several tokens ahead (V3); rotary frequencies are computed.
+    """
+    own_layers = "|".join(map(str, range(config.num_layers)))
+    later_layers = rf"model\.layers\.(?!(?:{own_layers})\.)"
+    tied_head = "|" + re.escape("lm_head.weight") if config.tied_embeddings else ""
+    return rf"{later_layers}|.*\.rotary_emb\.inv_freq$" + tied_head

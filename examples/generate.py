@@ -1,0 +1,146 @@
+"""Generates text with a DeepSeek-architecture checkpoint in Hugging Face's format.
+
+    python examples/generate.py --checkpoint DIR --prompt "The capital of France is"
+
+DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json; without the
+latter, and with a vocabulary of 256, tokens are bytes. Architectures: deepseek_v2, deepseek_v3 (R1,
+V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a Hopper GPU.
+
+Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
+a time. Text is printed as it comes, in the prompts' order; speeds go to standard error.
+
+Needs: pip install 'jax-flashmla[flax,hf]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+
+from deepseek.config import ModelConfig
+from deepseek.sampling import Sampling
+from deepseek.serve import Server, Stats, Token
+from deepseek.tokenizer import TextStream, Tokenizer, load_tokenizer
+from deepseek.weights import load_model
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument("--prompts-file", type=pathlib.Path, help="a prompt on each line")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument(
+        "--cache-blocks",
+        type=int,
+        help="blocks of 64 tokens in the cache; by default enough for --batch of the longest",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stop-token",
+        type=int,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="ends a text, beside those that the checkpoint names; may be repeated",
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tokenizer", choices=("auto", "bytes"), default="auto")
+    return parser.parse_args(argv)
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts_file:
+        prompts += arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+    if not prompts:
+        raise ValueError("there must be a prompt: --prompt TEXT or --prompts-file FILE")
+    return prompts
+
+
+def print_in_order(
+    tokens: Iterable[Token],
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    stop_tokens: frozenset[int],
+) -> None:
+    """Streams the first text that has not ended; what comes of the others waits for its turn."""
+    streams = [TextStream(tokenizer) for _ in prompts]
+    unprinted = list(prompts)
+    ended = [False] * len(prompts)
+    front = 0
+    for token in tokens:
+        if token.id not in stop_tokens:
+            unprinted[token.prompt] += streams[token.prompt].add(token.id)
+        if token.last:
+            unprinted[token.prompt] += streams[token.prompt].end() + "\n"
+            ended[token.prompt] = True
+        while front < len(prompts):
+            print(unprinted[front], end="", flush=True)
+            unprinted[front] = ""
+            if not ended[front]:
+                break
+            front += 1
+
+
+def summary(stats: Stats) -> str:
+    def rate(tokens: int, seconds: float) -> str:
+        return f"{tokens / seconds:,.1f} tokens/s" if seconds else "all of it compiling"
+
+    return (
+        f"prefill: {rate(stats.prompt_tokens, stats.prefill_seconds)}; decoding, at most "
+        f"{stats.most_active} sequences at a time: "
+        f"{rate(stats.decoded_tokens, stats.decode_seconds)}; apart from "
+        f"{stats.compile_seconds:.1f} s in steps that were compiled first"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = ModelConfig.from_directory(arguments.checkpoint)
+    sampling = Sampling(
+        temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed
+    )
+    prompts = read_prompts(arguments)
+    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
+    prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    dtype = jnp.dtype(arguments.dtype)
+    stop_tokens = config.stop_tokens | set(arguments.stop_token)
+    model = load_model(arguments.checkpoint, config, dtype=dtype, progress=sys.stderr.isatty())
+    server = Server(
+        config,
+        model,
+        batch=min(arguments.batch, len(prompts)),
+        max_tokens=min(
+            max(map(len, prompt_tokens)) + arguments.max_new_tokens, config.max_positions
+        ),
+        num_blocks=arguments.cache_blocks,
+        dtype=dtype,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+    )
+    tokens = server.generate(prompt_tokens, arguments.max_new_tokens)
+    print_in_order(tokens, prompts, tokenizer, stop_tokens)
+    print(summary(server.stats), file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (OSError, ValueError, NotImplementedError, ImportError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Decoding in absorbed form: attention in latent space, over the paged cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import PagedCache, Slots, SplitSchedule, dense_decode
+from jax_flashmla.layers.absorb import AbsorbedWeights
+from jax_flashmla.layers.config import MLAConfig
+from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.project import (
+    check_call,
+    positions_of,
+    project_output,
+    project_queries,
+    project_rows,
+    query_inputs,
+    write_rows,
+)
+from jax_flashmla.layers.rope import rotate
+
+
+def decode(
+    config: MLAConfig,
+    params: MLAParams,
+    x: jax.Array,
+    cache: PagedCache,
+    *,
+    slots: Slots,
+    layer: int | jax.Array | None = None,
+    schedule: SplitSchedule | None = None,
+    absorbed: AbsorbedWeights | None = None,
+    heads_axis: str | None = None,
+    implementation: str | None = None,
+) -> tuple[PagedCache, jax.Array]:
+    """Attention of a few new tokens per sequence to all tokens up to themselves.
+
+    It writes the new tokens' rows to the cache, and attends in latent space: W_UK is applied to the
+    queries and W_UV to the result, so that no key or value of a head is ever made.
+
+    Args:
+        config: the layer.
+        params: its parameters; cast to x's dtype.
+        x: the new tokens [b, s_q, hidden_size], floating.
+        cache: the cache, after the step's `advance(s_q)`; of any dtype.
+        slots: what `advance` gave. Of sequence i, the first slots.num_new[i] tokens count: rows of
+            y past them are finite, and mean nothing.
+        layer: which layer of the cache; may be traced. May be left out if there is one.
+        schedule: the step's schedule, of `make_schedule(cache.table.cache_seqlens, h_q=heads,
+            s_q=s_q)`; made here by default.
+        absorbed: precomputed products of weights, from `absorb`, to be used in place of params'.
+        heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
+        implementation: as for `dense_decode`.
+
+    Returns:
+        cache: with the new rows.
+        y: [b, s_q, hidden_size] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    num_heads = check_call(config, params, x, cache, slots, heads_axis)
+    positions = positions_of(slots)
+    latent, k_rope = project_rows(config, params, x, positions)
+    cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
+
+    if absorbed is None:
+        q_nope, q_rope = project_queries(config, params, x, positions)
+        q_latent = absorb_queries(params, q_nope)
+    else:
+        absorbed.check(config, num_heads)
+        inputs = query_inputs(config, params, x)
+        q = jnp.einsum("bsr,rhc->bshc", inputs, absorbed.w_q.astype(x.dtype))
+        q_latent, q_rope = jnp.split(q, [config.kv_lora_rank], axis=-1)
+        q_rope = rotate(config, q_rope, positions)
+    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.format.dtype)
+
+    # dense_decode's last query is a sequence's last token: move the padding to the front.
+    padding = slots.s_new - slots.num_new
+    out, _ = dense_decode(
+        roll_tokens(q, padding),
+        *cache.layer(layer),
+        d_v=config.kv_lora_rank,
+        sm_scale=config.sm_scale,
+        causal=True,
+        schedule=schedule,
+        implementation=implementation,
+    )
+    out = roll_tokens(out, -padding).astype(x.dtype)
+
+    if absorbed is None:
+        return cache, project_output(params, unabsorb_values(params, out), heads_axis)
+    y = jnp.einsum("bshc,hci->bsi", out, absorbed.w_o.astype(x.dtype))
+    return cache, y if heads_axis is None else jax.lax.psum(y, heads_axis)
+
+
+def absorb_queries(params: MLAParams, q_nope: jax.Array) -> jax.Array:
+    """Queries of latent keys: [b, s, heads, nope] to [b, s, heads, kv_lora_rank]."""
+    return jnp.einsum("bshd,hdc->bshc", q_nope, params.w_uk.astype(q_nope.dtype))
+
+
+def unabsorb_values(params: MLAParams, out: jax.Array) -> jax.Array:
+    """Weighted latents to weighted values: [b, s, heads, kv_lora_rank] to [b, s, heads, v]."""
+    return jnp.einsum("bshc,hvc->bshv", out, params.w_uv.astype(out.dtype))
+
+
+def roll_tokens(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """x [b, s, ...] with sequence i's tokens moved shift[i] [b] to the right, around the end."""
+    s = x.shape[1]
+    if s == 1:
+        return x
+    source = (jnp.arange(s, dtype=jnp.int32)[None, :] - shift[:, None]) % s
+    return jnp.take_along_axis(x, source[:, :, None, None], axis=1)

@@ -1,0 +1,120 @@
+"""The layer as a Flax nnx module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_flashmla import PagedCache, Slots, SplitSchedule
+from jax_flashmla.layers.absorb import AbsorbedWeights
+from jax_flashmla.layers.config import MLAConfig
+from jax_flashmla.layers.decode import decode
+from jax_flashmla.layers.params import AXES, MLAParams, check_params
+from jax_flashmla.layers.prefill import prefill
+from jax_flashmla.layers.project import manual_axis
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+
+class MLAttention(nnx.Module):
+    """Multi-head latent attention over a paged cache, without the residual and its norm.
+
+    Its parameters are `nnx.Param`s of the names and shapes that `MLAParams` lists.
+
+    Args:
+        config: the layer.
+        dtype: of the computation; x's by default. The cache has its own.
+        param_dtype: of the parameters.
+        heads_axis: the mesh axis that splits heads, noted in the parameters' metadata. Inside a
+            `jax.shard_map` over that axis, the module works on its share of the heads, and sums the
+            output over the axis. By default nnx wants a mesh with that axis when it creates them
+            (`jax.set_mesh`), and shards them: see `nnx.use_eager_sharding`.
+        params: parameters to start from, as from a checkpoint, instead of random ones.
+        rngs: its `params` stream is what random parameters are drawn from.
+
+    Raises:
+        ValueError: params that do not fit config, or neither params nor rngs.
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        heads_axis: str | None = None,
+        params: MLAParams | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        self.config, self.dtype, self.heads_axis = config, dtype, heads_axis
+        specs = MLAParams.specs(config, heads_axis)
+        if params is not None:
+            check_params(config, params, config.num_heads)
+        elif rngs is not None:
+            params = MLAParams.init(config, rngs.params(), param_dtype)
+        else:
+            raise ValueError("MLAttention must be given params or rngs")
+        for name in AXES:
+            array = getattr(params, name)
+            if array is not None:
+                value = array.astype(param_dtype)
+                spec = None if heads_axis is None else getattr(specs, name)
+                setattr(self, name, nnx.Param(value, out_sharding=spec))
+
+    @property
+    def params(self) -> MLAParams:
+        """The parameters' arrays, as the functions of `jax_flashmla.layers` take them."""
+        arrays = {name: getattr(self, name)[...] for name in AXES if hasattr(self, name)}
+        return MLAParams(**arrays)
+
+    def decode(
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        *,
+        slots: Slots,
+        layer: int | jax.Array | None = None,
+        schedule: SplitSchedule | None = None,
+        absorbed: AbsorbedWeights | None = None,
+        implementation: str | None = None,
+    ) -> tuple[PagedCache, jax.Array]:
+        """A few new tokens per sequence: see `jax_flashmla.layers.decode`."""
+        return decode(
+            self.config,
+            self.params,
+            x if self.dtype is None else x.astype(self.dtype),
+            cache,
+            slots=slots,
+            layer=layer,
+            schedule=schedule,
+            absorbed=absorbed,
+            heads_axis=manual_axis(self.heads_axis),
+            implementation=implementation,
+        )
+
+    def prefill(
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        *,
+        slots: Slots,
+        layer: int | jax.Array | None = None,
+        prefix: bool = True,
+        implementation: str | None = None,
+    ) -> tuple[PagedCache, jax.Array]:
+        """A prompt or a chunk of it: see `jax_flashmla.layers.prefill`."""
+        return prefill(
+            self.config,
+            self.params,
+            x if self.dtype is None else x.astype(self.dtype),
+            cache,
+            slots=slots,
+            layer=layer,
+            prefix=prefix,
+            heads_axis=manual_axis(self.heads_axis),
+            implementation=implementation,
+        )

@@ -1,0 +1,150 @@
+"""The parameters of a latent attention layer, as a pytree of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jax_flashmla.layers.config import MLAConfig
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLAParams:
+    """The parameters, each an array or None where the layer has none.
+
+    Also the container of what describes them one by one: shapes, partition specs.
+
+    Args:
+        w_q: query projection [hidden, heads, nope + rope], where q_lora_rank is None.
+        w_dq: query down-projection [hidden, q_lora_rank].
+        q_norm: weight of its RMSNorm [q_lora_rank].
+        w_uq: query up-projection [q_lora_rank, heads, nope + rope].
+        w_dkv: projection to the latent and the shared rotary key [hidden, kv_lora_rank + rope].
+        kv_norm: weight of the latent's RMSNorm [kv_lora_rank].
+        w_uk: key up-projection [heads, nope, kv_lora_rank].
+        w_uv: value up-projection [heads, v, kv_lora_rank].
+        w_o: output projection [heads, v, hidden].
+    """
+
+    w_q: Any = None
+    w_dq: Any = None
+    q_norm: Any = None
+    w_uq: Any = None
+    w_dkv: Any
+    kv_norm: Any
+    w_uk: Any
+    w_uv: Any
+    w_o: Any
+
+    @staticmethod
+    def init(config: MLAConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> MLAParams:
+        """Norms of ones, and projections from a normal distribution of variance 1 / inputs.
+
+        Args:
+            config: the layer.
+            key: a key of `jax.random`.
+            dtype: of the arrays.
+        """
+
+        def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
+            return initializer(name)(jax.random.fold_in(key, index), shape, dtype)
+
+        return _map_fields(config, init_array)
+
+    @staticmethod
+    def shapes(config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
+        """A `jax.ShapeDtypeStruct` for each array."""
+        return _map_fields(config, lambda name, shape, _: jax.ShapeDtypeStruct(shape, dtype))
+
+    @staticmethod
+    def specs(config: MLAConfig, heads: str | None) -> MLAParams:
+        """A `PartitionSpec` for each array: heads over the mesh axis `heads`, the rest unsplit."""
+
+        def spec(name: str, shape: tuple[int, ...], _: int) -> PartitionSpec:
+            return PartitionSpec(*(heads if axis == "heads" else None for axis in AXES[name]))
+
+        return _map_fields(config, spec)
+
+
+AXES = {
+    "w_q": ("hidden", "heads", "qk"),
+    "w_dq": ("hidden", "q_rank"),
+    "q_norm": ("q_rank",),
+    "w_uq": ("q_rank", "heads", "qk"),
+    "w_dkv": ("hidden", "row"),
+    "kv_norm": ("kv_rank",),
+    "w_uk": ("heads", "nope", "kv_rank"),
+    "w_uv": ("heads", "v", "kv_rank"),
+    "w_o": ("heads", "v", "hidden"),
+}
+_INPUTS = {
+    "w_q": (0,),
+    "w_dq": (0,),
+    "w_uq": (0,),
+    "w_dkv": (0,),
+    "w_uk": (2,),
+    "w_uv": (2,),
+    "w_o": (0, 1),
+}  # of each projection, the axes that are summed over
+
+
+def initializer(name: str) -> Callable[..., jax.Array]:
+    """`init(key, shape, dtype)` of one parameter."""
+    if name in ("q_norm", "kv_norm"):
+        return jax.nn.initializers.ones
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        fan_in = math.prod(shape[axis] for axis in _INPUTS[name])
+        numbers = jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
+        return numbers.astype(dtype)
+
+    return init
+
+
+def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
+    """That every array has the config's shape, but for heads, of which there are num_heads."""
+    if not isinstance(params, MLAParams):
+        raise TypeError(f"params must be MLAParams, got {type(params).__name__}")
+    expected = MLAParams.shapes(dataclasses.replace(config, num_heads=num_heads))
+    wrong = []
+    for field in dataclasses.fields(MLAParams):
+        want, got = getattr(expected, field.name), getattr(params, field.name)
+        want_shape = None if want is None else want.shape
+        got_shape = None if got is None else tuple(got.shape)
+        if want_shape != got_shape:
+            wrong.append(f"params.{field.name} must be {want_shape}, got {got_shape}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:
+    """make(name, shape, index) for each array that the config's layer has."""
+    direct = config.q_lora_rank is None
+    sizes = {
+        "hidden": config.hidden_size,
+        "heads": config.num_heads,
+        "q_rank": config.q_lora_rank or 0,
+        "kv_rank": config.kv_lora_rank,
+        "nope": config.qk_nope_head_dim,
+        "qk": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "v": config.v_head_dim,
+        "row": config.d_qk,
+    }
+    unused = ("w_dq", "q_norm", "w_uq") if direct else ("w_q",)
+    return MLAParams(
+        **{
+            name: make(name, tuple(sizes[axis] for axis in axes), index)
+            for index, (name, axes) in enumerate(AXES.items())
+            if name not in unused
+        }
+    )

@@ -1,0 +1,172 @@
+"""examples/generate.py: texts as they come, sampling, tokenizers, errors."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import generate
+import golden_models
+from deepseek.sampling import Sampling, sample
+from deepseek.serve import Token
+from deepseek.tokenizer import ByteTokenizer, FileTokenizer, TextStream
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+V3 = golden_models.GOLDEN / "deepseek_v3"
+
+
+def expected_text(i: int) -> str:
+    golden = golden_models.load(V3)
+    end = json.loads((V3 / "generation_config.json").read_text())["eos_token_id"]
+    tokens = [t for t in golden[f"greedy.{i}"].tolist() if t != end]
+    return bytes(golden[f"prompt.{i}"].tolist()).decode() + bytes(tokens).decode(errors="replace")
+
+
+def test_command_prints_what_transformers_generates(tmp_path):
+    prompts = golden_models.maker().PROMPTS
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[1:]))
+    script = pathlib.Path(generate.__file__)
+    command = [sys.executable, str(script), "--checkpoint", str(V3), "--prompt", prompts[0]]
+    command += ["--prompts-file", str(tmp_path / "prompts.txt"), "--batch", "2"]
+    command += ["--max-new-tokens", "24", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == "".join(expected_text(i) + "\n" for i in range(5))
+    assert b"tokens/s" in done.stderr
+
+
+def run(capsys, *options: str) -> str:
+    arguments = ["--checkpoint", str(V3), "--dtype", "float32", "--max-new-tokens", "12"]
+    assert generate.main([*arguments, *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_stop_token_ends_a_text(capsys):
+    golden = golden_models.load(V3)
+    prompt = bytes(golden["prompt.2"].tolist()).decode()
+    third = golden["greedy.2"].tolist()[2]
+    out = run(capsys, "--prompt", prompt, "--stop-token", str(third))
+    assert out == prompt + bytes(golden["greedy.2"].tolist()[:2]).decode() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: shutil.rmtree(d), "the checkpoint must be a folder"),
+        (lambda d: (d / "config.json").unlink(), "config.json"),
+        (lambda d: edit(d, model_type="llama"), "model_type must be one of .*, got 'llama'"),
+        (lambda d: edit(d, hidden_act="gelu"), "hidden_act must be silu"),
+        (lambda d: edit(d, n_group=3), "n_group must divide n_routed_experts"),
+        (lambda d: edit(d, num_experts_per_tok=7), "topk_group = 2 have num_experts_per_tok = 7"),
+        (lambda d: edit(d, vocab_size=300), "no tokenizer.json, and its vocabulary of 300"),
+        (lambda d: edit(d, topk_method="random"), "no topk_method 'random'"),
+        (lambda d: edit(d, first_k_dense_replace=None), "must have the key first_k_dense_replace"),
+        (lambda d: (d / "model.safetensors").unlink(), "must hold model.safetensors"),
+        (lambda d: edit(d, max_position_embeddings=9), "prompt 0 is too long: 2 tokens"),
+    ],
+)
+def test_bad_checkpoints_are_named(tmp_path, capsys, change, message):
+    directory = shutil.copytree(V3, tmp_path / "model")
+    change(directory)
+    options = ["--checkpoint", str(directory), "--prompt", "ab", "--max-new-tokens", "8"]
+    assert generate.main(options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(message, err), err
+
+
+def edit(directory: pathlib.Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there must be a prompt"),
+        (["--prompts-file", "/nowhere/at/all"], "No such file"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
+        (["--prompt", "a", "--top-p", "0"], "top_p must be more than 0"),
+        (["--prompt", "a", "--batch", "0"], "batch must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_tokens must be between 2"),
+        (["--prompt", ""], "prompt 0 must have at least one token"),
+    ],
+)
+def test_bad_options_are_named(capsys, options, message):
+    assert generate.main(["--checkpoint", str(V3), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tokenizer_file_is_used_where_there_is_one(tmp_path, capsys):
+    directory = shutil.copytree(V3, tmp_path / "model")
+    vocabulary = {f"w{i}": i for i in range(256)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    golden = golden_models.load(V3)
+    prompt = " ".join(f"w{t}" for t in golden["prompt.3"])
+    out = run(capsys, "--checkpoint", str(directory), "--prompt", prompt)
+    words = " ".join(f"w{t}" for t in golden["greedy.3"].tolist()[:12])
+    assert out == f"{prompt}{words}\n"
+    assert FileTokenizer(directory / "tokenizer.json").encode("w7 w3") == [7, 3]
+
+
+def test_texts_are_streamed_in_order(capsys):
+    shown = []
+
+    def tokens():
+        for prompt, text, last in (
+            (1, "b", False),
+            (0, "a", False),
+            (1, "B", True),
+            (0, "A", True),
+        ):
+            yield Token(prompt, ord(text), last)
+            shown.append(capsys.readouterr().out)
+
+    generate.print_in_order(tokens(), ["0:", "1:"], ByteTokenizer(), frozenset())
+    assert shown == ["0:", "a", "", "A\n1:bB\n"]
+
+
+def test_characters_are_not_cut():
+    text = "é€😀!"
+    stream = TextStream(ByteTokenizer())
+    pieces = [stream.add(byte) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == list(text)
+    assert stream.add("é".encode()[0]) == ""
+    assert stream.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+def draws(sampling: Sampling, logits: np.ndarray, n: int) -> np.ndarray:
+    """How often each token is drawn, of n times."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
+    prompts, positions = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
+    chosen = jax.jit(sample, static_argnums=0)(sampling, rows, prompts, positions)
+    return np.bincount(chosen, minlength=len(logits)) / n
+
+
+def test_sampling_follows_the_probabilities():
+    p = np.array([0.05, 0.5, 0.15, 0.3])
+    for temperature in (1.0, 2.0):
+        expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+        got = draws(Sampling(temperature=temperature), np.log(p), 20000)
+        np.testing.assert_allclose(got, expected, atol=0.015)  # 4 standard deviations
+    got = draws(Sampling(temperature=1.0, top_p=0.75), np.log(p), 20000)
+    np.testing.assert_allclose(got, [0, 0.625, 0, 0.375], atol=0.015)  # 0.5 does not reach 0.75
+    np.testing.assert_array_equal(
+        draws(Sampling(temperature=1.0, top_p=0.1), np.log(p), 50), [0, 1, 0, 0]
+    )
+    np.testing.assert_array_equal(draws(Sampling(), np.log(p), 50), [0, 1, 0, 0])

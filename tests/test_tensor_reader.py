@@ -1,0 +1,151 @@
+"""Tensors of Hugging Face directories: dtypes, shards, float8 blocks, and bad ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from checkpoints import dequantise, quantise, write_checkpoint
+from jax_flashmla.layers.tensor_reader import TensorReader
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((5, 7), np.float32)
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_stored_dtypes_are_read_as_they_are(tmp_path, dtype, shards):
+    tensors = {name: X.astype(jnp.dtype(dtype)) + i for i, name in enumerate("abcd")}
+    reader = TensorReader(write_checkpoint(tmp_path / "model", tensors, shards=shards))
+    assert sorted(reader) == list("abcd")
+    for name, x in tensors.items():
+        assert reader.stored(name).shape == (5, 7)
+        got = reader.read(name, dtype)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(got), x)
+        np.testing.assert_array_equal(reader.read(name, "float32"), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (130, 200), (64, 7), (257, 129)])
+def test_float8_blocks_with_ragged_edges_are_dequantised(tmp_path, shape):
+    x = RNG.standard_normal(shape, np.float32) * np.linspace(0.1, 3, shape[1], dtype=np.float32)
+    values, scales = quantise(x)
+    reader = TensorReader(
+        write_checkpoint(tmp_path / "model", {"w": values, "w_scale_inv": scales})
+    )
+    assert reader.stored("w") == ("F8_E4M3", shape)
+    got = np.asarray(reader.read("w", jnp.float32))
+    np.testing.assert_array_equal(got, dequantise(values, scales))
+    # 3 mantissa bits, and subnormals of 2^-9 times a scale of at most the largest value / 448.
+    np.testing.assert_allclose(got, x, rtol=2**-4, atol=2**-10 * float(scales.max()))
+    rounded = reader.read("w", jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(rounded), got.astype(ml_dtypes.bfloat16))
+
+
+def test_block_size_comes_from_the_configuration(tmp_path):
+    values, scales = quantise(X, (2, 3))
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 3]}}
+    tensors = {"w": values, "w_scale_inv": scales}
+    reader = TensorReader(write_checkpoint(tmp_path / "model", tensors, config=config))
+    got = np.asarray(reader.read("w", jnp.float32))
+    np.testing.assert_array_equal(got, dequantise(values, scales, (2, 3)))
+    config["quantization_config"]["weight_block_size"] = [2, 0]
+    write_checkpoint(tmp_path / "model", tensors, config=config)
+    with pytest.raises(ValueError, match=r"weight_block_size must be two positive integers"):
+        TensorReader(tmp_path / "model")
+
+
+def test_one_error_names_all_that_does_not_fit(tmp_path):
+    values, scales = quantise(X)
+    tensors = {
+        "layer.right": X,
+        "layer.misshapen": X,
+        "layer.integers": X.astype(np.int32),
+        "layer.extra": X,
+        "layer.ignored": X,
+        "layer.eighth": values,
+        "layer.eighth_scale_inv": scales,
+        "layer.unscaled": values,
+        "layer.badly_scaled": values,
+        "layer.badly_scaled_scale_inv": np.ones((2, 1), np.float32),
+        "layer.cubic": values[None],
+        "layer.right_scale_inv": scales,  # of a tensor that needs none
+        "elsewhere": X,
+    }
+    shapes = {f"layer.{name}": (5, 7) for name in ("right", "integers", "eighth", "absent")}
+    shapes |= {"layer.misshapen": (7, 5), "layer.unscaled": (5, 7), "layer.badly_scaled": (5, 7)}
+    shapes["layer.cubic"] = (1, 5, 7)
+    reader = TensorReader(write_checkpoint(tmp_path / "model", tensors, shards=2))
+    with pytest.raises(ValueError, match="8 tensors") as error:
+        reader.check(shapes, within=r"layer\.", ignore=r"layer\.ignored")
+    assert str(error.value).splitlines()[1:] == [
+        "  extra layer.extra",
+        "  extra layer.right_scale_inv",
+        "  layer.badly_scaled_scale_inv must be F32 [1, 1], got F32 [2, 1]",
+        "  layer.cubic must have rank 2 as F8_E4M3, got [1, 5, 7]",
+        "  layer.integers must be of F32, BF16, F16, F8_E4M3, got I32",
+        "  layer.misshapen must have shape [7, 5], got [5, 7]",
+        "  missing layer.absent [5, 7]",
+        "  missing layer.unscaled_scale_inv [1, 1]",
+    ]
+    reader.check({"layer.right": (5, 7)}, within=r"layer\.right$")
+    with pytest.raises(ValueError, match="unscaled_scale_inv"):
+        reader.read("layer.unscaled", jnp.float32)
+    with pytest.raises(ValueError, match="got I32"):
+        reader.read("layer.integers", jnp.float32)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a folder"):
+        TensorReader(tmp_path / "nowhere")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors.*pytorch_model.bin"):
+        TensorReader(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        TensorReader(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        TensorReader(tmp_path)
+
+
+def test_index_names_files_beside_it(tmp_path):
+    directory = write_checkpoint(tmp_path / "model", {"a": X, "b": X}, shards=2)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    reader = TensorReader(directory)
+    np.testing.assert_array_equal(reader.read("a", jnp.float32), X)  # the other file is not opened
+    with pytest.raises(FileNotFoundError, match="00002-of-00002"):
+        reader.read("b", jnp.float32)
+    with pytest.raises(KeyError, match="no tensor 'c'"):
+        reader.read("c", jnp.float32)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match="must name files beside it"):
+        TensorReader(directory)
+
+
+def test_tensor_that_only_the_index_knows_is_missing(tmp_path):
+    directory = write_checkpoint(tmp_path / "model", {"a": X}, shards=1)
+    index = directory / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["b"] = document["weight_map"]["a"]
+    index.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="missing b"):
+        TensorReader(directory).check({"a": (5, 7), "b": (5, 7)})
+
+
+def test_torch_is_not_needed(tmp_path):
+    values, scales = quantise(X)
+    write_checkpoint(tmp_path / "model", {"w": values, "w_scale_inv": scales})
+    script = (
+        "import sys; sys.modules['torch'] = None\n"  # importing it raises
+        "from jax_flashmla.layers.tensor_reader import TensorReader\n"
+        f"TensorReader({str(tmp_path / 'model')!r}).read('w', 'bfloat16')\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
