@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla._dims import INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
+from jax_flashmla._dims import CUT_COST, INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Num
@@ -28,8 +28,11 @@ def make_schedule(cache_seqlens: Int32[Array, "b"], num_parts: int) -> Int32[Arr
 
     cost = jnp.sum(tiles, dtype=jnp.int32) + SEQUENCE_OVERHEAD * (b - 1)
     stride = jnp.maximum((cost + num_parts - 1) // num_parts, 1)
-    sequence, offset = _locate(tiles + SEQUENCE_OVERHEAD, _packed_positions(part, stride))
+    units = tiles + SEQUENCE_OVERHEAD
+    sequence, offset = _locate(units, _packed_positions(part, stride))
     packed = jnp.stack([sequence, jnp.maximum(offset - SEQUENCE_OVERHEAD, 0)], axis=1)
+    whole, largest = _whole_cuts(units, num_parts)
+    packed = jnp.where(largest <= stride + CUT_COST, whole, packed)
     if b > num_parts:
         cuts = packed
     else:
@@ -52,6 +55,19 @@ def _locate(units: Int32[Array, " b"], position: Int32[Array, " cuts"]) -> tuple
     end = jnp.cumsum(units, dtype=jnp.int32)
     sequence = jnp.searchsorted(end, position, side="right").astype(jnp.int32)
     return sequence, position - jnp.where(sequence == 0, 0, end[jnp.maximum(sequence - 1, 0)])
+
+
+def _whole_cuts(units: Int32[Array, " b"], num_parts: int) -> tuple[Array, Array]:
+    """Cuts at the beginnings of sequences, and the units of the largest part between them."""
+    b = units.shape[0]
+    end = jnp.cumsum(units, dtype=jnp.int32)
+    part = jnp.arange(num_parts + 1, dtype=jnp.int32)
+    quotient, remainder = jnp.divmod(end[-1], num_parts)
+    sequence, before = _locate(units, part * quotient + part * remainder // num_parts)
+    after = units[jnp.minimum(sequence, b - 1)] - before
+    first = jnp.where(sequence == b, b, jnp.where(before < after, sequence, sequence + 1))
+    start = jnp.where(first == 0, 0, end[jnp.maximum(first - 1, 0)])
+    return jnp.stack([first, jnp.zeros_like(first)], axis=1), jnp.max(jnp.diff(start))
 
 
 def _num_pieces(tiles: Int32[Array, " b"], stride: Int32[Array, ""]) -> Array:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that a machine with a Hopper GPU should run: build and install, the tests marked `gpu`,
-# compute-sanitizer's memcheck over a small subset of them, and the benchmark.
+# compute-sanitizer's memcheck over a small subset of them, the soak, and the benchmark.
 #
 #   scripts/gpu_check.sh [LOG_DIR]
 #
-# Logs, the benchmark's JSON and summary.txt go to LOG_DIR, by default $OUT, else build/gpu_check/.
+# Logs, the benchmark's JSON and plots, and summary.txt go to LOG_DIR, by default $OUT, else build/gpu_check/.
 # Every step runs whatever became of those before it; the exit status is 0 if all passed.
 #
 # Environment:
@@ -12,6 +12,7 @@
 #   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
 #             the extra `test`, and compute-sanitizer must be on the PATH or among its packages
 #   GRID      the benchmark's grid (targets)
+#   SOAK      the soak's decoding steps (10000); scripts/soak.py's own default is ten times as many
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs=${1:-${OUT:-build/gpu_check}}
@@ -85,8 +86,12 @@ fi
 step info info
 step tests "$python" -P -m pytest -m gpu
 step memcheck memcheck
-step benchmark "$python" benchmarks/bench_dense_decode.py --grid "${GRID:-targets}" \
-  --json "$logs/dense_decode.json"
+step soak "$python" -P scripts/soak.py --steps "${SOAK:-10000}"
+step reruns "$python" -P scripts/soak.py --reruns 200
+for grid in "${GRID:-targets}" layers; do
+  step "bench_$grid" "$python" -P -m jax_flashmla.cli bench --grid "$grid" \
+    --json "$logs/$grid.json" --plots "$logs"
+done
 
 echo
 cat "$logs/summary.txt"

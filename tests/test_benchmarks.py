@@ -1,6 +1,8 @@
-"""The benchmark on the CPU: tiny shapes through all of its code."""
+"""`jax-flashmla bench`: tiny shapes on the CPU through all of its code, grids, limits, summary."""
 
-import importlib.util
+from __future__ import annotations
+
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -8,63 +10,258 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+from jax_flashmla.cli import main
+from jax_flashmla.cli.bench import command_buffers, document, peers, rows, run, summary
+from jax_flashmla.cli.bench.grids import GRIDS
+from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
+from jax_flashmla.cli.bench.measure import METHODS, Ceilings
+from jax_flashmla.cli.bench.rows import Setup
+from jax_flashmla.cli.bench.shapes import Row
+
+ROOT = pathlib.Path(__file__).parents[1]
+CEILINGS = Ceilings(3000.0, 2800.0, 650.0, 8192, "bfloat16")
 
 
 @pytest.fixture
-def shapes(monkeypatch):
-    spec = importlib.util.spec_from_file_location("shapes", BENCHMARKS / "shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "shapes", module)
-    spec.loader.exec_module(module)
-    return module
+def quick_ceilings(monkeypatch):
+    """The ceilings are measured in the test that looks at them."""
+    monkeypatch.setattr(run, "measure_ceilings", lambda device, method: CEILINGS)
 
 
-def run_benchmark(*options: str) -> subprocess.CompletedProcess[str]:
-    script = str(BENCHMARKS / "bench_dense_decode.py")
-    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+def bench(*options: str) -> int:
+    return main(["bench", *options])
 
 
-def test_tiny_grid_is_measured_and_recorded(tmp_path):
-    file = tmp_path / "results" / "tiny.json"
-    done = run_benchmark(
-        "--grid", "tiny", "--rows", "b=2", "--rows", "b=3,h_q=4", "--json", str(file)
+@pytest.mark.usefixtures("on_cpu")
+def test_tiny_grid_is_measured_recorded_drawn_and_shown_again(tmp_path, capsys):
+    file, plots = tmp_path / "results" / "tiny.json", tmp_path / "plots"
+    assert bench("--grid", "tiny", "--rows", "b=2", "--rows", "b=3,h_q=4", "--json", str(file)) == 0
+    measured = capsys.readouterr().out
+    assert "2 rows, 0 failed" in measured
+    assert not plots.exists()
+
+    found = json.loads(file.read_text())
+    assert set(document.FIELDS) == set(found) - {"xla_flags"}
+    assert found["versions"]["jax"]
+    assert found["ceilings"]["read_gbs"] > 0
+    assert found["limits"]["read_gbs"] == max(
+        found["ceilings"]["read_gbs"], found["ceilings"]["copy_gbs"]
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 rows, 0 failed" in done.stdout
-    document = json.loads(file.read_text())
-    assert document["versions"]["jax"]
-    assert document["date"]
-    assert document["ceilings"]["read_gbs"] > 0
-    assert [row["b"] for row in document["rows"]] == [2, 3]
-    for row in document["rows"]:
+    assert [row["b"] for row in found["rows"]] == [2, 3]
+    for row in found["rows"]:
         assert row["us_min"] <= row["us"] <= row["us_max"]
         assert row["relative_error"] < 1e-2
-        assert row["speedup_vs_reference"] == pytest.approx(row["reference_us"] / row["us"])
+        for baseline in ("reference", "xla"):
+            speedup = row[f"{baseline}_us"] / row["us"]
+            assert row[f"speedup_vs_{baseline}"] == pytest.approx(speedup)
+        assert row["limit_fraction"] == pytest.approx(row["limit_us"] / row["us"])
+        assert "peers" not in row
+
+    assert bench("--from", str(file), "--plots", str(plots)) == 0
+    shown = capsys.readouterr().out
+    drawn = [plots / "tiny_latency.png", plots / "tiny_roofline.png"]
+    assert measured.splitlines()[-2] in shown
+    assert sorted(plots.iterdir()) == drawn
+    for path in drawn:
+        assert str(path) in shown
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_conditions_are_named():
-    assert "field=value" in run_benchmark("--grid", "tiny", "--rows", "heads=3").stderr
-    assert "no row of grid" in run_benchmark("--grid", "tiny", "--rows", "b=77").stderr
+@pytest.mark.usefixtures("on_cpu", "quick_ceilings")
+def test_other_blocks_types_and_layers(tmp_path):
+    file = tmp_path / "tiny.json"
+    options = ("--block-size", "16", "--dtype", "float16", "--layers", "3", "--xla", "none")
+    assert bench("--grid", "tiny", *options, "--json", str(file)) == 0
+    found = document.read(file)
+    assert (found["block_size"], found["dtype"]) == (16, "float16")
+    for row in found["rows"]:
+        assert row["calls"] == row["decode_custom_calls"] == 3
+        assert row["command_buffers"] is None  # a GPU's
+        assert "xla_us" not in row
 
 
-def test_limit_model_is_the_recorded_one(shapes):
+@pytest.mark.usefixtures("on_cpu", "quick_ceilings")
+def test_one_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+    real = rows.relative_error
+    monkeypatch.setattr(
+        rows, "relative_error", lambda *x: float("nan") if x[-1].b == 3 else real(*x)
+    )
+    file = tmp_path / "tiny.json"
+    assert bench("--grid", "tiny", "--xla", "none", "--json", str(file)) == 1
+    assert "3 rows, 1 failed" in capsys.readouterr().out
+    errors = [row.get("error") for row in document.read(file)["rows"]]
+    assert errors == [None, "AssertionError: wrong result: relative error nan", None]
+
+
+@pytest.mark.usefixtures("on_cpu", "quick_ceilings")
+def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    real = run.measure_row
+
+    def interrupted(row, *arguments, **options):
+        if row.b == 3:
+            raise KeyboardInterrupt
+        return real(row, *arguments, **options)
+
+    monkeypatch.setattr(run, "measure_row", interrupted)
+    file = tmp_path / "tiny.json"
+    assert bench("--grid", "tiny", "--xla", "none", "--json", str(file)) == 130
+    assert "1 rows, 0 failed" in capsys.readouterr().out
+    found = document.read(file)
+    assert found["interrupted"]
+    assert [row["b"] for row in found["rows"]] == [2]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_no_row_is_left(capsys):
+    assert bench("--grid", "tiny", "--rows", "b=77") == 2
+    assert "no row of grid 'tiny' meets --rows b=77" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "heads=3"], "field=value with field in b, s_q, h_q, s_k, lengths"),
+        (["--rows", "b"], "got 'b'"),
+        (["--layers", "0"], "layers must be at least 1, got 0"),
+        (["--block-size", "48"], "invalid choice"),
+        (["--grid", "all"], "invalid choice"),
+        (["--from", "no-such-file"], "No such file"),
+        (["--from", str(ROOT / "README.md")], "is not JSON"),
+        (["--from", str(peers.FILE)], "holds no benchmark results: it lacks hardware"),
+        (["--from", str(peers.FILE), "--dtype", "float16"], "--from measures nothing"),
+    ],
+)
+def test_bad_options_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench(*options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_peers_are_in_the_wheel():
+    assert peers.FILE.name in {file.name for file in importlib.metadata.files("jax_flashmla")}
+
+
+def test_limit_model_is_the_recorded_one():
     """Our limits are those beside the peers' numbers, up to their rounding."""
-    document = json.loads(shapes.PEERS_FILE.read_text())
-    assert len(shapes.peers()) == len(document["rows"]) > 70
-    for recorded, row in zip(document["rows"], shapes.grid("targets"), strict=True):
-        assert (recorded["b"], recorded["h_q"], recorded["s_k"]) == (row.b, row.h_q, row.s_k)
-        assert row.cached_tokens == pytest.approx(recorded["cached_tokens"], rel=1e-3)
-        assert row.limit_us() == pytest.approx(
-            recorded["limit_us"], abs=0.06 + 1e-3 * row.limit_us()
-        )
+    recorded = peers.document()["rows"]
+    assert len(peers.recorded()) == len(recorded) > 70
+    for entry, row in zip(recorded, GRIDS["targets"](), strict=True):
+        assert (entry["b"], entry["h_q"], entry["s_k"]) == (row.b, row.h_q, row.s_k)
+        assert row.cached_tokens == pytest.approx(entry["cached_tokens"], rel=1e-3)
+        limit_us = h200_limits().us(row)
+        assert limit_us == pytest.approx(entry["limit_us"], abs=0.06 + 1e-3 * limit_us)
 
 
-def test_every_grid_has_distinct_rows(shapes):
-    for name in shapes.GRIDS:
-        rows = shapes.grid(name)
-        assert len(rows) == len(set(rows)) > 0, name
-        for row in rows:
-            seqlens = row.seqlens()
-            assert seqlens.shape == (row.b,)
-            assert seqlens.min() >= 1
+@pytest.mark.parametrize(
+    ("platform", "kind", "expected"),
+    [
+        ("gpu", "NVIDIA H200", (4580, 860, 5)),
+        ("gpu", "NVIDIA H100 80GB HBM3", (3000, 860, 5)),
+        ("gpu", "NVIDIA H100 PCIe", (3000, 650, 5)),
+        ("gpu", "NVIDIA GH200 480GB", (3000, 650, 5)),
+        ("cpu", "cpu", (3000, 650, 0)),
+    ],
+)
+def test_limits_follow_the_device(platform, kind, expected):
+    limits = limits_of(platform, kind, CEILINGS)
+    assert (limits.read_gbs, limits.tflops, limits.overhead_us) == expected
+    assert ("recorded" in limits.read_source) == (kind == "NVIDIA H200")
+
+
+def test_peers_are_compared_with_their_like_only():
+    row = GRIDS["targets"]()[0]
+    like = {"device_kind": "NVIDIA H200", "dtype": "bfloat16", "block_size": 64}
+    assert peers.comparable(row, **like) == peers.recorded()[row]
+    other = {"device_kind": "NVIDIA GH200 480GB", "dtype": "float16", "block_size": 32}
+    for name, value in other.items():
+        assert peers.comparable(row, **{**like, name: value}) == {}
+    assert peers.comparable(Row(1, 1, 20, 512), **like) == {}
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_rows_of_a_grid_are_distinct_and_fit_an_h100(name):
+    found = GRIDS[name]()
+    assert len(found) == len(set(found)) > 0
+    for row in found:
+        seqlens = row.seqlens()
+        assert seqlens.shape == (row.b,)
+        assert seqlens.min() >= 1
+        setup = Setup(None, METHODS["gpu"], h200_limits(), "bfloat16", 64, False)
+        assert setup.memory(row) < 70e9
+
+
+def test_off_table_is_wide():
+    found = GRIDS["off_table"]()
+    assert {row.h_q for row in found} >= {8, 20, 32, 40, 64, 96}
+    assert (min(row.s_q for row in found), max(row.s_q for row in found)) == (1, 8)
+    assert (min(row.b for row in found), max(row.b for row in found)) == (1, 512)
+    assert (min(row.s_k for row in found), max(row.s_k for row in found)) == (64, 262144)
+    assert {row.lengths for row in found} == {"equal", "normal", "skewed"}
+    assert not set(found) & set(GRIDS["targets"]())
+
+
+def test_summary_by_group():
+    limits = Limits(1000.0, "", 1e9, "", 0.0)  # bytes alone
+
+    def result(row, speedup):
+        return {
+            "b": row.b, "s_q": 1, "h_q": row.h_q, "s_k": row.s_k, "lengths": "equal",
+            "limit_us": limits.us(row), "speedup_vs_peers": speedup,
+        }  # fmt: skip
+
+    few, short, large = Row(4, 1, 16, 99999), Row(5, 1, 16, 999), Row(128, 1, 16, 9999)
+    measured = [result(few, 4.0), result(short, 2.0), result(large, 1.0), result(large, 0.25)]
+    found = summary.summarise([*measured, {"b": 1, "error": "OutOfMemory"}])
+    assert (found["rows"], found["failed"]) == (5, 1)
+    groups = found["speedup_vs_peers"]
+    assert {name: (entry["rows"], entry["geometric_mean"]) for name, entry in groups.items()} == {
+        "all": (4, pytest.approx(2**0.25)),
+        "b <= 4": (1, 4),
+        "b > 4, limit < 60 us": (1, 2),
+        "b > 4, limit >= 60 us": (2, pytest.approx(0.5)),
+    }
+    assert groups["all"]["least"] == 0.25
+    assert groups["all"]["least_at"]["b"] == 128
+    assert "limit_fraction" not in found
+
+
+@pytest.mark.parametrize(
+    ("listing", "expected"),
+    [
+        # As XLA's SequentialThunk::ToString writes it: number, kind, a tab, what the kind adds.
+        ("001: kCustomCall   \t\n002: kKernel\t, kernel = x\n", (0, 0, 1)),
+        (
+            "008: kKernel       \t, kernel = wrapped_add\n"
+            "009: kCommandBuffer\t\n"
+            "  001: kCustomCall\t\n"
+            "  002: kCustomCall\t\n"
+            "\n"
+            "004: kCustomCall   \t\n"
+            "010: kCommandBuffer\t\n"
+            "  005: kCustomCall\t\n",
+            (2, 3, 1),
+        ),
+        (
+            "001: kWhile\t\n  condition:\n    002: kKernel\t\n  body:\n"
+            "    003: kCommandBuffer\t\n      004: kCustomCall\t\n    005: kCustomCall\t\n",
+            (1, 1, 1),
+        ),
+    ],
+)
+def test_custom_calls_in_command_buffers_are_counted(listing, expected):
+    found = command_buffers.parse_thunks(listing)
+    assert (found.command_buffers, found.calls_inside, found.calls_outside) == expected
+
+
+def test_native_rows_are_the_grid():
+    script = ROOT / "benchmarks" / "native" / "rows.py"
+    command = [sys.executable, "-P", str(script), "targets", "--rows", "lengths=normal,b=8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    expected = [row for row in GRIDS["targets"]() if (row.lengths, row.b) == ("normal", 8)]
+    assert len(lines) == len(expected) > 1
+    for (_, s_q, h_q, h_kv, best_us, _, *lengths), row in zip(lines, expected, strict=True):
+        assert (int(s_q), int(h_q), h_kv) == (row.s_q, row.h_q, "1")
+        assert list(map(int, lengths)) == row.seqlens().tolist()
+        assert float(best_us) == peers.recorded()[row]["best_us"]

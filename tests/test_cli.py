@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,20 @@ def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
     )
     assert main(["info"]) == 2
     assert "pip install 'jax-flashmla[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["demo", "--help"], ["bench", "--help"]])
+def test_help_loads_no_plotting_and_no_terminal_package(command):
+    script = f"""
+import sys
+from jax_flashmla.cli import main
+try:
+    main({command!r})
+except SystemExit as stopped:
+    assert stopped.code == 0
+assert not {{"matplotlib", "rich"}} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "usage: jax-flashmla" in done.stdout

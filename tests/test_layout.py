@@ -148,6 +148,22 @@ def test_nothing_imports_cli_tests_or_benchmarks():
     assert not outside
 
 
+@pytest.mark.parametrize(
+    "name", ["options", "grids", "shapes", "peers", "limits", "summary", "document"]
+)
+def test_what_the_bench_says_without_measuring_needs_numpy_at_most(name):
+    """So that its options answer, and saved results are read, without JAX or matplotlib."""
+    roots = {
+        name.partition(".")[0] for name in imports_of(PACKAGE / "cli" / "bench" / f"{name}.py")
+    }
+    assert roots - set(sys.stdlib_module_names) <= {"numpy", "jax_flashmla"}
+
+
+def test_only_the_plots_import_matplotlib():
+    plots = {"plots", "latency_plot", "roofline_plot"}
+    assert importers_of("matplotlib") == {f"cli.bench.{name}" for name in plots}
+
+
 @pytest.mark.parametrize("name", ["params.h", "split_schedule.h", "status.h"])
 def test_shared_headers_are_plain_cpp(name):
     standard = re.compile(r"[a-z]+")  # no folder, no suffix

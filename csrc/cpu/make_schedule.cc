@@ -37,15 +37,24 @@ Status run_make_schedule(const MakeScheduleParams& params, const ParallelFor&) {
   const int64_t total = std::accumulate(tiles.begin(), tiles.end(), int64_t{0});
   const bool few = params.b <= params.num_parts;
   const int64_t uniform_stride = few ? find_uniform_stride(tiles, params.num_parts) : 0;
-  const SplitPlan plan = choose_plan(params.b, params.num_parts, total, uniform_stride);
+  SplitPlan plan = choose_plan(params.b, params.num_parts, total, uniform_stride);
 
   std::vector<int64_t> unit_end(params.b);
   int64_t units = 0;
   for (int i = 0; i < params.b; ++i) unit_end[i] = units += sequence_units(plan, tiles[i]);
+  if (plan.kind == SplitPlan::kPacked) {
+    int64_t largest = 0;
+    for (int part = 0; part < params.num_parts; ++part) {
+      largest =
+          std::max(largest, whole_part_units(part, params.num_parts, unit_end.data(), params.b));
+    }
+    plan = choose_whole(plan, largest);
+  }
   for (int part = 0; part <= params.num_parts; ++part) {
     // The last cut is the end also where rounding left room behind it.
-    const Cut cut =
-        part < params.num_parts ? cut_at(plan, part, unit_end.data(), params.b) : Cut{params.b, 0};
+    const Cut cut = part < params.num_parts
+                        ? cut_at(plan, part, params.num_parts, unit_end.data(), params.b)
+                        : Cut{params.b, 0};
     params.cuts[2 * part] = cut.sequence;
     params.cuts[2 * part + 1] = cut.tile;
   }

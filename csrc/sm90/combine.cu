@@ -20,7 +20,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kBlocksPerMultiprocessor = 4;  // what fits
+constexpr int kBlocksPerMultiprocessor = 3;  // what fits
 constexpr int kQuarters = 4;                 // of a row's columns
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
 // Who merges what: a warp a whole row, a warp a quarter row, or a block a quarter row. The more
@@ -137,21 +137,32 @@ __device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
 template <typename T, int kCount>
 __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
                                               int pieces, int sequence, int row, int quarter) {
-  constexpr int kLoadsAtOnce = 16;
+  constexpr int kPiecesAtOnce = 8 / kCount;
   const int lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
   const float lse =
       lane < pieces ? params.lse_accum[int64_t{slot_of(owner, lane)} * rows + row] : -INFINITY;
-  const float total_lse = warp_lse(lse);
-  const float lane_weight = weight(lse, total_lse);
+  float total_lse = -INFINITY, lane_weight = 0;
   float4 sum[kCount] = {};
-#pragma unroll(kLoadsAtOnce / kCount)
-  for (int i = 0; i < pieces; ++i) {
-    const float w = __shfl_sync(~0u, lane_weight, i);
-    const int64_t index = int64_t{slot_of(owner, i)} * rows + row;
-    const auto* source =
-        reinterpret_cast<const float4*>(params.out_accum + index * kValueDim) + quarter * 32 + lane;
+  for (int first = 0; first < pieces; first += kPiecesAtOnce) {
+    float4 v[kPiecesAtOnce][kCount] = {};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) add_scaled(sum[j], w, source[j * 32]);
+    for (int i = 0; i < kPiecesAtOnce; ++i) {
+      if (first + i >= pieces) break;
+      const int64_t index = int64_t{slot_of(owner, first + i)} * rows + row;
+      const auto* source = reinterpret_cast<const float4*>(params.out_accum + index * kValueDim);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) v[i][j] = source[(quarter + j) * 32 + lane];
+    }
+    if (first == 0) {  // only now, so that the first loads all wait for memory together
+      total_lse = warp_lse(lse);
+      lane_weight = weight(lse, total_lse);
+    }
+#pragma unroll
+    for (int i = 0; i < kPiecesAtOnce; ++i) {
+      const float w = __shfl_sync(~0u, lane_weight, (first + i) % 32);  // 0 past the last piece
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) add_scaled(sum[j], w, v[i][j]);
+    }
   }
   const int64_t target = int64_t{sequence} * rows + row;
 #pragma unroll
@@ -176,14 +187,27 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
     const float peak = fmaxf(lane_lse, next);
     if (peak > -INFINITY) lane_lse = peak + log2f(exp2f(lane_lse - peak) + exp2f(next - peak));
   }
-  const float total_lse = warp_lse(lane_lse);
+  constexpr int kPiecesAtOnce = 8;
+  float total_lse = -INFINITY;
   float4 sum = {};
-#pragma unroll 8
-  for (int i = warp; i < pieces; i += kWarps) {
-    const int64_t index = int64_t{slot_of(owner, i)} * rows;
-    const auto* source =
-        reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim);
-    add_scaled(sum, weight(lse[index], total_lse), source[column]);
+  for (int first = warp; first < pieces; first += kWarps * kPiecesAtOnce) {
+    float4 v[kPiecesAtOnce] = {};
+    float piece_lse[kPiecesAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPiecesAtOnce; ++i) {
+      const int piece = first + i * kWarps;
+      piece_lse[i] = -INFINITY;
+      if (piece >= pieces) continue;
+      const int64_t index = int64_t{slot_of(owner, piece)} * rows;
+      piece_lse[i] = lse[index];
+      v[i] = reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim)[column];
+    }
+    // Only now, so that the first loads all wait for memory together.
+    if (first == warp) total_lse = warp_lse(lane_lse);
+#pragma unroll
+    for (int i = 0; i < kPiecesAtOnce; ++i) {
+      add_scaled(sum, weight(piece_lse[i], total_lse), v[i]);
+    }
   }
   partial[warp][lane] = sum;
   __syncthreads();
@@ -196,7 +220,8 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(DenseDecodeParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    combine_kernel(DenseDecodeParams params) {
   __shared__ MergeList list;
   const int rows = params.s_q * params.h_q;
   const int total = list_merges(params, list);

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeSchedulePar
   __syncthreads();
   const bool few = params.b <= params.num_parts;
   const int64_t uniform_stride = few ? find_uniform_stride(params, sums[0], sums[1]) : 0;
-  const SplitPlan plan = choose_plan(params.b, params.num_parts, sums[0], uniform_stride);
+  SplitPlan plan = choose_plan(params.b, params.num_parts, sums[0], uniform_stride);
 
   int64_t total = 0;
   for (int first = 0; first < params.b; first += kThreads) {
@@ -78,10 +78,20 @@ __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeSchedulePar
     total += sum;
     __syncthreads();
   }
+  if (plan.kind == SplitPlan::kPacked) {
+    const int part = threadIdx.x;  // num_parts <= kMaxParts
+    const int64_t units =
+        part < params.num_parts ? whole_part_units(part, params.num_parts, unit_end, params.b) : 0;
+    const int64_t largest = Reduce(temp.reduce).Reduce(units, cuda::maximum<>{});
+    if (threadIdx.x == 0) sums[1] = largest;
+    __syncthreads();
+    plan = choose_whole(plan, sums[1]);
+  }
   for (int part = threadIdx.x; part <= params.num_parts; part += kThreads) {
     // The last cut is the end also where rounding left room behind it.
-    const Cut cut =
-        part < params.num_parts ? cut_at(plan, part, unit_end, params.b) : Cut{params.b, 0};
+    const Cut cut = part < params.num_parts
+                        ? cut_at(plan, part, params.num_parts, unit_end, params.b)
+                        : Cut{params.b, 0};
     reinterpret_cast<int2*>(params.cuts)[part] = {cut.sequence, cut.tile};
   }
 }

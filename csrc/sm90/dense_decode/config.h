@@ -30,8 +30,9 @@ constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper
 constexpr int kWarpgroupThreads = 128;
 // Warpgroups: scores, left values, right values. Registers a thread: together the whole file.
 constexpr int kThreads = 3 * kWarpgroupThreads;
-constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores
-constexpr int kValueRegisters = 160;  // 128 of the output
+constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // of the right values
+constexpr int kScoreRegisters = 184;                        // 124 of the query, 32 of the scores
+constexpr int kValueRegisters = 160;                        // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
 struct KernelArgs {

@@ -48,8 +48,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   wait_for_prerequisites();
   launch_dependents();
-  if (threadIdx.x < 2) {
-    (threadIdx.x == 0 ? smem.begin : smem.end) = load_cut(args, blockIdx.z + threadIdx.x);
+  __syncthreads();  // the barriers are initialised, the row tile is found
+  if (threadIdx.x == kLoadingThread) {
+    const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
+    smem.begin = begin;
+    smem.end = end;
+    start_loads(args, smem);
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads;

@@ -16,7 +16,7 @@ constexpr int kScoreBarrier = 1;  // named barrier of this warpgroup
 // How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
 constexpr float kLazyRescale = 8.0f;
-constexpr float kForget = 127.0f;  // halvings that leave nothing in f32: also from -inf
+constexpr float kForget = 127.0f;  // halvings that leave nothing in f32
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
@@ -84,8 +84,9 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   }
 }
 
-// Moves the rows' references, whole numbers, where their maxima ask for it, and tells the value
-// warpgroups by what power of two to divide what they have accumulated.
+// Moves the rows' references by whole numbers where their maxima ask for it, and tells the value
+// warpgroups by what power of two to divide what they have accumulated. A row's first reference is
+// its first tile's maximum: the largest probability of a short sequence is then exactly 1.
 __device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
                                                   SoftmaxRows& rows, float scale_log2, int slot) {
   float peak[2] = {-INFINITY, -INFINITY};
@@ -104,10 +105,14 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
   for (int r = 0; r < 2; ++r) {
     const float scaled = peak[r] * scale_log2;
     const float before = rows.reference[r];
-    rows.reference[r] = scaled > before + kLazyRescale ? ceilf(scaled) : before;
-    const float halvings = fminf(rows.reference[r] - before, kForget);  // NaN where -inf stays
-    const int power = rows.reference[r] == before ? 0 : static_cast<int>(halvings);
-    rows.sum[r] *= rescale_factor(power);
+    const float rise = scaled - before;  // infinite from -inf, NaN where it stays -inf
+    int power = 0;
+    if (rise > kLazyRescale) {
+      const float steps = ceilf(rise);
+      rows.reference[r] = before == -INFINITY ? scaled : before + steps;
+      power = static_cast<int>(fminf(steps, kForget));
+      rows.sum[r] *= rescale_factor(power);
+    }
     // The four lanes of a row all write the same.
     smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power;
   }

@@ -124,8 +124,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int barrier = 2 + half;  // named barrier of this warpgroup
   const int first_row = thread / 32 * 16 + thread % 32 / 4;
-  const bool loads = half == 1 && thread == 32;
-  if (loads) start_loads(args, smem);
+  const bool loads = threadIdx.x == kLoadingThread;
   float o[128];
   RingIndex ring;
   bool odd_piece = false;  // counting pieces that are not empty

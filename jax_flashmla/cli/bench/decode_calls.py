@@ -1,5 +1,7 @@
 """Builds the caches of a row and the jitted functions that attend to them, and checks a result."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,42 +9,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shapes import BLOCK_SIZE, D_QK, D_V, Row
 
 import jax_flashmla
+from jax_flashmla.cli.bench.shapes import D_QK, D_V, Row
 
 MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
 
+SLAB_TOKENS = 1 << 17
 
-def make_pool(num_blocks: int, dtype: Any, device: jax.Device) -> jax.Array:
-    """Random blocks [num_blocks, BLOCK_SIZE, 1, D_QK], generated in place, a slab at a time."""
-    slab = min(num_blocks, 2048)
+
+def make_pool(num_blocks: int, block_size: int, dtype: Any, device: jax.Device) -> jax.Array:
+    """Random blocks [num_blocks, block_size, 1, D_QK], generated in place, a slab at a time."""
+    slab = min(num_blocks, SLAB_TOKENS // block_size)
 
     @partial(jax.jit, donate_argnums=0)
     def fill(pool: jax.Array, start: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(1), start)
-        values = jax.random.normal(key, (slab, BLOCK_SIZE, 1, D_QK), dtype)
+        values = jax.random.normal(key, (slab, block_size, 1, D_QK), dtype)
         return jax.lax.dynamic_update_slice(pool, values, (start, 0, 0, 0))
 
     with jax.default_device(device):
-        pool = jnp.zeros((num_blocks, BLOCK_SIZE, 1, D_QK), dtype)
+        pool = jnp.zeros((num_blocks, block_size, 1, D_QK), dtype)
         for start in range(0, num_blocks, slab):
             pool = fill(pool, jnp.int32(min(start, num_blocks - slab)))
     return pool
 
 
-def make_tables(row: Row, calls: int) -> list[np.ndarray]:
+def make_tables(row: Row, calls: int, block_size: int) -> list[np.ndarray]:
     """One block table int32[b, max_blocks] per call.
 
-    Call n's cache is the n-th run of row.num_blocks blocks of the pool, in random order.
+    Call n's cache is the n-th run of row.num_blocks() blocks of the pool, in random order.
     """
-    blocks_of = -(-row.seqlens() // BLOCK_SIZE)
+    num_blocks, blocks_of = row.num_blocks(block_size), -(-row.seqlens() // block_size)
     used = np.arange(blocks_of.max()) < blocks_of[:, None]
     generator = np.random.default_rng(2)
     tables = []
     for call in range(calls):
         table = np.zeros(used.shape, np.int32)
-        table[used] = call * row.num_blocks + generator.permutation(row.num_blocks)
+        table[used] = call * num_blocks + generator.permutation(num_blocks)
         tables.append(table)
     return tables
 
@@ -81,8 +85,8 @@ def composed_decode() -> Decode:
         b, s_q = q.shape[:2]
         keys = pool[table].reshape(b, -1, D_QK)
         scores = jnp.einsum("bshd,bkd->bshk", q, keys, preferred_element_type=jnp.float32)
-        end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)
-        visible = jnp.arange(keys.shape[1]) < end[..., None]
+        end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)[None]
+        visible = jnp.arange(keys.shape[1])[None, None] < end[..., None]
         p = jax.nn.softmax(jnp.where(visible[:, :, None], scores * D_QK**-0.5, -jnp.inf))
         return jnp.einsum("bshk,bkd->bshd", p.astype(q.dtype), keys[..., :D_V])
 
@@ -101,7 +105,7 @@ def relative_error(
     """Error of the last query and head of the longest sequence against NumPy in float32."""
     sequence = int(row.seqlens().argmax())
     tokens = int(row.seqlens()[sequence])
-    ids = table[sequence, : -(-tokens // BLOCK_SIZE)]
+    ids = table[sequence, : -(-tokens // pool.shape[1])]
     keys = np.asarray(pool[jnp.asarray(ids)]).astype(np.float32).reshape(-1, D_QK)[:tokens]
     scores = keys @ np.asarray(q)[sequence, -1, -1].astype(np.float32) * D_QK**-0.5
     weights = np.exp(scores - scores.max())
