@@ -23,13 +23,13 @@ Status check_supported(const DenseDecodeParams& params) {
   if (params.d_qk != kHeadDim || params.d_v != kValueDim || block_shift(params.block_size) < 0) {
     return Status::InvalidArgument(
         "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 64, 128 or "
-        "256, "
-        "got d_qk = " +
+        "256, got d_qk = " +
         std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
         ", block_size = " + std::to_string(params.block_size));
   }
-  if (params.dtype == DType::kFloat32)
+  if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
+  }
   if (params.num_blocks < 1) {
     return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }
