@@ -149,10 +149,10 @@ def sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None
     """Why the Hopper kernel does not take these dimensions or dtype; None where it does."""
     if np.dtype(dtype) not in _SM90_DTYPES:
         return f"the sm90 kernel takes {dtype_names(_SM90_DTYPES)}, got {np.dtype(dtype)}"
-    if (d_qk, d_v, block_size) == (576, 512, 64):
+    if (d_qk, d_v) == (576, 512) and block_size in (64, 128, 256):
         return None
     return (
-        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = 64, got "
+        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = 64, 128 or 256, got "
         f"d_qk = {d_qk}, d_v = {d_v} and block_size = {block_size}"
     )
 

@@ -203,7 +203,7 @@ def pairwise(candidates: list[DecodeCase], fields: tuple[str, ...]) -> list[Deco
 
 
 def cpu_cases() -> list[DecodeCase]:
-    """FlashMLA's space, pairwise, less what takes long; and what only the CPU's handler takes."""
+    """FlashMLA's space, pairwise, less what takes long; and other dimensions and dtypes."""
     affordable = [
         case
         for case in flashmla_cases()
@@ -224,6 +224,8 @@ def cpu_cases() -> list[DecodeCase]:
         DecodeCase(2, 2, 130, 5, d_qk=7, d_v=3, block_size=5, causal=True),
         DecodeCase(2, 1, 20, 4, 2, d_qk=33, d_v=33, block_size=1),
         DecodeCase(2, 1, 700, 4, d_qk=512, d_v=512, block_size=256),
+        DecodeCase(3, 2, 300, 9, 3, block_size=128, causal=True),
+        DecodeCase(3, 1, 1000, 20, block_size=256, zero_lengths=True),
     ]
 
 

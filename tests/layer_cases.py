@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import cases
+import tolerances
 from jax_flashmla import BlockAllocator, BlockTable, PagedCache
-from jax_flashmla.layers import LongRopeConfig, MLAConfig, MLAParams, RopeConfig, YarnConfig
+from jax_flashmla.layers import (
+    LongRopeConfig,
+    MLAConfig,
+    MLAParams,
+    RopeConfig,
+    YarnConfig,
+    decode,
+    prefill,
+)
 from jax_flashmla.layers.rope import inverse_frequencies
 
 BLOCK_SIZE = 8
@@ -71,13 +80,14 @@ def make_cache(
     *,
     layers: int = 1,
     dtype: str = "float32",
+    block_size: int = BLOCK_SIZE,
     **options: bool,
 ) -> PagedCache:
     """An empty cache of sequences with room for so many tokens each; unused slots are NaN."""
-    allocator = BlockAllocator(num_blocks=32, block_size=BLOCK_SIZE)
+    allocator = BlockAllocator(num_blocks=32, block_size=block_size)
     sequences = [allocator.allocate(room) for room in rooms]
-    table = BlockTable.create(allocator.block_table(sequences, 8), block_size=BLOCK_SIZE)
-    format = config.cache_format(dtype, BLOCK_SIZE)
+    table = BlockTable.create(allocator.block_table(sequences, 8), block_size=block_size)
+    format = config.cache_format(dtype, block_size)
     cache = PagedCache.create(format, table, num_blocks=32, layers=layers, **options)
     blocks = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.blocks)
     return dataclasses.replace(cache, blocks=blocks)
@@ -87,7 +97,8 @@ def cached_rows(cache: PagedCache, sequence: int, layer: int = 0) -> np.ndarray:
     """A sequence's rows in one layer [tokens, d_qk]."""
     blocks, table, seqlens = (np.asarray(x) for x in cache.layer(layer))
     token = np.arange(seqlens[sequence])
-    return blocks[table[sequence, token // BLOCK_SIZE], token % BLOCK_SIZE, 0].astype(np.float64)
+    block, offset = np.divmod(token, cache.format.block_size)
+    return blocks[table[sequence, block], offset, 0].astype(np.float64)
 
 
 def naive_layer(
@@ -147,3 +158,60 @@ def naive_rotate(config: MLAConfig, x: np.ndarray, positions: np.ndarray) -> np.
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+COMPILED = {
+    prefill: jax.jit(prefill, static_argnames=("prefix", "implementation")),
+    decode: jax.jit(decode, static_argnames="implementation"),
+}
+
+
+class Run:
+    """Sequences of one layer, step by step, held against the naive layer as a whole."""
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        lengths: list[int],
+        *,
+        dtype: str = "float32",
+        tolerance: tolerances.Tolerance = tolerances.F32_LAYER,
+        block_size: int = BLOCK_SIZE,
+        **options: object,
+    ) -> None:
+        self.config, self.lengths = config, lengths
+        self.tolerance, self.options = tolerance, options
+        self.params = make_params(config, dtype)
+        self.x = make_x(config, len(lengths), max(lengths), dtype)
+        self.cache = make_cache(config, lengths, dtype=dtype, block_size=block_size)
+        self.y = np.full(self.x.shape, np.nan, np.float64)
+
+    def step(self, function, num_new: list[int], width: int | None = None, **options) -> None:
+        """The next num_new tokens of each sequence, padded to `width`."""
+        width = max(num_new) if width is None else width
+        at = np.asarray(self.cache.table.cache_seqlens)
+        x = np.full((len(at), width, self.x.shape[2]), 7, self.x.dtype)  # padding: finite
+        for i, n in enumerate(num_new):
+            x[i, :n] = self.x[i, at[i] : at[i] + n]
+        cache, slots = self.cache.advance(width, np.array(num_new, np.int32))
+        self.cache, y = COMPILED[function](
+            self.config,
+            self.params,
+            jnp.asarray(x),
+            cache,
+            slots=slots,
+            **{**self.options, **options},
+        )
+        assert y.dtype == x.dtype
+        assert np.isfinite(np.asarray(y, np.float32)).all()
+        for i, n in enumerate(num_new):
+            self.y[i, at[i] : at[i] + n] = np.asarray(y[i, :n], np.float64)
+
+    def check(self) -> None:
+        np.testing.assert_array_equal(self.cache.table.cache_seqlens, self.lengths)
+        assert self.cache.check() == []
+        for i, length in enumerate(self.lengths):
+            y, rows = naive_layer(self.config, self.params, self.x[i, :length])
+            tolerances.assert_close(f"y[{i}]", self.y[i, :length], y, self.tolerance)
+            cached = cached_rows(self.cache, i)
+            tolerances.assert_close(f"rows[{i}]", cached, rows, self.tolerance)

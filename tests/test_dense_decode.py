@@ -14,9 +14,7 @@ import pytest
 import cases
 import tolerances
 from cases import DecodeCase
-from jax_flashmla import dense_decode, make_schedule
-
-HOPPER_ONLY = (576, 512, 64)  # d_qk, d_v, block_size
+from jax_flashmla import dense_decode, kernel_refusal, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +36,9 @@ def test_matches_naive_attention(
 ) -> None:
     case = problem.case
     is_gpu = request.node.get_closest_marker("gpu") is not None
-    hopper_takes = (case.d_qk, case.d_v, case.block_size) == HOPPER_ONLY
-    if is_gpu and not (hopper_takes and case.dtype != "float32"):
-        pytest.skip("dimensions or a dtype that the sm90 kernel does not take")
+    dimensions = {"d_qk": case.d_qk, "d_v": case.d_v, "block_size": case.block_size}
+    if is_gpu and (refusal := kernel_refusal("cuda", **dimensions, dtype=case.dtype)):
+        pytest.skip(refusal)
     run = functools.partial(
         dense_decode,
         *problem.inputs.arguments,

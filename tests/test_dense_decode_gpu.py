@@ -163,6 +163,21 @@ def test_one_huge_sequence_among_small_ones() -> None:
     assert_close([x[small] for x in got], reference(*arguments))
 
 
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_many_sequences_most_of_them_empty(h_q: int) -> None:
+    """A block passes over many pieces without a tile, and its warpgroups must keep together."""
+    lengths = np.zeros(3000, np.int32)
+    lengths[40::70] = 3 * np.arange(40, 3000, 70) % 1000
+    table, num_blocks = cases.make_table(lengths, 64, 16)
+    blocks = _rows(2, (num_blocks, 64, 1, 576), "bfloat16")
+    q = _queries(1, (3000, 1, h_q, 576), "bfloat16")
+    out, lse = kernel(q, blocks, table, lengths)
+    some = np.flatnonzero(lengths)
+    assert_close((out[some], lse[some]), reference(q[some], blocks, table[some], lengths[some]))
+    assert not out[lengths == 0].any()
+    assert (lse[lengths == 0] == -jnp.inf).all()
+
+
 def test_cache_of_more_than_2_to_the_31_elements() -> None:
     num_blocks = 2**31 // (64 * 576) + 100
     blocks = jnp.zeros((num_blocks, 64, 1, 576), jnp.bfloat16)

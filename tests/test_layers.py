@@ -15,7 +15,7 @@ import layer_cases
 import tolerances
 from jax_flashmla import PagedCache, make_schedule
 from jax_flashmla.layers import MLAConfig, MLAParams, absorb, decode, prefill
-from layer_cases import CONFIGS, LITE, V3
+from layer_cases import COMPILED, CONFIGS, LITE, V3, Run
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -24,66 +24,6 @@ LENGTHS = [13, 6, 21]  # tokens, the step's included; 21 is in three blocks
 
 every_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 with_and_without_query_rank = pytest.mark.parametrize("config", [V3, LITE], ids=["v3", "v2-lite"])
-
-
-COMPILED = {
-    prefill: jax.jit(prefill, static_argnames=("prefix", "implementation")),
-    decode: jax.jit(decode, static_argnames="implementation"),
-}
-
-
-class Run:
-    """Sequences of one layer, step by step, held against the naive layer as a whole."""
-
-    def __init__(
-        self,
-        config: MLAConfig,
-        lengths: list[int],
-        *,
-        dtype: str = "float32",
-        tolerance: tolerances.Tolerance = tolerances.F32_LAYER,
-        **options: object,
-    ) -> None:
-        self.config, self.lengths, self.tolerance, self.options = (
-            config,
-            lengths,
-            tolerance,
-            options,
-        )
-        self.params = layer_cases.make_params(config, dtype)
-        self.x = layer_cases.make_x(config, len(lengths), max(lengths), dtype)
-        self.cache = layer_cases.make_cache(config, lengths, dtype=dtype)
-        self.y = np.full(self.x.shape, np.nan, np.float64)
-
-    def step(self, function, num_new: list[int], width: int | None = None, **options) -> None:
-        """The next num_new tokens of each sequence, padded to `width`."""
-        width = max(num_new) if width is None else width
-        at = np.asarray(self.cache.table.cache_seqlens)
-        x = np.full((len(at), width, self.x.shape[2]), 7, self.x.dtype)  # padding: finite
-        for i, n in enumerate(num_new):
-            x[i, :n] = self.x[i, at[i] : at[i] + n]
-        cache, slots = self.cache.advance(width, np.array(num_new, np.int32))
-        self.cache, y = COMPILED[function](
-            self.config,
-            self.params,
-            jnp.asarray(x),
-            cache,
-            slots=slots,
-            **{**self.options, **options},
-        )
-        assert y.dtype == x.dtype
-        assert np.isfinite(np.asarray(y, np.float32)).all()
-        for i, n in enumerate(num_new):
-            self.y[i, at[i] : at[i] + n] = np.asarray(y[i, :n], np.float64)
-
-    def check(self) -> None:
-        np.testing.assert_array_equal(self.cache.table.cache_seqlens, self.lengths)
-        assert self.cache.check() == []
-        for i, length in enumerate(self.lengths):
-            y, rows = layer_cases.naive_layer(self.config, self.params, self.x[i, :length])
-            tolerances.assert_close(f"y[{i}]", self.y[i, :length], y, self.tolerance)
-            cached = layer_cases.cached_rows(self.cache, i)
-            tolerances.assert_close(f"rows[{i}]", cached, rows, self.tolerance)
 
 
 @with_and_without_query_rank

@@ -284,6 +284,8 @@ int main(int argc, char** argv) {
     for (int& n : v) n = std::uniform_int_distribution<int>(0, longest)(random);
     return v;
   };
+  std::vector<int> mostly_empty(3000);
+  for (size_t i = 40; i < mostly_empty.size(); i += 70) mostly_empty[i] = 3 * i % 1000;
   const std::vector<Row> checks = {
       {1, 64, 1, 0, 0, "b1 h64 64", {64}},
       {1, 64, 1, 0, 0, "b1 h64 20", {20}},
@@ -302,6 +304,8 @@ int main(int argc, char** argv) {
          return v;
        }()},
       {1, 16, 1, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
+      {1, 16, 1, 0, 0, "b3000 h16 mostly empty", mostly_empty},
+      {1, 128, 1, 0, 0, "b3000 h128 mostly empty", mostly_empty},
   };
   for (const Row& row : checks)
     for (bool causal : {false, true}) ok &= bench.check(row, causal);

@@ -11,10 +11,9 @@ namespace flashmla::sm90 {
 
 constexpr int kHeadDim = 576;   // d_qk: 512 latent columns, then 64 rope columns
 constexpr int kValueDim = 512;  // d_v
-constexpr int kBlockSize = 64;  // tokens of a cache block: one tile
 constexpr int kTileRows = 64;   // packed query rows (query token x head) of one thread block
 constexpr int kTileTokens = kSplitTile;
-static_assert(kTileTokens == kBlockSize, "a tile is one cache block");
+constexpr int kMaxBlockShift = 2;  // a cache block is 1, 2 or 4 tiles
 
 constexpr int kChunks = kHeadDim / 64;  // of 64 columns: 0-3 left, 4-7 right, 8 rope
 constexpr int kLatentChunks = kChunks - 1;
@@ -50,7 +49,8 @@ struct KernelArgs {
   int rows;  // s_q * h_q: query rows of a sequence
   int s_q, h_q;
   int group;  // query heads per KV head
-  int max_blocks;
+  int max_blocks, max_tokens;
+  int block_shift;      // a cache block is 2^block_shift tiles
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

@@ -11,15 +11,25 @@
 namespace flashmla::sm90 {
 namespace {
 
+// -1 where no shift gives the block size.
+int block_shift(int block_size) {
+  for (int shift = 0; shift <= kMaxBlockShift; ++shift) {
+    if (block_size == kTileTokens << shift) return shift;
+  }
+  return -1;
+}
+
 Status check_supported(const DenseDecodeParams& params) {
-  if (params.d_qk != kHeadDim || params.d_v != kValueDim || params.block_size != kBlockSize) {
+  if (params.d_qk != kHeadDim || params.d_v != kValueDim || block_shift(params.block_size) < 0) {
     return Status::InvalidArgument(
-        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512, block_size = 64, got d_qk = " +
+        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 64, 128 or "
+        "256, got d_qk = " +
         std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
         ", block_size = " + std::to_string(params.block_size));
   }
-  if (params.dtype == DType::kFloat32)
+  if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
+  }
   if (params.num_blocks < 1) {
     return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }
@@ -53,6 +63,8 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.rows = params.s_q * params.h_q;
   args.group = params.h_q / params.h_kv;
   args.max_blocks = params.max_blocks;
+  args.max_tokens = params.max_blocks * params.block_size;
+  args.block_shift = block_shift(params.block_size);
   args.scale_log2 = params.sm_scale * 1.4426950408889634f;
   args.causal = params.causal;
 

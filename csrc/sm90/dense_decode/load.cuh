@@ -20,7 +20,7 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, const Share
   const CUtensorMap* map = columns == 2 ? (query ? &args.query_rope_map : &args.cache_rope_map)
                                         : (query ? &args.query_half_map : &args.cache_half_map);
   const int index = item.index;
-  tma_load_4d(target, map, full, 0, query ? index * args.rows + smem.row_tile.first : 0,
+  tma_load_4d(target, map, full, 0, query ? index * args.rows + smem.row_tile.first : item.token,
               columns * kHalfChunks + (query ? 0 : blockIdx.y * kChunks), query ? 0 : index,
               args.cache_hint);
 }

@@ -31,7 +31,7 @@ Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
   if (encoder == nullptr) {
     return Status::FailedPrecondition("the CUDA driver has no cuTensorMapEncodeTiled");
   }
-  const cuuint32_t box[4] = {kChunkColumns, kBlockSize, static_cast<cuuint32_t>(chunks), 1};
+  const cuuint32_t box[4] = {kChunkColumns, kTileTokens, static_cast<cuuint32_t>(chunks), 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -48,10 +48,11 @@ Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
 
 Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
   const cuuint64_t token_bytes = params.h_kv * kRowBytes;
+  const cuuint64_t block_size = params.block_size;
   return encode(
       params.blocks, params.dtype,
-      {kChunkColumns, kBlockSize, cuuint64_t(params.h_kv) * kChunks, cuuint64_t(params.num_blocks)},
-      {token_bytes, kChunkStride, kBlockSize * token_bytes}, chunks, map);
+      {kChunkColumns, block_size, cuuint64_t(params.h_kv) * kChunks, cuuint64_t(params.num_blocks)},
+      {token_bytes, kChunkStride, block_size * token_bytes}, chunks, map);
 }
 
 Status make_query_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {

@@ -133,7 +133,9 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     bool fresh = true;  // nothing accumulated yet
-    // The queries are not for this warpgroup.
+    // The queries are not for this warpgroup. But it must not run ahead of the score warpgroup, as
+    // it would where many sequences are empty: barriers tell neighbouring phases apart, no more.
+    mbarrier_wait(smem_address(&smem.half_full[half][ring.slot]), ring.parity);
     if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     if (loads) {
       find_item(args, smem);

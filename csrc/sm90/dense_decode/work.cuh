@@ -35,7 +35,7 @@ __device__ __forceinline__ Cut load_cut(const KernelArgs& args, int index) {
 }
 
 __device__ __forceinline__ int clamp_seqlen(const KernelArgs& args, int seqlen) {
-  return min(max(seqlen, 0), args.max_blocks * kBlockSize);
+  return min(max(seqlen, 0), args.max_tokens);
 }
 
 __device__ __forceinline__ int load_seqlen(const KernelArgs& args, int sequence) {
@@ -60,6 +60,7 @@ enum LoadKind { kNothing, kQueries, kTile };
 struct LoadItem {
   LoadKind kind;
   int index;  // the queries' sequence, or the tile's cache block
+  int token;  // of that block, with which the tile begins
 };
 
 // The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
@@ -101,6 +102,7 @@ struct LoadStream {
     } else {
       item.kind = kTile;
       item.index = *const_cast<volatile int*>(&block);
+      item.token = (tile & ((1 << args.block_shift) - 1)) * kTileTokens;
       if (++tile < tile_end)
         fetch_block(args);
       else
@@ -125,7 +127,7 @@ struct LoadStream {
   }
 
   __device__ void fetch_block(const KernelArgs& args) {
-    const int64_t entry = min(tile, args.max_blocks - 1);
+    const int64_t entry = min(tile >> args.block_shift, args.max_blocks - 1);
     copy_async(&block, args.block_table + int64_t{sequence} * args.max_blocks + entry);
   }
 
