@@ -18,6 +18,7 @@ from jax_flashmla import SplitSchedule, make_schedule
 TILE = 64
 OVERHEAD = 2  # tiles
 MERGE_COST = 6
+CUT_COST = 8  # tiles
 
 
 def make_cuts(lengths: list[int] | np.ndarray, num_parts: int, implementation: str) -> np.ndarray:
@@ -33,7 +34,7 @@ def count_tiles(lengths: list[int] | np.ndarray) -> np.ndarray:
 
 
 def naive_cuts(lengths: list[int] | np.ndarray, num_parts: int) -> list[list[int]]:
-    """The two plans of csrc/split_schedule.h, one unit after another."""
+    """The three plans of csrc/split_schedule.h, one unit after another."""
     tiles, b = count_tiles(lengths), len(lengths)
     stride = max(1, -(-(int(tiles.sum()) + OVERHEAD * (b - 1)) // num_parts))
     least = max(1, math.isqrt(MERGE_COST * int(tiles.sum()) // num_parts))
@@ -53,10 +54,14 @@ def naive_cuts(lengths: list[int] | np.ndarray, num_parts: int) -> list[list[int
         else:
             units.extend([sequence, tile] for tile in range(0, max(int(count), 1), uniform))
     units.extend([b, 0] for _ in range(num_parts * stride + OVERHEAD + 1))
-    if uniform is None:
-        cuts = [units[OVERHEAD + part * stride if part else 0] for part in range(num_parts)]
-    else:
-        cuts = units[:num_parts]
+    if uniform is not None:
+        return [*units[:num_parts], [b, 0]]
+    starts = np.append(0, np.cumsum(tiles + OVERHEAD))
+    ideal = np.arange(num_parts + 1) * starts[-1] // num_parts
+    nearest = [int(b - np.argmin(np.abs(starts - position)[::-1])) for position in ideal]
+    if np.diff(starts[nearest]).max() <= stride + CUT_COST:
+        return [[sequence, 0] for sequence in nearest]
+    cuts = [units[OVERHEAD + part * stride if part else 0] for part in range(num_parts)]
     return [*cuts, [b, 0]]
 
 
@@ -84,7 +89,7 @@ def assert_balanced(lengths: list[int] | np.ndarray, cuts: np.ndarray) -> None:
     pieces = sequence[1:] - sequence[:-1] + (tile[1:] > 0)
     cost = np.diff(position) + OVERHEAD * np.where(np.diff(position) + pieces > 0, pieces, 0)
     mean = -(-(tiles.sum() + OVERHEAD * b) // num_parts)
-    assert cost.max() <= mean + 2 * OVERHEAD + 1
+    assert cost.max() <= mean + 2 * OVERHEAD + 1 + CUT_COST
 
 
 ragged_lengths = st.lists(
@@ -97,12 +102,11 @@ ragged_lengths = st.lists(
 
 
 @pytest.mark.parametrize("name", ["xla", "kernel"])
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(lengths=ragged_lengths, num_parts=st.integers(1, 256))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lengths=ragged_lengths, num_parts=st.sampled_from([1, 3, 8, 132, 256]))
 def test_any_ragged_batch(name: str, lengths: list[int], num_parts: int) -> None:
     # Padding the batch would change it: to compile few shapes, draw few sizes instead.
     b = next(size for size in (1, 2, 5, 16, 40) if size >= len(lengths))
-    num_parts = next(size for size in (1, 3, 132, 256) if size >= num_parts)
     lengths = [*lengths, *lengths[: b - len(lengths)]]
     lengths += [0] * (b - len(lengths))
     with jax.default_device(jax.devices("cpu")[0]):
