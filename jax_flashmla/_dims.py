@@ -67,10 +67,7 @@ def check_dense_decode(
         raise ValueError(
             f"d_v must be at most d_qk = {d_qk} (a value is a row's first d_v columns), got {d_v}"
         )
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(
-            f"causal must be a Python bool (it is compiled in), got {_describe(causal)}"
-        )
+    _check_bool("causal", causal)
     if sm_scale is not None:
         _check_scale(sm_scale)
     return DecodeResult(
@@ -98,9 +95,12 @@ def check_schedule(schedule_b: Any, cuts: Any, b: int) -> None:
         )
 
 
-def check_make_schedule(cache_seqlens: Any, num_parts: Any) -> jax.ShapeDtypeStruct:
+def check_make_schedule(
+    cache_seqlens: Any, num_parts: Any, batch_invariant: Any
+) -> jax.ShapeDtypeStruct:
     check_cache_seqlens(cache_seqlens)
     num_parts = check_int("num_parts", num_parts, 1, MAX_PARTS)
+    _check_bool("batch_invariant", batch_invariant)
     return jax.ShapeDtypeStruct((num_parts + 1, 2), jnp.int32)
 
 
@@ -188,6 +188,11 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
     return int(value)
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a Python bool (it is compiled in), got {_describe(value)}")
 
 
 def _check_scale(sm_scale: Any) -> None:

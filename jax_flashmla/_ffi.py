@@ -42,12 +42,14 @@ for _primitive in (make_schedule_p, dense_decode_p, cache_append_p):
 # workspace is never returned; under a trace they are inlined.
 
 
-@functools.partial(jax.jit, inline=True, static_argnames=("num_parts", "implementation"))
+@functools.partial(
+    jax.jit, inline=True, static_argnames=("num_parts", "batch_invariant", "implementation")
+)
 def make_schedule(
-    cache_seqlens: jax.Array, *, num_parts: int, implementation: str | None
+    cache_seqlens: jax.Array, *, num_parts: int, batch_invariant: bool, implementation: str | None
 ) -> jax.Array:
-    if implementation == "xla":
-        return reference.make_schedule(cache_seqlens, num_parts)
+    if batch_invariant or implementation == "xla":
+        return reference.make_schedule(cache_seqlens, num_parts, whole=batch_invariant)
     return make_schedule_p.bind(cache_seqlens, num_parts=num_parts, implementation=implementation)[
         0
     ]

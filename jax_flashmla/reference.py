@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Num
 
 
-def make_schedule(cache_seqlens: Int32[Array, "b"], num_parts: int) -> Int32[Array, "cuts 2"]:
-    """Cuts a ragged batch into parts, by the plans that csrc/split_schedule.h describes."""
+def make_schedule(
+    cache_seqlens: Int32[Array, "b"], num_parts: int, *, whole: bool = False
+) -> Int32[Array, "cuts 2"]:
+    """Cuts a ragged batch into parts, by the plans that csrc/split_schedule.h describes.
+
+    whole: by the one that cuts no sequence, whatever it costs.
+    """
     b = cache_seqlens.shape[0]
     # The handlers count in 64 bits. In 32, a sequence counts for at most 2^30 / b tiles: past
     # 4 million tokens each at b = 16384, cuts are less balanced, and still cover every tile.
@@ -31,8 +36,10 @@ def make_schedule(cache_seqlens: Int32[Array, "b"], num_parts: int) -> Int32[Arr
     units = tiles + SEQUENCE_OVERHEAD
     sequence, offset = _locate(units, _packed_positions(part, stride))
     packed = jnp.stack([sequence, jnp.maximum(offset - SEQUENCE_OVERHEAD, 0)], axis=1)
-    whole, largest = _whole_cuts(units, num_parts)
-    packed = jnp.where(largest <= stride + CUT_COST, whole, packed)
+    whole_cuts, largest = _whole_cuts(units, num_parts)
+    if whole:
+        return whole_cuts
+    packed = jnp.where(largest <= stride + CUT_COST, whole_cuts, packed)
     if b > num_parts:
         cuts = packed
     else:

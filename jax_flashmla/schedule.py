@@ -40,6 +40,7 @@ def make_schedule(
     h_kv: int = 1,
     s_q: int = 1,
     num_parts: int | None = None,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> SplitSchedule:
     """Splits a ragged batch over the device's multiprocessors, on the device.
@@ -54,6 +55,11 @@ def make_schedule(
         num_parts: parts to cut into. By default as many as fill the local CUDA device, or an H100
             or H200 where there is none: its multiprocessors over the tiles of 64 query rows. At
             most 256.
+        batch_invariant: cut no sequence. A sequence's results then have the same bits whatever
+            else is in the batch, but a long one is a single multiprocessor's work (for each 64
+            query rows): fit for batches of at least as many sequences as parts, of like lengths.
+            Found by pure JAX on any platform; under `vmap`, where batches become one, the
+            promise does not hold.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX.
 
@@ -68,10 +74,13 @@ def make_schedule(
     if num_parts is None:
         tiles = h_kv * -(-s_q * h_q // h_kv // _HEADS_PER_TILE)
         num_parts = min(max(1, _sm_count() // tiles), _dims.MAX_PARTS)
-    _dims.check_make_schedule(cache_seqlens, num_parts)
+    _dims.check_make_schedule(cache_seqlens, num_parts, batch_invariant)
     _dims.check_implementation(implementation)
     cuts = _ffi.make_schedule(
-        cache_seqlens, num_parts=int(num_parts), implementation=implementation
+        cache_seqlens,
+        num_parts=int(num_parts),
+        batch_invariant=bool(batch_invariant),
+        implementation=implementation,
     )
     return SplitSchedule(cuts, b=cache_seqlens.shape[0])
 

@@ -102,6 +102,28 @@ def test_schedule_of_other_lengths_gives_the_same_result(was: list[int], kernel:
     tolerances.assert_decoded((out, lse), expected)
 
 
+def test_batch_invariant_schedule_gives_a_sequence_the_same_bits_in_any_batch(kernel: str) -> None:
+    inputs = cases.make_inputs(DecodeCase(9, 2, 3000, 9, causal=True))
+
+    def decode(some: list[int], batch_invariant: bool) -> list[np.ndarray]:
+        q, blocks, table, lengths = inputs.arguments
+        schedule = make_schedule(
+            jnp.asarray(lengths[some]), h_q=9, s_q=2, num_parts=8, batch_invariant=batch_invariant
+        )
+        results = dense_decode(
+            q[some], blocks, table[some], lengths[some], causal=True, schedule=schedule,
+            implementation=kernel,
+        )  # fmt: skip
+        return [bits(x) for x in results]
+
+    together, longest = decode(list(range(9)), True), int(np.argmax(inputs.cache_seqlens))
+    for some in [longest], [3, longest], [longest, 5, 1, 0, 8]:
+        for x, y in zip(decode(some, True), together, strict=True):
+            np.testing.assert_array_equal(x, y[some])
+    cut = decode([longest], False)
+    assert any((x[0] != y[longest]).any() for x, y in zip(cut, together, strict=True))
+
+
 def test_row_with_nothing_to_attend_is_zero_and_minus_infinity(implementation: str) -> None:
     case = DecodeCase(3, 4, 64, 2, causal=True)
     inputs = cases.make_inputs(case)

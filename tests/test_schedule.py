@@ -151,6 +151,14 @@ def test_longer_than_32_bits_can_count_still_covers_everything(implementation: s
     assert_covers_once(lengths, make_cuts(lengths, 132, implementation))
 
 
+def test_batch_invariant_cuts_no_sequence() -> None:
+    for lengths, num_parts in ([5000, 64, 0, 70, 129], 132), ([5000, 64, 0, 70, 129], 2), ([9], 1):
+        seqlens = jnp.asarray(lengths, jnp.int32)
+        cuts = make_schedule(seqlens, h_q=1, num_parts=num_parts, batch_invariant=True).cuts
+        assert_covers_once(lengths, np.asarray(cuts))
+        assert not cuts[:, 1].any()
+
+
 def test_default_parts_fill_a_hopper() -> None:
     """132 multiprocessors, or those of the local GPU, over the tiles of 64 query rows."""
     seqlens = jnp.zeros(2, jnp.int32)
