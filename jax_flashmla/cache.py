@@ -165,7 +165,8 @@ class PagedCache:
 
         Args:
             format: how rows are stored.
-            table: the block table, with the format's block_size.
+            table: the block table, with the format's block_size. It is copied, so that donating
+                the cache leaves it alone.
             num_blocks: blocks of each layer.
             layers: how many layers.
             array_per_layer: False for one array with the blocks of all layers; True for a tuple of
@@ -188,7 +189,7 @@ class PagedCache:
             num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX // layers)
             blocks = format.allocate(layers * num_blocks, device=device)
         overflow = jnp.zeros(table.cache_seqlens.shape, jnp.int32)
-        return cls(blocks, table, overflow, format, layers)
+        return cls(blocks, jax.tree.map(jnp.array, table), overflow, format, layers)
 
     @property
     def num_blocks(self) -> int:

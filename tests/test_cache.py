@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_flashmla.cache
-from jax_flashmla import BlockAllocator, CacheFormat, PagedCache, dense_decode, make_schedule
+from jax_flashmla import (
+    BlockAllocator,
+    BlockTable,
+    CacheFormat,
+    PagedCache,
+    dense_decode,
+    make_schedule,
+)
 from small_caches import FORMAT, LAYOUTS, layers_of, make_cache, row_numbers
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -357,6 +364,15 @@ def test_donating_a_cache_leaves_what_it_was_made_of():
     assert cache.table.cache_seqlens.is_deleted()
     assert block_table.tolist() == [[0, 1]]
     assert lengths.tolist() == [3]
+
+
+def test_one_table_serves_many_caches():
+    table = BlockTable.create(np.array([[0, 1]], np.int32), block_size=64)
+    for _ in range(2):
+        cache = PagedCache.create(CacheFormat(d_qk=8, d_v=8), table, num_blocks=2)
+        jax.jit(lambda c: c, donate_argnums=0)(cache)
+        assert cache.table.block_table.is_deleted()
+        assert table.block_table.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
