@@ -49,6 +49,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=7168)
     parser.add_argument("--q-lora-rank", type=int, default=1536)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    parser.add_argument(
+        "--commit", metavar="HASH", help="the sources' commit, to record where git does not know it"
+    )
     return parser.parse_args(argv)
 
 
@@ -152,7 +155,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     method = METHODS[device.platform]
     names = ("layers", "batch", "tokens", "hidden_size", "q_lora_rank")
     result = {
-        **environment.describe(device),
+        **environment.describe(device, arguments.commit),
         **{name: getattr(arguments, name) for name in names},
         "dtype": "bfloat16",
         "method": {"samples": method.samples, "sample_seconds": method.sample_seconds},
