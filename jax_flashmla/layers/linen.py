@@ -6,23 +6,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jax_flashmla import PagedCache, Slots, SplitSchedule
-from jax_flashmla.layers.absorb import AbsorbedWeights
+from jax_flashmla.layers.calls import MLACalls
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.decode import decode
 from jax_flashmla.layers.params import AXES, MLAParams, initializer
-from jax_flashmla.layers.prefill import prefill
 from jax_flashmla.layers.project import heads_per_device, manual_axis
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
 
-class MLAttention(nn.Module):
+class MLAttention(MLACalls, nn.Module):
     """Multi-head latent attention over a paged cache, without the residual and its norm.
 
     Its parameters have the names and shapes that `MLAParams` lists. Call a method by name:
@@ -56,50 +52,7 @@ class MLAttention(nn.Module):
                 arrays[name] = self.param(name, init, shape.shape, self.param_dtype)
         self.arrays = MLAParams(**arrays)
 
-    def decode(
-        self,
-        x: jax.Array,
-        cache: PagedCache,
-        *,
-        slots: Slots,
-        layer: int | jax.Array | None = None,
-        schedule: SplitSchedule | None = None,
-        absorbed: AbsorbedWeights | None = None,
-        implementation: str | None = None,
-    ) -> tuple[PagedCache, jax.Array]:
-        """A few new tokens per sequence: see `jax_flashmla.layers.decode`."""
-        return decode(
-            self.config,
-            self.arrays,
-            x if self.dtype is None else x.astype(self.dtype),
-            cache,
-            slots=slots,
-            layer=layer,
-            schedule=schedule,
-            absorbed=absorbed,
-            heads_axis=manual_axis(self.heads_axis),
-            implementation=implementation,
-        )
-
-    def prefill(
-        self,
-        x: jax.Array,
-        cache: PagedCache,
-        *,
-        slots: Slots,
-        layer: int | jax.Array | None = None,
-        prefix: bool = True,
-        implementation: str | None = None,
-    ) -> tuple[PagedCache, jax.Array]:
-        """A prompt or a chunk of it: see `jax_flashmla.layers.prefill`."""
-        return prefill(
-            self.config,
-            self.arrays,
-            x if self.dtype is None else x.astype(self.dtype),
-            cache,
-            slots=slots,
-            layer=layer,
-            prefix=prefix,
-            heads_axis=manual_axis(self.heads_axis),
-            implementation=implementation,
-        )
+    @property
+    def params(self) -> MLAParams:
+        """The parameters' arrays, as the functions of `jax_flashmla.layers` take them."""
+        return self.arrays

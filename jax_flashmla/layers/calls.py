@@ -1,0 +1,85 @@
+"""What the Flax nnx and linen modules have in common: how they are called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from jax_flashmla import PagedCache, Slots, SplitSchedule
+from jax_flashmla.layers.absorb import AbsorbedWeights
+from jax_flashmla.layers.config import MLAConfig
+from jax_flashmla.layers.decode import decode
+from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.prefill import prefill
+from jax_flashmla.layers.project import manual_axis
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+
+class MLACalls:
+    """The calls of a module: the functions `decode` and `prefill` with its own parameters.
+
+    Attributes:
+        config: the layer.
+        dtype: of the computation; x's if None.
+        heads_axis: the mesh axis that splits heads, or None.
+        params: the parameters' arrays; one device's share inside a `jax.shard_map`.
+    """
+
+    config: MLAConfig
+    dtype: DTypeLike | None
+    heads_axis: str | None
+    if TYPE_CHECKING:
+
+        @property
+        def params(self) -> MLAParams: ...
+
+    def decode(
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        *,
+        slots: Slots,
+        layer: int | jax.Array | None = None,
+        schedule: SplitSchedule | None = None,
+        absorbed: AbsorbedWeights | None = None,
+        implementation: str | None = None,
+    ) -> tuple[PagedCache, jax.Array]:
+        """A few new tokens per sequence: see `jax_flashmla.layers.decode`."""
+        return decode(
+            self.config,
+            self.params,
+            x if self.dtype is None else x.astype(self.dtype),
+            cache,
+            slots=slots,
+            layer=layer,
+            schedule=schedule,
+            absorbed=absorbed,
+            heads_axis=manual_axis(self.heads_axis),
+            implementation=implementation,
+        )
+
+    def prefill(
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        *,
+        slots: Slots,
+        layer: int | jax.Array | None = None,
+        prefix: bool = True,
+        implementation: str | None = None,
+    ) -> tuple[PagedCache, jax.Array]:
+        """A prompt or a chunk of it: see `jax_flashmla.layers.prefill`."""
+        return prefill(
+            self.config,
+            self.params,
+            x if self.dtype is None else x.astype(self.dtype),
+            cache,
+            slots=slots,
+            layer=layer,
+            prefix=prefix,
+            heads_axis=manual_axis(self.heads_axis),
+            implementation=implementation,
+        )
