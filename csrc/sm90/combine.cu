@@ -12,6 +12,7 @@
 #include "common/barrier.cuh"
 #include "common/launch.h"
 #include "common/matrix.cuh"
+#include "partial.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -21,25 +22,31 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kBlocksPerMultiprocessor = 3;  // what fits
-constexpr int kQuarters = 4;                 // of a row's columns
+constexpr int kRowColumns = 64;              // in units of eight columns
+constexpr int kFewPieces = 4;                // whose rows a lane can load at once
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
-// Who merges what: a warp a whole row, a warp a quarter row, or a block a quarter row. The more
-// pieces, the fewer columns and the more warps, so that a lane has few rounds of loads to wait for;
-// but blocks must not come in rounds themselves, unless a warp could not hold the pieces' weights.
-enum class Team { kWarpRow, kWarpQuarter, kBlockQuarter };
 
-__device__ __forceinline__ Team choose_team(int pieces, bool one_round) {
-  if (pieces <= 4) return Team::kWarpRow;
-  if (pieces > 32 || (pieces > 8 && one_round)) return Team::kBlockQuarter;
-  return Team::kWarpQuarter;
-}
+// Who merges what: a warp or a block a row, a half or a quarter of one. The more pieces, the fewer
+// columns and the more warps, so that a lane has few rounds of loads to wait for; but all blocks
+// should be at work at once, unless a warp could not hold the pieces' weights.
+struct Team {
+  bool block;
+  int split;  // a row into 2^split shares: 0 (by a warp only), 1 or 2
+
+  // rows: of all merges.
+  __device__ __forceinline__ Team(int pieces, int rows) {
+    const int blocks = gridDim.x;
+    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 4) <= blocks);
+    split = pieces <= kFewPieces ? 0 : 4 * rows <= blocks * (block ? 1 : kWarps) ? 2 : 1;
+  }
+};
 
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   Cut cuts[kMaxParts + 1];
   // Bit p: part p goes on with the sequence that part p - 1 went on with.
   uint32_t continues[kMaxParts / 32 + 1];
-  bool one_round;           // the grid has a block for each quarter row of all merges
+  int rows;                 // of all merges
   int task_end[kMaxParts];  // running number of block tasks, by the part after the owner
 };
 
@@ -72,14 +79,14 @@ __device__ __forceinline__ int list_merges(const DenseDecodeParams& params, Merg
   __syncthreads();
 
   const int merges = __syncthreads_count(midway && !goes_on);
-  const bool one_round = merges * rows * kQuarters <= static_cast<int>(gridDim.x);
-  if (thread == 0) list.one_round = one_round;
+  if (merges == 0) return 0;
+  if (thread == 0) list.rows = merges * rows;
 
   int tasks = 0;  // of the merge owned by the part before this thread's
   if (midway && !goes_on) {
-    const Team team = choose_team(2 + run_length(list.continues, thread + 1), one_round);
-    const int items = team == Team::kWarpRow ? rows : rows * kQuarters;
-    tasks = team == Team::kBlockQuarter ? items : (items + kWarps - 1) / kWarps;
+    const Team team(2 + run_length(list.continues, thread + 1), merges * rows);
+    const int items = rows << team.split;
+    tasks = team.block ? items : (items + kWarps - 1) / kWarps;
   }
   using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ typename Scan::TempStorage scan_storage;
@@ -89,8 +96,11 @@ __device__ __forceinline__ int list_merges(const DenseDecodeParams& params, Merg
   return total;
 }
 
-__device__ __forceinline__ int slot_of(int owner, int piece) {
-  return piece_slot(owner + piece, /*continued=*/piece > 0);
+// The workspace row of a piece's row `row`.
+__device__ __forceinline__ uint32_t piece_row(const DenseDecodeParams& params, int owner, int piece,
+                                              int row) {
+  const int slot = piece_slot(owner + piece, /*continued=*/piece > 0);
+  return static_cast<uint32_t>(slot * params.s_q * params.h_q + row);
 }
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -109,114 +119,203 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float warp_lse(float lse) {
   const float peak = warp_max(lse);
   if (peak == -INFINITY) return -INFINITY;
-  return peak + log2f(warp_sum(exp2f(lse - peak)));
+  return peak + __log2f(warp_sum(exp2_approx(lse - peak)));
 }
 
 // Weight of a piece; 0 also where no piece saw a key.
 __device__ __forceinline__ float weight(float piece_lse, float total_lse) {
-  return total_lse == -INFINITY ? 0.0f : exp2f(piece_lse - total_lse);
+  return total_lse == -INFINITY ? 0.0f : exp2_approx(piece_lse - total_lse);
 }
 
-__device__ __forceinline__ void add_scaled(float4& sum, float w, float4 v) {
-  sum.x += w * v.x;
-  sum.y += w * v.y;
-  sum.z += w * v.z;
-  sum.w += w * v.w;
-}
-
-// Stores columns that the kernel left as float4 number `i` of a row: in each 16 columns, the lane t
-// of a quad holds 2t, 2t + 1, 2t + 8, 2t + 9.
+// Stores two neighbouring columns: pair `j` of Columns number `i` of a row of the result.
 template <typename T>
-__device__ __forceinline__ void store_columns(T* row, int i, float4 v) {
-  auto* pairs = reinterpret_cast<uint32_t*>(row) + i / 4 * 8 + i % 4;
-  pairs[0] = pack<T>(v.x, v.y);
-  pairs[4] = pack<T>(v.z, v.w);
+__device__ __forceinline__ void store_pair(const DenseDecodeParams& params, int64_t row, int i,
+                                           int j, float low, float high) {
+  auto* pairs = static_cast<uint32_t*>(params.out) + row * (kValueDim / 2);
+  pairs[i / 4 * 16 + j * 4 + i % 4] = pack<T>(low, high);
 }
 
-// One warp merges kCount quarters of a row, from `quarter` on, of at most 32 pieces.
-template <typename T, int kCount>
+// Eight columns: one of the 64 pieces of 16 bytes of a row of the workspace (partial.cuh).
+struct Columns {
+  float v[8];
+
+  __device__ __forceinline__ void add_scaled(float w, uint4 piece) {
+    const uint32_t packed[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&packed[j]));
+      v[2 * j] += w * pair.x;
+      v[2 * j + 1] += w * pair.y;
+    }
+  }
+
+  __device__ __forceinline__ void add_other_half_warp() {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += __shfl_xor_sync(~0u, v[j], 16);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(const DenseDecodeParams& params, int64_t row, int i) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_pair<T>(params, row, i, j, v[2 * j], v[2 * j + 1]);
+  }
+};
+
+// Columns number `i` of a row of the workspace, and what they are to be multiplied with.
+__device__ __forceinline__ uint4 load_columns(const DenseDecodeParams& params, uint32_t row,
+                                              int i) {
+  return reinterpret_cast<const uint4*>(params.out_accum + uint64_t{row} * kValueDim)[i];
+}
+
+__device__ __forceinline__ float load_scale(const DenseDecodeParams& params, uint32_t row,
+                                            int half) {
+  return params.out_accum[uint64_t{row} * kValueDim + kPartialScale + half];
+}
+
+// What a lane knows of piece number `lane` of a row: its log-sum-exp and, for each of kHalves
+// halves from `half` on, the scale of its columns; of the latter weigh() makes the piece's weights.
+template <int kHalves>
+struct LanePiece {
+  float lse = -INFINITY, factor[kHalves] = {};
+
+  __device__ __forceinline__ void load(const DenseDecodeParams& params, int owner, int pieces,
+                                       int row, int half) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= pieces) return;
+    const uint32_t source = piece_row(params, owner, lane, row);
+    lse = params.lse_accum[source];
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) factor[i] = load_scale(params, source, half + i);
+  }
+
+  // Returns the log-sum-exp of all pieces.
+  __device__ __forceinline__ float weigh() {
+    const float total_lse = warp_lse(lse);
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) factor[i] *= weight(lse, total_lse);
+    return total_lse;
+  }
+};
+
+// One warp merges a row of at most kFewPieces pieces.
+template <typename T>
+__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int owner, int pieces,
+                                          int sequence, int row) {
+  const int lane = threadIdx.x % 32;
+  LanePiece<2> of_lane;
+  of_lane.load(params, owner, pieces, row, 0);
+  uint4 v[kFewPieces][2] = {};
+#pragma unroll
+  for (int i = 0; i < kFewPieces; ++i) {
+    if (i >= pieces) break;
+    const uint32_t source = piece_row(params, owner, i, row);
+    v[i][0] = load_columns(params, source, lane);
+    v[i][1] = load_columns(params, source, 32 + lane);
+  }
+  const float total_lse = of_lane.weigh();
+  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Columns sum = {};
+#pragma unroll
+    for (int i = 0; i < kFewPieces; ++i) {  // the factor is 0 past the last piece
+      sum.add_scaled(__shfl_sync(~0u, of_lane.factor[half], i), v[i][half]);
+    }
+    sum.template store<T>(params, target, half * 32 + lane);
+  }
+  if (lane == 0) params.lse[target] = total_lse * kLn2;
+}
+
+// One warp merges a half or a quarter row, number `share`, of at most 32 pieces. For a quarter,
+// 16 lanes take one piece and 16 the next one.
+template <typename T>
 __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
-                                              int pieces, int sequence, int row, int quarter) {
-  constexpr int kPiecesAtOnce = 8 / kCount;
-  const int lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
-  const float lse =
-      lane < pieces ? params.lse_accum[int64_t{slot_of(owner, lane)} * rows + row] : -INFINITY;
-  float total_lse = -INFINITY, lane_weight = 0;
-  float4 sum[kCount] = {};
-  for (int first = 0; first < pieces; first += kPiecesAtOnce) {
-    float4 v[kPiecesAtOnce][kCount] = {};
+                                              int pieces, int sequence, int row, int share,
+                                              int split) {
+  constexpr int kPiecesAtOnce = 8;
+  const int lanes = kRowColumns >> split, turns = split;
+  const int lane = threadIdx.x % 32;
+  const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
+  LanePiece<1> of_lane;
+  of_lane.load(params, owner, pieces, row, half);
+  float total_lse = -INFINITY;
+  Columns sum = {};
+  for (int first = 0; first < pieces; first += turns * kPiecesAtOnce) {
+    uint4 v[kPiecesAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      if (first + i >= pieces) break;
-      const int64_t index = int64_t{slot_of(owner, first + i)} * rows + row;
-      const auto* source = reinterpret_cast<const float4*>(params.out_accum + index * kValueDim);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) v[i][j] = source[(quarter + j) * 32 + lane];
+      const int piece = first + i * turns + lane / 16 * (split - 1);
+      if (piece >= pieces) break;
+      v[i] = load_columns(params, piece_row(params, owner, piece, row), column);
     }
-    if (first == 0) {  // only now, so that the first loads all wait for memory together
-      total_lse = warp_lse(lse);
-      lane_weight = weight(lse, total_lse);
-    }
+    __syncwarp();
+    if (first == 0) total_lse = of_lane.weigh();
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const float w = __shfl_sync(~0u, lane_weight, (first + i) % 32);  // 0 past the last piece
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) add_scaled(sum[j], w, v[i][j]);
+      const int piece = first + i * turns + lane / 16 * (split - 1);
+      sum.add_scaled(__shfl_sync(~0u, of_lane.factor[0], piece % 32), v[i]);
     }
   }
-  const int64_t target = int64_t{sequence} * rows + row;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    store_columns(static_cast<T*>(params.out) + target * kValueDim, (quarter + j) * 32 + lane,
-                  sum[j]);
-  }
-  if (quarter == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
+  if (lanes == 16) sum.add_other_half_warp();
+  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
+  if (lane < lanes) sum.template store<T>(params, target, column);
+  if (share == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
 }
 
-// One block merges a quarter row of any number of pieces, its warps taking turns at them.
+// One block does so, for any number of pieces, at which its warps or half warps take turns.
 template <typename T>
 __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, int owner,
-                                               int pieces, int sequence, int row, int quarter) {
-  __shared__ float4 partial[kWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = params.s_q * params.h_q;
-  const int column = quarter * 32 + lane;  // in float4
-  const float* lse = params.lse_accum + row;
+                                               int pieces, int sequence, int row, int share,
+                                               int split) {
+  constexpr int kPiecesAtOnce = 4;
+  const int lanes = kRowColumns >> split, turns = kWarps * split;
+  __shared__ Columns partial[kWarps][32];
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
   float lane_lse = -INFINITY;
   for (int i = lane; i < pieces; i += 32) {
-    const float next = lse[int64_t{slot_of(owner, i)} * rows];
+    const float next = params.lse_accum[piece_row(params, owner, i, row)];
     const float peak = fmaxf(lane_lse, next);
-    if (peak > -INFINITY) lane_lse = peak + log2f(exp2f(lane_lse - peak) + exp2f(next - peak));
+    if (peak > -INFINITY)
+      lane_lse = peak + __log2f(exp2_approx(lane_lse - peak) + exp2_approx(next - peak));
   }
-  constexpr int kPiecesAtOnce = 8;
   float total_lse = -INFINITY;
-  float4 sum = {};
-  for (int first = warp; first < pieces; first += kWarps * kPiecesAtOnce) {
-    float4 v[kPiecesAtOnce] = {};
-    float piece_lse[kPiecesAtOnce];
+  Columns sum = {};
+  for (int first = 0; first < pieces; first += turns * kPiecesAtOnce) {
+    uint4 v[kPiecesAtOnce] = {};
+    float piece_lse[kPiecesAtOnce], scale[kPiecesAtOnce];
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * kWarps;
+      const int piece = first + i * turns + (thread / 32 * split + lane / 16 * (split - 1));
       piece_lse[i] = -INFINITY;
+      scale[i] = 0.0f;
       if (piece >= pieces) continue;
-      const int64_t index = int64_t{slot_of(owner, piece)} * rows;
-      piece_lse[i] = lse[index];
-      v[i] = reinterpret_cast<const float4*>(params.out_accum + (index + row) * kValueDim)[column];
+      const uint32_t source = piece_row(params, owner, piece, row);
+      piece_lse[i] = params.lse_accum[source];
+      scale[i] = load_scale(params, source, half);
+      v[i] = load_columns(params, source, column);
     }
-    // Only now, so that the first loads all wait for memory together.
-    if (first == warp) total_lse = warp_lse(lane_lse);
+    __syncwarp();
+    if (first == 0) total_lse = warp_lse(lane_lse);
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      add_scaled(sum, weight(piece_lse[i], total_lse), v[i]);
+      sum.add_scaled(weight(piece_lse[i], total_lse) * scale[i], v[i]);
     }
   }
-  partial[warp][lane] = sum;
+  if (lanes == 16) sum.add_other_half_warp();
+  if (lane < lanes) partial[thread / 32][lane] = sum;
   __syncthreads();
-  if (warp > 0) return;
+  if (thread >= lanes * 4) return;
+  const int i = thread / 4, j = thread % 4;  // a pair of columns
+  float low = 0.0f, high = 0.0f;
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i) add_scaled(sum, 1.0f, partial[i][lane]);
-  const int64_t target = int64_t{sequence} * rows + row;
-  store_columns(static_cast<T*>(params.out) + target * kValueDim, column, sum);
-  if (column == 0) params.lse[target] = total_lse * kLn2;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    low += partial[warp][i].v[2 * j];
+    high += partial[warp][i].v[2 * j + 1];
+  }
+  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
+  store_pair<T>(params, target, share * lanes + i, j, low, high);
+  if (share == 0 && thread == 0) params.lse[target] = total_lse * kLn2;
 }
 
 template <typename T>
@@ -233,20 +332,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int pieces = 2 + run_length(list.continues, part + 1);
     const int local = task - list.task_end[part - 1];
     const int sequence = list.cuts[part].sequence;
-    const int item = local * kWarps + threadIdx.x / 32;  // of this warp
-    switch (choose_team(pieces, list.one_round)) {
-      case Team::kWarpRow:
-        if (item < rows) merge_by_warp<T, kQuarters>(params, part - 1, pieces, sequence, item, 0);
-        break;
-      case Team::kWarpQuarter:
-        if (item < rows * kQuarters) {
-          merge_by_warp<T, 1>(params, part - 1, pieces, sequence, item / kQuarters,
-                              item % kQuarters);
-        }
-        break;
-      case Team::kBlockQuarter:
-        merge_by_block<T>(params, part - 1, pieces, sequence, local / kQuarters, local % kQuarters);
-    }
+    const Team team(pieces, list.rows);
+    const int item = team.block ? local : local * kWarps + threadIdx.x / 32;
+    const int row = item >> team.split, share = item & ((1 << team.split) - 1);
+    if (row >= rows) continue;
+    if (team.split == 0)
+      merge_row<T>(params, part - 1, pieces, sequence, row);
+    else if (team.block)
+      merge_by_block<T>(params, part - 1, pieces, sequence, row, share, team.split);
+    else
+      merge_by_warp<T>(params, part - 1, pieces, sequence, row, share, team.split);
   }
 }
 
@@ -262,8 +357,8 @@ Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
   const int rows = params.s_q * params.h_q;
   int multiprocessors = 0;
   if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
-  const unsigned grid = std::min((params.num_parts - 1) * rows * kQuarters,
-                                 multiprocessors * kBlocksPerMultiprocessor);
+  const unsigned grid =
+      std::min((params.num_parts - 1) * rows * 4, multiprocessors * kBlocksPerMultiprocessor);
   LaunchOptions options{grid, kThreads};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {

@@ -35,7 +35,7 @@ constexpr int kValueRegisters = 160;                        // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
 struct KernelArgs {
-  // Boxes of 64 rows x kHalfChunks (half) or 1 (rope) chunks.
+  // Boxes of kHalfChunks (half) or 1 (rope) chunks, of 64 tokens or `query_box` rows.
   CUtensorMap cache_half_map, cache_rope_map;  // coordinates: 0, token, chunk, block
   CUtensorMap query_half_map, query_rope_map;  // coordinates: 0, row of [b, s_q, h_q], chunk, 0
   const int32_t* block_table;
@@ -48,7 +48,8 @@ struct KernelArgs {
   int b;
   int rows;  // s_q * h_q: query rows of a sequence
   int s_q, h_q;
-  int group;  // query heads per KV head
+  int query_box;  // rows loaded for a tile: at least the rows it has
+  int group;      // query heads per KV head
   int max_blocks, max_tokens;
   int block_shift;      // a cache block is 2^block_shift tiles
   float scale_log2;     // sm_scale * log2(e)

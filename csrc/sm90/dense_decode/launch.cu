@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -48,8 +49,12 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   KernelArgs args;
   if (Status s = make_cache_map(params, kHalfChunks, &args.cache_half_map); !s.ok()) return s;
   if (Status s = make_cache_map(params, 1, &args.cache_rope_map); !s.ok()) return s;
-  if (Status s = make_query_map(params, kHalfChunks, &args.query_half_map); !s.ok()) return s;
-  if (Status s = make_query_map(params, 1, &args.query_rope_map); !s.ok()) return s;
+  // What a tile may hold, in whole swizzle groups: few heads need not load 64 rows.
+  const int tile_rows = params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
+  args.query_box = std::min((tile_rows + 7) / 8 * 8, kTileRows);
+  if (Status s = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map); !s.ok())
+    return s;
+  if (Status s = make_query_map(params, args.query_box, 1, &args.query_rope_map); !s.ok()) return s;
   args.block_table = params.block_table;
   args.cache_seqlens = params.cache_seqlens;
   args.cuts = params.cuts;

@@ -15,8 +15,9 @@ namespace flashmla::sm90 {
 __device__ __forceinline__ void load_columns(const KernelArgs& args, const SharedStorage& smem,
                                              const volatile LoadItem& item, uint32_t target,
                                              uint32_t full, int columns) {
-  mbarrier_arrive_expect(full, columns == 2 ? kChunkBytes : kHalfBytes);
   const bool query = item.kind == kQueries;
+  const int rows = query ? args.query_box : kTileTokens;
+  mbarrier_arrive_expect(full, rows * 128 * (columns == 2 ? 1 : kHalfChunks));
   const CUtensorMap* map = columns == 2 ? (query ? &args.query_rope_map : &args.cache_rope_map)
                                         : (query ? &args.query_half_map : &args.cache_half_map);
   const int index = item.index;

@@ -11,10 +11,12 @@ namespace flashmla::sm90 {
 
 using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
-// Takes the queries out of the ring. Called by the score warpgroup with no wgmma in flight;
-// `barrier` is its named barrier.
-__device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, int barrier,
-                                           QueryFragments& fragments) {
+// Takes the queries out of the ring: chunks of `box` rows. Rows past the box are whatever is there;
+// their results are not stored. Called by the score warpgroup with no wgmma in flight; `barrier` is
+// its named barrier.
+__device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, int box,
+                                           int barrier, QueryFragments& fragments) {
+  const int chunk_bytes = box * 128;
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
   const uint32_t latent = smem_address(smem.latent[ring.slot]);
@@ -22,12 +24,14 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, 
   mbarrier_wait(smem_address(&smem.half_full[1][ring.slot]), ring.parity);
 #pragma unroll
   for (int step = 0; step < kQueryStepsInRegisters; ++step) {
-    load_matrix_x4(fragments[step], latent + step / 4 * kChunkBytes +
+    // The right half has a box of its own.
+    const int half = step / (4 * kHalfChunks), chunk = step / 4 % kHalfChunks;
+    load_matrix_x4(fragments[step], latent + half * kHalfBytes + chunk * chunk_bytes +
                                         swizzled_offset(row, step % 4 * 2 + lane / 16));
   }
   const int copied_row = thread % kTileRows, half = thread / kTileRows;
   store_shared(smem_address(smem.query_step[half][copied_row]),
-               load_shared(latent + (kLatentChunks - 1) * kChunkBytes +
+               load_shared(latent + kHalfBytes + (kHalfChunks - 1) * chunk_bytes +
                            swizzled_offset(copied_row, 6 + half)));
   mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
 #pragma unroll

@@ -187,7 +187,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
     SoftmaxRows rows;
 
-    take_query(smem, ring, kScoreBarrier, q);
+    take_query(smem, ring, args.query_box, kScoreBarrier, q);
     if (warp_leader) {  // no one waits for the first three: their phases keep step with the loads
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));

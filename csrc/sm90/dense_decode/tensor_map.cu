@@ -24,14 +24,15 @@ constexpr cuuint64_t kElementBytes = 2, kChunkColumns = 64;
 constexpr cuuint64_t kChunkStride = kChunkColumns * kElementBytes,
                      kRowBytes = kHeadDim * kElementBytes;
 
-// Extents, outermost strides in bytes, and a box of 64 rows of `chunks` chunks.
+// Extents, outermost strides in bytes, and a box of `rows` rows of `chunks` chunks.
 Status encode(const void* base, DType dtype, const cuuint64_t (&extents)[4],
-              const cuuint64_t (&strides)[3], int chunks, CUtensorMap* map) {
+              const cuuint64_t (&strides)[3], int rows, int chunks, CUtensorMap* map) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = find_encoder();
   if (encoder == nullptr) {
     return Status::FailedPrecondition("the CUDA driver has no cuTensorMapEncodeTiled");
   }
-  const cuuint32_t box[4] = {kChunkColumns, kTileTokens, static_cast<cuuint32_t>(chunks), 1};
+  const cuuint32_t box[4] = {kChunkColumns, static_cast<cuuint32_t>(rows),
+                             static_cast<cuuint32_t>(chunks), 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -52,13 +53,13 @@ Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* 
   return encode(
       params.blocks, params.dtype,
       {kChunkColumns, block_size, cuuint64_t(params.h_kv) * kChunks, cuuint64_t(params.num_blocks)},
-      {token_bytes, kChunkStride, block_size * token_bytes}, chunks, map);
+      {token_bytes, kChunkStride, block_size * token_bytes}, kTileTokens, chunks, map);
 }
 
-Status make_query_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map) {
-  const cuuint64_t rows = cuuint64_t(params.b) * params.s_q * params.h_q;
-  return encode(params.q, params.dtype, {kChunkColumns, rows, kChunks, 1},
-                {kRowBytes, kChunkStride, rows * kRowBytes}, chunks, map);
+Status make_query_map(const DenseDecodeParams& params, int rows, int chunks, CUtensorMap* map) {
+  const cuuint64_t all_rows = cuuint64_t(params.b) * params.s_q * params.h_q;
+  return encode(params.q, params.dtype, {kChunkColumns, all_rows, kChunks, 1},
+                {kRowBytes, kChunkStride, all_rows * kRowBytes}, rows, chunks, map);
 }
 
 }  // namespace flashmla::sm90

@@ -6,6 +6,7 @@
 #include "../common/matrix.cuh"
 #include "../common/smem_desc.cuh"
 #include "../common/wgmma.cuh"
+#include "../partial.cuh"
 #include "load.cuh"
 
 namespace flashmla::sm90 {
@@ -76,17 +77,34 @@ __device__ __forceinline__ void store_row(const KernelArgs& args, const float (&
   }
 }
 
-// The same for a partial piece, in f32, in the order in which quads hold 16 columns: see
-// combine.cu.
+// The same for a partial piece: see partial.cuh.
 __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128],
-                                                  int r, int column, float inverse_sum, int slot,
-                                                  int row) {
-  float* target = args.out_accum + output_offset(args, slot, row, column);
+                                                  int r, int half, float inverse_sum, int slot,
+                                                  int row, bool valid) {
+  float peaks[4] = {};
 #pragma unroll
-  for (int i = 0; i < 32; i += 2) {
-    *reinterpret_cast<float4*>(target + i * 8) =
-        float4{o[4 * i + 2 * r] * inverse_sum, o[4 * i + 2 * r + 1] * inverse_sum,
-               o[4 * i + 4 + 2 * r] * inverse_sum, o[4 * i + 5 + 2 * r] * inverse_sum};
+  for (int i = 0; i < 32; ++i) {
+    peaks[i % 4] = fmaxf(peaks[i % 4], fmaxf(fabsf(o[4 * i + 2 * r]), fabsf(o[4 * i + 2 * r + 1])));
+  }
+  float peak = fmaxf(fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3]));
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+  if (!valid) return;
+  const int exponent = partial_exponent(peak * inverse_sum);
+  const float factor = inverse_sum * power_of_two(-exponent);
+  const int quad_lane = threadIdx.x % 4;
+  auto* target = reinterpret_cast<uint4*>(args.out_accum + output_offset(args, slot, row, 0));
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    uint32_t v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[j] = pack<__half>(o[4 * (i + j) + 2 * r] * factor, o[4 * (i + j) + 2 * r + 1] * factor);
+    }
+    target[half * 32 + i + quad_lane] = uint4{v[0], v[1], v[2], v[3]};
+  }
+  if (quad_lane == 0) {
+    reinterpret_cast<float*>(target)[kPartialScale + half] = power_of_two(exponent);
   }
 }
 
@@ -99,7 +117,7 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int thread = reread_thread();
-    const int half_column = (thread / kWarpgroupThreads - 1) * (kValueDim / 2);
+    const int half = thread / kWarpgroupThreads - 1;
     const int row = thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
     const volatile RowTile& tile = smem.row_tile;
     const bool valid = row < tile.count;
@@ -110,11 +128,11 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
     const bool continued = sequence == begin.sequence && begin.tile > 0;
     const bool unfinished = sequence == end.sequence && end.tile > 0;
     if (!continued && !unfinished) {
-      store_row<T>(args, o, r, half_column + thread % 4 * 8, inverse_sum, sequence,
+      store_row<T>(args, o, r, half * (kValueDim / 2) + thread % 4 * 8, inverse_sum, sequence,
                    tile.first + row, valid);
-    } else if (valid) {
-      store_partial_row(args, o, r, half_column + thread % 4 * 4, inverse_sum,
-                        piece_slot(blockIdx.z, continued), tile.first + row);
+    } else {
+      store_partial_row(args, o, r, half, inverse_sum, piece_slot(blockIdx.z, continued),
+                        tile.first + row, valid);
     }
   }
 }
