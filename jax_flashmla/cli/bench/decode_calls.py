@@ -60,20 +60,30 @@ def make_q(row: Row, dtype: Any, device: jax.Device) -> jax.Array:
 Decode = Callable[..., list[jax.Array]]
 
 
-def package_decode(row: Row, implementation: str) -> Decode:
-    """(q, pool, tables, cache_seqlens) -> one out per table, through jax_flashmla."""
+def package_decode(
+    row: Row, implementation: str, schedule: jax_flashmla.SplitSchedule | None = None
+) -> Decode:
+    """(q, pool, tables, cache_seqlens) -> one out per table, through jax_flashmla.
+
+    Without a schedule the function makes one for all its calls, as a decoding step does.
+    """
 
     @jax.jit
     def decode(
-        q: jax.Array, pool: jax.Array, tables: list[jax.Array], cache_seqlens: jax.Array
+        q: jax.Array,
+        pool: jax.Array,
+        tables: list[jax.Array],
+        cache_seqlens: jax.Array,
+        schedule: jax_flashmla.SplitSchedule | None = None,
     ) -> list[jax.Array]:
-        schedule = jax_flashmla.make_schedule(cache_seqlens, h_q=row.h_q, s_q=row.s_q)
+        if schedule is None:
+            schedule = jax_flashmla.make_schedule(cache_seqlens, h_q=row.h_q, s_q=row.s_q)
         attend = partial(
             jax_flashmla.dense_decode, causal=True, schedule=schedule, implementation=implementation
         )
         return [attend(q, pool, table, cache_seqlens)[0] for table in tables]
 
-    return decode
+    return decode if schedule is None else partial(decode, schedule=schedule)
 
 
 def composed_decode() -> Decode:

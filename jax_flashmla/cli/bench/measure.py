@@ -19,8 +19,8 @@ class Method:
 
     One jitted function makes `calls` calls, each over a cache of its own, so that no call finds its
     cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
-    time divided by all calls, launch gaps and the schedule (once per function) included. The result
-    is the median of `samples`.
+    time divided by all calls, launch gaps included. The schedule is made beforehand, except with
+    --layers, where the function makes it once. The result is the median of `samples`.
     """
 
     cache_bytes: int  # that the caches of one function reach together, if max_calls allows it

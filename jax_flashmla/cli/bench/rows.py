@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import jax_flashmla
 from jax_flashmla.cli.bench import peers
 from jax_flashmla.cli.bench.command_buffers import compile_and_look
 from jax_flashmla.cli.bench.decode_calls import (
@@ -69,7 +70,11 @@ def measure_row(row: Row, pool: jax.Array, setup: Setup, *, with_xla: bool) -> d
     arguments = (q, pool, device_tables, seqlens)
 
     launched: dict[str, Any] = {}
-    decode: Any = package_decode(row, "kernel")
+    # The peers' schedules were made beforehand. A stack of layers makes its own, once.
+    schedule = None
+    if not setup.look_inside:
+        schedule = jax_flashmla.make_schedule(seqlens, h_q=row.h_q, s_q=row.s_q)
+    decode: Any = package_decode(row, "kernel", schedule)
     if setup.look_inside:
         decode, capture = compile_and_look(decode, *arguments)
         launched["decode_custom_calls"] = count_decode_calls(decode)
