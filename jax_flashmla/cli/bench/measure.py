@@ -21,6 +21,10 @@ class Method:
     cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
     time divided by all calls, launch gaps included. The schedule is made beforehand, except with
     --layers, where the function makes it once. The result is the median of `samples`.
+
+    A GPU at its power limit lowers its clock within a fraction of a second. So samples are short
+    and the device rests before each, as in the recorded peers' bursts of nine replays; and one
+    sample of `sustained_seconds` tells what is left under lasting load.
     """
 
     cache_bytes: int  # that the caches of one function reach together, if max_calls allows it
@@ -28,6 +32,8 @@ class Method:
     max_calls: int
     samples: int
     sample_seconds: float  # 0: one run a sample
+    rest_seconds: float  # before each sample
+    sustained_seconds: float
 
     def calls(self, cache_bytes: int) -> int:
         """How many caches of `cache_bytes` one function reads."""
@@ -36,18 +42,19 @@ class Method:
 
 
 METHODS = {
-    "gpu": Method(256_000_000, 8, 128, samples=9, sample_seconds=0.020),
-    "cpu": Method(64_000_000, 2, 4, samples=5, sample_seconds=0.0),
+    "gpu": Method(256_000_000, 8, 128, 7, 0.020, rest_seconds=0.1, sustained_seconds=0.3),
+    "cpu": Method(64_000_000, 2, 4, 5, 0.0, rest_seconds=0.0, sustained_seconds=0.0),
 }
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call: the median, least and greatest of the samples."""
+    """Microseconds per call: the median, least and greatest sample, and under lasting load."""
 
     us: float
     us_min: float
     us_max: float
+    us_sustained: float
 
 
 def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
@@ -66,10 +73,15 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
 
     for _ in range(3):  # compile; record the command buffer; settle
         once = sample(1)
-    repeats = max(1, math.ceil(method.sample_seconds / once))
-    seconds = [sample(repeats) for _ in range(method.samples)]
-    per_call = [s / calls * 1e6 for s in seconds]
-    return Timing(statistics.median(per_call), min(per_call), max(per_call))
+
+    def per_call(seconds: float) -> float:
+        """Microseconds a call in a sample that long."""
+        time.sleep(method.rest_seconds)
+        return sample(max(1, math.ceil(seconds / once))) / calls * 1e6
+
+    samples = [per_call(method.sample_seconds) for _ in range(method.samples)]
+    sustained = per_call(method.sustained_seconds)
+    return Timing(statistics.median(samples), min(samples), max(samples), sustained)
 
 
 @dataclass(frozen=True)
