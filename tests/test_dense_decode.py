@@ -92,6 +92,24 @@ def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) 
     tolerances.assert_decoded((out, lse), expected)
 
 
+@pytest.mark.parametrize("power", [-80, 0, 100])
+def test_values_of_any_size_survive_the_merge(power: int, kernel: str) -> None:
+    """Scaling the cache by a power of two, and the queries by its inverse, scales the result."""
+    case = DecodeCase(2, 1, 900, 3)
+    inputs = cases.make_inputs(case)
+    out, lse = cases.naive_decode(case, inputs)
+    q, blocks, *rest = inputs.arguments
+    got, got_lse = dense_decode(
+        jnp.ldexp(q.astype(jnp.float32), -power).astype(q.dtype),
+        jnp.ldexp(blocks.astype(jnp.float32), power).astype(blocks.dtype),
+        *rest,
+        schedule=make_schedule(rest[-1], h_q=3, num_parts=9, implementation=kernel),
+        implementation=kernel,
+    )
+    got = jnp.ldexp(got.astype(jnp.float32), -power).astype(got.dtype)
+    tolerances.assert_decoded((got, got_lse), (out, lse))
+
+
 @pytest.mark.parametrize("was", [[900, 1, 0, 64], [0, 0, 0, 0], [1, 2000, 128, 65]])
 def test_schedule_of_other_lengths_gives_the_same_result(was: list[int], kernel: str) -> None:
     case = DecodeCase(4, 1, 900, 3)

@@ -20,7 +20,7 @@ __device__ __forceinline__ float power_of_two(int x) { return __int_as_float((12
 // nor its inverse leaves f32.
 __device__ __forceinline__ int partial_exponent(float peak) {
   const int exponent = (__float_as_int(peak) >> 23) - 127;  // peak < 2^(exponent + 1)
-  return min(max(exponent, -96), 124) - 14;                 // values stay below 2^15
+  return min(max(exponent, -96), 127) - 14;                 // values stay below 2^15
 }
 
 }  // namespace flashmla::sm90
