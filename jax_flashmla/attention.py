@@ -31,8 +31,8 @@ def dense_decode(
 
     `out = softmax(sm_scale * q . keys) . values` with float32 accumulation. A cache row is a key,
     and its first d_v columns are the value; query head h reads cache head h // (h_q // h_kv). The
-    same inputs give the same bits on the same device. Where the schedule cuts a sequence, the Hopper
-    kernel rounds each piece's result to 12 bits before it merges them (a bfloat16 has 8).
+    same inputs give the same bits on the same device. Where the schedule cuts a sequence, the
+    Hopper kernel rounds each piece's result to 11 bits before it merges them; a bfloat16 has 8.
 
     Args:
         q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32; b at most 16384, and b * s_q * h_q

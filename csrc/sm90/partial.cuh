@@ -3,7 +3,7 @@
 // A row of the workspace (512 f32) holds 512 f16, in the order of the output's registers: of each
 // 32 columns a quad's lane t keeps 2t and 2t + 1 of every eight, 16 bytes. Then, at float
 // kPartialScale, what the left and the right half are to be multiplied with, a power of two. It
-// brings the half's largest value near f16's largest: rounding is to 2^-12 of a value, against 2^-9
+// brings the half's largest value near f16's largest: rounding is to 2^-11 of a value, against 2^-8
 // in a bf16 result.
 #pragma once
 
