@@ -8,8 +8,8 @@
 
 namespace flashmla::sm90 {
 
-// Both maps have boxes of some rows by `chunks` groups of 64 columns, written to shared memory group
-// by group in the 128-byte swizzle. What is out of bounds reads as zeros.
+// Both maps have boxes of some rows by `chunks` groups of 64 columns, written to shared memory
+// group by group in the 128-byte swizzle. What is out of bounds reads as zeros.
 
 // 64 rows a box. Coordinates: 0, token of the block, column group (all KV heads' in a row), block.
 Status make_cache_map(const DenseDecodeParams& params, int chunks, CUtensorMap* map);
