@@ -158,7 +158,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **environment.describe(device, arguments.commit),
         **{name: getattr(arguments, name) for name in names},
         "dtype": "bfloat16",
-        "method": {"samples": method.samples, "sample_seconds": method.sample_seconds},
+        "method": {
+            "samples": method.samples,
+            "sample_seconds": method.sample_seconds,
+            "rest_seconds": method.rest_seconds,
+        },
         "ceilings": dataclasses.asdict(measure_ceilings(device, method)),
         "rows": [],
     }

@@ -23,6 +23,7 @@ constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kBlocksPerMultiprocessor = 3;  // what fits
 constexpr int kRowColumns = 64;              // in units of eight columns
+constexpr int kMostShares = 4;               // of a row
 constexpr int kFewPieces = 4;                // whose rows a lane can load at once
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
 
@@ -36,8 +37,9 @@ struct Team {
   // rows: of all merges.
   __device__ __forceinline__ Team(int pieces, int rows) {
     const int blocks = gridDim.x;
-    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 4) <= blocks);
-    split = pieces <= kFewPieces ? 0 : 4 * rows <= blocks * (block ? 1 : kWarps) ? 2 : 1;
+    block =
+        pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : kMostShares) <= blocks);
+    split = pieces <= kFewPieces ? 0 : kMostShares * rows <= blocks * (block ? 1 : kWarps) ? 2 : 1;
   }
 };
 
@@ -227,7 +229,8 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int o
 }
 
 // One warp merges a half or a quarter row, number `share`, of at most 32 pieces. For a quarter,
-// 16 lanes take one piece and 16 the next one.
+// 16 lanes take one piece and 16 the next one: lane / 16 * (split - 1) is a half warp's turn, 0
+// where whole warps take turns.
 template <typename T>
 __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
                                               int pieces, int sequence, int row, int share,
@@ -357,8 +360,8 @@ Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
   const int rows = params.s_q * params.h_q;
   int multiprocessors = 0;
   if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
-  const unsigned grid =
-      std::min((params.num_parts - 1) * rows * 4, multiprocessors * kBlocksPerMultiprocessor);
+  const unsigned grid = std::min((params.num_parts - 1) * rows * kMostShares,
+                                 multiprocessors * kBlocksPerMultiprocessor);
   LaunchOptions options{grid, kThreads};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {

@@ -22,7 +22,8 @@ constexpr int kLatentChunks = kChunks - 1;
 constexpr int kQueryStepsInRegisters = 31;
 constexpr int kHalfChunks = 4;  // 256 value columns: what one warpgroup accumulates
 constexpr int kStages = 3;      // tiles in shared memory
-constexpr int kChunkBytes = kTileTokens * 128;
+constexpr int kChunkRowBytes = 128;
+constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 

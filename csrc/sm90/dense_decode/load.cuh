@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, const Share
                                              uint32_t full, int columns) {
   const bool query = item.kind == kQueries;
   const int rows = query ? args.query_box : kTileTokens;
-  mbarrier_arrive_expect(full, rows * 128 * (columns == 2 ? 1 : kHalfChunks));
+  mbarrier_arrive_expect(full, rows * kChunkRowBytes * (columns == 2 ? 1 : kHalfChunks));
   const CUtensorMap* map = columns == 2 ? (query ? &args.query_rope_map : &args.cache_rope_map)
                                         : (query ? &args.query_half_map : &args.cache_half_map);
   const int index = item.index;

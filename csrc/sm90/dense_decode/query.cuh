@@ -16,7 +16,7 @@ using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A frag
 // its named barrier.
 __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, int box,
                                            int barrier, QueryFragments& fragments) {
-  const int chunk_bytes = box * 128;
+  const int chunk_bytes = box * kChunkRowBytes;
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
   const uint32_t latent = smem_address(smem.latent[ring.slot]);
