@@ -22,12 +22,14 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, 
   const uint32_t latent = smem_address(smem.latent[ring.slot]);
   mbarrier_wait(smem_address(&smem.half_full[0][ring.slot]), ring.parity);
   mbarrier_wait(smem_address(&smem.half_full[1][ring.slot]), ring.parity);
+  if (thread / 32 * 16 < box) {  // a warp without queries computes with whatever it has
 #pragma unroll
-  for (int step = 0; step < kQueryStepsInRegisters; ++step) {
-    // The right half has a box of its own.
-    const int half = step / (4 * kHalfChunks), chunk = step / 4 % kHalfChunks;
-    load_matrix_x4(fragments[step], latent + half * kHalfBytes + chunk * chunk_bytes +
-                                        swizzled_offset(row, step % 4 * 2 + lane / 16));
+    for (int step = 0; step < kQueryStepsInRegisters; ++step) {
+      // The right half has a box of its own.
+      const int half = step / (4 * kHalfChunks), chunk = step / 4 % kHalfChunks;
+      load_matrix_x4(fragments[step], latent + half * kHalfBytes + chunk * chunk_bytes +
+                                          swizzled_offset(row, step % 4 * 2 + lane / 16));
+    }
   }
   const int copied_row = thread % kTileRows, half = thread / kTileRows;
   store_shared(smem_address(smem.query_step[half][copied_row]),
@@ -36,6 +38,7 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, 
   mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
 #pragma unroll
   for (int i = 0; i < kChunkBytes; i += kWarpgroupThreads * 16) {
+    if (i >= chunk_bytes) break;
     const uint32_t offset = i + thread * 16;
     store_shared(smem_address(smem.query_rope) + offset,
                  load_shared(smem_address(smem.rope[ring.slot]) + offset));
