@@ -24,6 +24,7 @@ FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.
 
 CACHE_DTYPES = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _SM90_DTYPES = CACHE_DTYPES[:2]
+_SM90_BLOCK_SIZES = (16, 32, 64, 128, 256)
 _INT32 = (np.dtype(np.int32),)
 
 
@@ -149,10 +150,10 @@ def sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None
     """Why the Hopper kernel does not take these dimensions or dtype; None where it does."""
     if np.dtype(dtype) not in _SM90_DTYPES:
         return f"the sm90 kernel takes {dtype_names(_SM90_DTYPES)}, got {np.dtype(dtype)}"
-    if (d_qk, d_v) == (576, 512) and block_size in (64, 128, 256):
+    if (d_qk, d_v) == (576, 512) and block_size in _SM90_BLOCK_SIZES:
         return None
     return (
-        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = 64, 128 or 256, got "
+        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = 16, 32, 64, 128 or 256, got "
         f"d_qk = {d_qk}, d_v = {d_v} and block_size = {block_size}"
     )
 

@@ -226,6 +226,10 @@ def cpu_cases() -> list[DecodeCase]:
         DecodeCase(2, 1, 700, 4, d_qk=512, d_v=512, block_size=256),
         DecodeCase(3, 2, 300, 9, 3, block_size=128, causal=True),
         DecodeCase(3, 1, 1000, 20, block_size=256, zero_lengths=True),
+        DecodeCase(3, 2, 300, 9, 3, block_size=16, causal=True),
+        DecodeCase(2, 1, 2000, 16, block_size=16),
+        DecodeCase(3, 1, 1000, 20, block_size=32, zero_lengths=True),
+        DecodeCase(2, 2, 700, 64, 2, block_size=32, causal=True),
     ]
 
 

@@ -144,7 +144,7 @@ struct Bench {
     for (int layer = 0; layer < layers; ++layer) {
       std::vector<int32_t> table(size_t(p.b) * p.max_blocks, 2147480000);
       for (int i = 0; i < p.b; ++i)
-        for (int t = 0; t < (row.lengths[i] + 63) / 64; ++t) {
+        for (int t = 0; t < (row.lengths[i] + kBlock - 1) / kBlock; ++t) {
           if (next == ids.size()) next = 0;
           table[size_t(i) * p.max_blocks + t] = ids[next++];
         }

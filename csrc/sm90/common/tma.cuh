@@ -16,14 +16,14 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 // Coordinates out of the map's bounds are written as zeros and count as loaded.
-__device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map,
+__device__ __forceinline__ void tma_load_5d(uint32_t destination, const CUtensorMap* map,
                                             uint32_t barrier, int c0, int c1, int c2, int c3,
-                                            uint64_t hint) {
+                                            int c4, uint64_t hint) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
-      "l"(hint)
+      "r"(c4), "l"(hint)
       : "memory");
 }
 

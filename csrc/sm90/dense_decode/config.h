@@ -13,7 +13,8 @@ constexpr int kHeadDim = 576;   // d_qk: 512 latent columns, then 64 rope column
 constexpr int kValueDim = 512;  // d_v
 constexpr int kTileRows = 64;   // packed query rows (query token x head) of one thread block
 constexpr int kTileTokens = kSplitTile;
-constexpr int kMaxBlockShift = 2;  // a cache block is 1, 2 or 4 tiles
+constexpr int kMinBlock = 16, kMaxBlock = 256;      // tokens of a cache block
+constexpr int kMaxBoxes = kTileTokens / kMinBlock;  // of a tile: blocks that it may span
 
 constexpr int kChunks = kHeadDim / 64;  // of 64 columns: 0-3 left, 4-7 right, 8 rope
 constexpr int kLatentChunks = kChunks - 1;
@@ -24,6 +25,10 @@ constexpr int kHalfChunks = 4;  // 256 value columns: what one warpgroup accumul
 constexpr int kStages = 3;      // tiles in shared memory
 constexpr int kChunkRowBytes = 128;
 constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
+// A tile's half in shared memory: eight tokens' four chunks, then the next eight tokens'. So a
+// box of any multiple of eight tokens is without gaps.
+constexpr int kTokenGroup = 8;
+constexpr int kTokenGroupBytes = kHalfChunks * kTokenGroup * kChunkRowBytes;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
@@ -36,9 +41,10 @@ constexpr int kValueRegisters = 160;                        // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
 struct KernelArgs {
-  // Boxes of kHalfChunks (half) or 1 (rope) chunks, of 64 tokens or `query_box` rows.
-  CUtensorMap cache_half_map, cache_rope_map;  // coordinates: 0, token, chunk, block
-  CUtensorMap query_half_map, query_rope_map;  // coordinates: 0, row of [b, s_q, h_q], chunk, 0
+  // Boxes of kHalfChunks (half) or 1 (rope) chunks, of a box's tokens or `query_box` rows.
+  // Coordinates: 0, 0, chunk, token / kTokenGroup, block; 0, row of [b, s_q, h_q], chunk, 0, 0.
+  CUtensorMap cache_half_map, cache_rope_map;
+  CUtensorMap query_half_map, query_rope_map;
   const int32_t* block_table;
   const int32_t* cache_seqlens;
   const int32_t* cuts;
@@ -52,7 +58,7 @@ struct KernelArgs {
   int query_box;  // rows loaded for a tile: at least the rows it has
   int group;      // query heads per KV head
   int max_blocks, max_tokens;
-  int block_shift;      // a cache block is 2^block_shift tiles
+  int block_shift;      // a cache block is 2^block_shift tiles, or at most one
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

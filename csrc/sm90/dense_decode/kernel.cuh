@@ -17,7 +17,7 @@
 namespace flashmla::sm90 {
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
-template <typename T>
+template <typename T, int kBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ SharedStorage shared_storage[];
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
     smem.begin = begin;
     smem.end = end;
-    start_loads(args, smem);
+    start_loads<kBoxes>(args, smem);
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
@@ -62,8 +62,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_scores<T>(args, smem);
   } else {
     lower_registers<kValueRegisters>();
-    run_values<T>(args, smem, warpgroup - 1);
+    run_values<T, kBoxes>(args, smem, warpgroup - 1);
   }
+}
+
+// boxes: cache blocks that a tile spans.
+template <typename T>
+Status launch_dense_decode(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream) {
+  const auto kernel = boxes == 1   ? dense_decode_kernel<T, 1>
+                      : boxes == 2 ? dense_decode_kernel<T, 2>
+                                   : dense_decode_kernel<T, kMaxBoxes>;
+  return launch(kernel, {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream,
+                "dense_decode", args);
 }
 
 }  // namespace flashmla::sm90

@@ -3,10 +3,8 @@
 
 namespace flashmla::sm90 {
 
-Status launch_dense_decode_f16(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch(dense_decode_kernel<__half>,
-                {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream, "dense_decode",
-                args);
+Status launch_dense_decode_f16(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream) {
+  return launch_dense_decode<__half>(args, boxes, grid, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <string>
 
@@ -12,19 +13,15 @@
 namespace flashmla::sm90 {
 namespace {
 
-// -1 where no shift gives the block size.
-int block_shift(int block_size) {
-  for (int shift = 0; shift <= kMaxBlockShift; ++shift) {
-    if (block_size == kTileTokens << shift) return shift;
-  }
-  return -1;
+bool takes_block_size(int tokens) {
+  return tokens >= kMinBlock && tokens <= kMaxBlock && std::has_single_bit(unsigned(tokens));
 }
 
 Status check_supported(const DenseDecodeParams& params) {
-  if (params.d_qk != kHeadDim || params.d_v != kValueDim || block_shift(params.block_size) < 0) {
+  if (params.d_qk != kHeadDim || params.d_v != kValueDim || !takes_block_size(params.block_size)) {
     return Status::InvalidArgument(
-        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 64, 128 or "
-        "256, got d_qk = " +
+        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 16, 32, "
+        "64, 128 or 256, got d_qk = " +
         std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
         ", block_size = " + std::to_string(params.block_size));
   }
@@ -47,14 +44,19 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   if (Status status = check_supported(params); !status.ok()) return status;
 
   KernelArgs args;
-  if (Status s = make_cache_map(params, kHalfChunks, &args.cache_half_map); !s.ok()) return s;
-  if (Status s = make_cache_map(params, 1, &args.cache_rope_map); !s.ok()) return s;
+  const int box_tokens = std::min(params.block_size, kTileTokens);
+  const int boxes = kTileTokens / box_tokens;
+  Status s = make_cache_map(params, box_tokens, kHalfChunks, &args.cache_half_map);
+  if (!s.ok()) return s;
+  s = make_cache_map(params, box_tokens, 1, &args.cache_rope_map);
+  if (!s.ok()) return s;
   // What a tile may hold, in whole swizzle groups: few heads need not load 64 rows.
   const int tile_rows = params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
   args.query_box = std::min((tile_rows + 7) / 8 * 8, kTileRows);
-  if (Status s = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map); !s.ok())
-    return s;
-  if (Status s = make_query_map(params, args.query_box, 1, &args.query_rope_map); !s.ok()) return s;
+  s = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map);
+  if (!s.ok()) return s;
+  s = make_query_map(params, args.query_box, 1, &args.query_rope_map);
+  if (!s.ok()) return s;
   args.block_table = params.block_table;
   args.cache_seqlens = params.cache_seqlens;
   args.cuts = params.cuts;
@@ -69,7 +71,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.group = params.h_q / params.h_kv;
   args.max_blocks = params.max_blocks;
   args.max_tokens = params.max_blocks * params.block_size;
-  args.block_shift = block_shift(params.block_size);
+  args.block_shift = std::countr_zero(unsigned(params.block_size / box_tokens));
   args.scale_log2 = params.sm_scale * 1.4426950408889634f;
   args.causal = params.causal;
 
@@ -81,7 +83,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel =
       params.dtype == DType::kBFloat16 ? launch_dense_decode_bf16 : launch_dense_decode_f16;
-  if (Status s = launch_kernel(args, grid, stream); !s.ok()) return s;
+  if (s = launch_kernel(args, boxes, grid, stream); !s.ok()) return s;
   return run_combine(params, stream);
 }
 

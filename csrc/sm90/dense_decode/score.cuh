@@ -39,7 +39,9 @@ __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragment
       mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.slot]), ring.parity);
       wgmma_fence();
     }
-    const uint64_t keys = k_major_desc(smem_address(smem.latent[ring.slot]) + c * kChunkBytes);
+    const uint64_t keys = k_major_desc(
+        smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
+        kTokenGroupBytes);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int step = c * 4 + k;
@@ -182,12 +184,13 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   bool odd_piece = false;  // counting pieces that are not empty
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
-    const int seqlen = load_seqlen(args, sequence);
-    const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
-    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
+    const int length = args.cache_seqlens[sequence];  // on its way while the queries are taken
     SoftmaxRows rows;
 
     take_query(smem, ring, args.query_box, kScoreBarrier, q);
+    const int seqlen = clamp_seqlen(args, length);
+    const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
+    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
     if (warp_leader) {  // no one waits for the first three: their phases keep step with the loads
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));

@@ -15,9 +15,11 @@ namespace flashmla::sm90 {
 __device__ __forceinline__ void zero_tail(uint8_t* half, int valid_tokens) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   for (int i = valid_tokens * 8 + thread; i < kTileTokens * 8; i += kWarpgroupThreads) {
+    const int group = i / 64, piece = i % 64;  // of eight tokens' 16-byte pieces of a chunk
 #pragma unroll
     for (int c = 0; c < kHalfChunks; ++c) {
-      store_shared(smem_address(half + c * kChunkBytes) + i * 16, uint4{0, 0, 0, 0});
+      store_shared(smem_address(half) + group * kTokenGroupBytes + c * kGroupBytes + piece * 16,
+                   uint4{0, 0, 0, 0});
     }
   }
 }
@@ -137,7 +139,7 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
   }
 }
 
-template <typename T>
+template <typename T, int kBoxes>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int barrier = 2 + half;  // named barrier of this warpgroup
@@ -146,6 +148,9 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   float o[128];
   RingIndex ring;
   bool odd_piece = false;  // counting pieces that are not empty
+  if (loads) start_last_load<kBoxes>(args, smem);
+  // Here and below: lanes that ran ahead of the loading thread would hang in a wgmma.
+  __syncwarp();
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
@@ -156,9 +161,10 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
     mbarrier_wait(smem_address(&smem.half_full[half][ring.slot]), ring.parity);
     if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     if (loads) {
-      find_item(args, smem);
-      refill(args, smem, ring);
+      find_item<kBoxes>(args, smem);
+      refill<kBoxes>(args, smem, ring);
     }
+    __syncwarp();
     ring.advance();
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
@@ -181,21 +187,23 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
 
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot]));
       const uint64_t values =
-          mn_major_desc(smem_address(smem.latent[ring.slot][half]), kChunkBytes);
+          mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
-        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + 128 * k, k > 0 || !fresh);
+        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
+                            k > 0 || !fresh);
       }
       wgmma_commit();
-      if (loads) find_item(args, smem);
+      if (loads) find_item<kBoxes>(args, smem);
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
       if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
-      if (loads) refill(args, smem, ring);
+      if (loads) refill<kBoxes>(args, smem, ring);
+      __syncwarp();
       fresh = false;
       ring.advance();
     }

@@ -59,8 +59,8 @@ enum LoadKind { kNothing, kQueries, kTile };
 
 struct LoadItem {
   LoadKind kind;
-  int index;  // the queries' sequence, or the tile's cache block
-  int token;  // of that block, with which the tile begins
+  int index[kMaxBoxes];  // the queries' sequence, or the cache blocks that the tile spans
+  int token_group;       // of the first block, with which the tile begins
 };
 
 // The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
@@ -69,17 +69,20 @@ struct LoadItem {
 struct LoadStream {
   Cut end;
   int sequence, tile, tile_end;
-  bool open;          // not past the part's end
-  bool query_next;    // the queries of `sequence` come next, else its `tile`
-  bool entered;       // tile_end is known
-  int seqlen, block;  // of `sequence` and `tile`, copied asynchronously
+  bool open;        // not past the part's end
+  bool query_next;  // the queries of `sequence` come next, else its `tile`
+  bool entered;     // tile_end is known
+  // Of `sequence` and `tile`, copied asynchronously.
+  int seqlen, blocks[kMaxBoxes];
 
+  template <int kBoxes>
   __device__ void start(const KernelArgs& args, Cut begin, Cut end_cut) {
     end = end_cut;
-    enter(args, begin.sequence, begin.tile, owns_work(begin, end, begin.sequence));
+    enter<kBoxes>(args, begin.sequence, begin.tile, owns_work(begin, end, begin.sequence));
   }
 
   // Moves on to the next load.
+  template <int kBoxes>
   __device__ void next(const KernelArgs& args, volatile LoadItem& item) {
     item.kind = kNothing;
     if (!open) return;
@@ -90,31 +93,36 @@ struct LoadStream {
         tile_end = sequence == end.sequence ? min(end.tile, tiles) : tiles;
         entered = true;
         if (tile >= tile_end) {
-          enter_next(args);
+          enter_next<kBoxes>(args);
           if (!open) return;
         }
       }
     }
     if (query_next) {
       item.kind = kQueries;
-      item.index = sequence;
+      item.index[0] = sequence;
       query_next = false;
     } else {
       item.kind = kTile;
-      item.index = *const_cast<volatile int*>(&block);
-      item.token = (tile & ((1 << args.block_shift) - 1)) * kTileTokens;
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        item.index[box] = *const_cast<volatile int*>(&blocks[box]);
+      }
+      item.token_group = (tile & ((1 << args.block_shift) - 1)) * (kTileTokens / kTokenGroup);
       if (++tile < tile_end)
-        fetch_block(args);
+        fetch_blocks<kBoxes>(args);
       else
-        enter_next(args);
+        enter_next<kBoxes>(args);
     }
   }
 
  private:
+  template <int kBoxes>
   __device__ void enter_next(const KernelArgs& args) {
-    enter(args, sequence + 1, 0, owns_work({0, 0}, end, sequence + 1));
+    enter<kBoxes>(args, sequence + 1, 0, owns_work({0, 0}, end, sequence + 1));
   }
 
+  template <int kBoxes>
   __device__ void enter(const KernelArgs& args, int next_sequence, int first_tile, bool owned) {
     open = owned;
     sequence = next_sequence;
@@ -123,12 +131,17 @@ struct LoadStream {
     entered = false;
     if (!owned || args.max_blocks == 0) return;
     copy_async(&seqlen, args.cache_seqlens + sequence);
-    fetch_block(args);
+    fetch_blocks<kBoxes>(args);
   }
 
-  __device__ void fetch_block(const KernelArgs& args) {
-    const int64_t entry = min(tile >> args.block_shift, args.max_blocks - 1);
-    copy_async(&block, args.block_table + int64_t{sequence} * args.max_blocks + entry);
+  template <int kBoxes>
+  __device__ void fetch_blocks(const KernelArgs& args) {
+    const int32_t* row = args.block_table + int64_t{sequence} * args.max_blocks;
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      const int entry = kBoxes > 1 ? tile * kBoxes + box : tile >> args.block_shift;
+      copy_async(&blocks[box], row + min(entry, args.max_blocks - 1));
+    }
   }
 
   static __device__ void copy_async(int* target, const int32_t* source) {
