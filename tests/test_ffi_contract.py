@@ -297,7 +297,7 @@ def test_a_table_beyond_31_bits_of_tokens_is_refused(device):
     ("changes", "match"),
     [
         ({"q": (b, s_q, h_q, 512), "blocks": (num_blocks, 64, h_kv, 512)}, "d_qk"),
-        ({"blocks": (num_blocks, 32, h_kv, d_qk)}, "block_size"),
+        ({"blocks": (num_blocks, 48, h_kv, d_qk)}, "block_size"),
     ],
 )
 def test_the_hopper_kernel_refuses_other_dimensions(changes, match):
