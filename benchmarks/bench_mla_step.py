@@ -162,6 +162,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "samples": method.samples,
             "sample_seconds": method.sample_seconds,
             "rest_seconds": method.rest_seconds,
+            "warm_seconds": method.warm_seconds,
         },
         "ceilings": dataclasses.asdict(measure_ceilings(device, method)),
         "rows": [],

@@ -14,7 +14,7 @@ from jax_flashmla.cli import main
 from jax_flashmla.cli.bench import command_buffers, document, peers, rows, run, summary
 from jax_flashmla.cli.bench.grids import GRIDS
 from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
-from jax_flashmla.cli.bench.measure import METHODS, Ceilings
+from jax_flashmla.cli.bench.measure import METHODS, Ceilings, Method, time_calls
 from jax_flashmla.cli.bench.rows import Setup
 from jax_flashmla.cli.bench.shapes import Row
 
@@ -26,6 +26,15 @@ CEILINGS = Ceilings(3000.0, 2800.0, 650.0, 8192, "bfloat16")
 def quick_ceilings(monkeypatch):
     """The ceilings are measured in the test that looks at them."""
     monkeypatch.setattr(run, "measure_ceilings", lambda device, method: CEILINGS)
+
+
+@pytest.mark.parametrize(("warm_seconds", "runs_a_sample"), [(0.0, 1), (1e-12, 2)])
+def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(warm_seconds, runs_a_sample):
+    runs = []
+    method = Method(0, 1, 1, 5, 0.0, 0.0, warm_seconds=warm_seconds, sustained_seconds=0.0)
+    timing = time_calls(lambda: runs.append(None), 1, method)
+    assert len(runs) == 3 + (5 + 1) * runs_a_sample  # five samples, one under lasting load
+    assert 0 < timing.us_min <= timing.us <= timing.us_max
 
 
 def bench(*options: str) -> int:
