@@ -83,10 +83,17 @@ def test_dense_decode_uses_tensor_cores_and_bulk_copies(instructions):
         assert count["HMMA"] == 0, name
 
 
-def test_both_element_types_are_built(instructions):
-    names = [name for name in instructions if "dense_decode_kernel" in name]
-    assert any("__nv_bfloat16" in name for name in names)
-    assert any("__half" in name for name in names)
+@pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])
+@pytest.mark.parametrize("boxes", [1, 2, 4])
+def test_dense_decode_is_built_for_every_element_type_and_block_size(instructions, element, boxes):
+    (count,) = (
+        count
+        for name, count in instructions.items()
+        if re.search(rf"dense_decode_kernel.*{element}.*Li{boxes}E", name)
+    )
+    # Three boxes of queries or of a block, three more for each further block of a tile, wherever
+    # loads are issued.
+    assert count["UTMALDG"] % (3 * boxes) == 0
 
 
 def test_ptxas_reported_on_every_kernel(instructions, ptxas_report):
