@@ -41,7 +41,8 @@ constexpr int kValueRegisters = 160;                        // 128 of the output
 static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
 
 struct KernelArgs {
-  // Boxes of kHalfChunks (half) or 1 (rope) chunks, of a box's tokens or `query_box` rows.
+  // Boxes of kHalfChunks (half) or 1 (rope) chunks: of a tile's tokens, or what of them is in one
+  // block; of `query_box` rows.
   // Coordinates: 0, 0, chunk, token / kTokenGroup, block; 0, row of [b, s_q, h_q], chunk, 0, 0.
   CUtensorMap cache_half_map, cache_rope_map;
   CUtensorMap query_half_map, query_rope_map;
@@ -58,7 +59,7 @@ struct KernelArgs {
   int query_box;  // rows loaded for a tile: at least the rows it has
   int group;      // query heads per KV head
   int max_blocks, max_tokens;
-  int block_shift;      // a cache block is 2^block_shift tiles, or at most one
+  int block_shift;      // a cache block is 2^block_shift tiles; 0 also if less than one
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

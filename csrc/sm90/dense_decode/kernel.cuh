@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     smem.end = end;
     start_loads<kBoxes>(args, smem);
   }
-  __syncthreads();
+  __syncthreads();  // the part is known
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     raise_registers<kScoreRegisters>();

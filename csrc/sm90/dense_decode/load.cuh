@@ -53,22 +53,21 @@ __device__ __forceinline__ void find_item(const KernelArgs& args, SharedStorage&
   smem.stream.next<kBoxes>(args, smem.item);
 }
 
-// The first loads: a piece's queries, and usually its first tile. The last slot is filled by the
-// loading thread's role (start_last_load): the others need not wait for that.
+template <int kBoxes>
+__device__ __forceinline__ void fill_slot(const KernelArgs& args, SharedStorage& smem, int slot) {
+  find_item<kBoxes>(args, smem);
+  load_item<kBoxes>(args, smem, slot);
+}
+
+// The first loads: a piece's queries, and usually its first tile. The last slot is left to the
+// loading thread's role: the other roles need not wait for that.
 template <int kBoxes>
 __device__ __forceinline__ void start_loads(const KernelArgs& args, SharedStorage& smem) {
   smem.stream.start<kBoxes>(args, smem.begin, smem.end);
 #pragma unroll 1
   for (int slot = 0; slot < kStages - 1; ++slot) {
-    find_item<kBoxes>(args, smem);
-    load_item<kBoxes>(args, smem, slot);
+    fill_slot<kBoxes>(args, smem, slot);
   }
-}
-
-template <int kBoxes>
-__device__ __forceinline__ void start_last_load(const KernelArgs& args, SharedStorage& smem) {
-  find_item<kBoxes>(args, smem);
-  load_item<kBoxes>(args, smem, kStages - 1);
 }
 
 // Refills the slot of a load once all are through with it.

@@ -148,8 +148,9 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   float o[128];
   RingIndex ring;
   bool odd_piece = false;  // counting pieces that are not empty
-  if (loads) start_last_load<kBoxes>(args, smem);
-  // Here and below: lanes that ran ahead of the loading thread would hang in a wgmma.
+  if (loads) fill_slot<kBoxes>(args, smem, kStages - 1);
+  // Here and below, so that no lane runs ahead of the loading thread: without this, the next wgmma
+  // can wait for ever.
   __syncwarp();
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {

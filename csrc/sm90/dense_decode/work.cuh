@@ -60,7 +60,7 @@ enum LoadKind { kNothing, kQueries, kTile };
 struct LoadItem {
   LoadKind kind;
   int index[kMaxBoxes];  // the queries' sequence, or the cache blocks that the tile spans
-  int token_group;       // of the first block, with which the tile begins
+  int token_group;       // the eight tokens of the first block with which the tile begins
 };
 
 // The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
