@@ -7,6 +7,7 @@ returns the types of the results.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -153,8 +154,8 @@ def sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None
     if (d_qk, d_v) == (576, 512) and block_size in _SM90_BLOCK_SIZES:
         return None
     return (
-        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = 16, 32, 64, 128 or 256, got "
-        f"d_qk = {d_qk}, d_v = {d_v} and block_size = {block_size}"
+        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = "
+        f"{one_of(_SM90_BLOCK_SIZES)}, got d_qk = {d_qk}, d_v = {d_v} and block_size = {block_size}"
     )
 
 
@@ -233,7 +234,12 @@ def _check_array(
 
 
 def dtype_names(dtypes: tuple[np.dtype, ...]) -> str:
-    *others, last = (dtype.name for dtype in dtypes)
+    return one_of(dtype.name for dtype in dtypes)
+
+
+def one_of(choices: Iterable[Any]) -> str:
+    """ "a, b or c"."""
+    *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -10,11 +11,13 @@ import sys
 
 import pytest
 
+from jax_flashmla import kernel_refusal
 from jax_flashmla.cli import main
 from jax_flashmla.cli.bench import command_buffers, document, peers, rows, run, summary
 from jax_flashmla.cli.bench.grids import GRIDS
 from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
-from jax_flashmla.cli.bench.measure import METHODS, Ceilings, Method, time_calls
+from jax_flashmla.cli.bench.measure import METHODS, Ceilings, time_calls
+from jax_flashmla.cli.bench.options import BLOCK_SIZES
 from jax_flashmla.cli.bench.rows import Setup
 from jax_flashmla.cli.bench.shapes import Row
 
@@ -31,10 +34,15 @@ def quick_ceilings(monkeypatch):
 @pytest.mark.parametrize(("warm_seconds", "runs_a_sample"), [(0.0, 1), (1e-12, 2)])
 def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(warm_seconds, runs_a_sample):
     runs = []
-    method = Method(0, 1, 1, 5, 0.0, 0.0, warm_seconds=warm_seconds, sustained_seconds=0.0)
+    method = dataclasses.replace(METHODS["cpu"], samples=5, warm_seconds=warm_seconds)
     timing = time_calls(lambda: runs.append(None), 1, method)
     assert len(runs) == 3 + (5 + 1) * runs_a_sample  # five samples, one under lasting load
     assert 0 < timing.us_min <= timing.us <= timing.us_max
+
+
+def test_the_hopper_kernel_takes_every_block_size_on_offer():
+    refusals = [kernel_refusal("cuda", block_size=size) for size in BLOCK_SIZES]
+    assert not any("block_size" in refusal for refusal in refusals if refusal)
 
 
 def bench(*options: str) -> int:

@@ -44,8 +44,26 @@ class Method:
 
 
 METHODS = {
-    "gpu": Method(256_000_000, 8, 128, 7, 0.020, 0.1, warm_seconds=0.01, sustained_seconds=0.3),
-    "cpu": Method(64_000_000, 2, 4, 5, 0.0, 0.0, warm_seconds=0.0, sustained_seconds=0.0),
+    "gpu": Method(
+        cache_bytes=256_000_000,
+        min_calls=8,
+        max_calls=128,
+        samples=7,
+        sample_seconds=0.020,
+        rest_seconds=0.1,
+        warm_seconds=0.01,
+        sustained_seconds=0.3,
+    ),
+    "cpu": Method(
+        cache_bytes=64_000_000,
+        min_calls=2,
+        max_calls=4,
+        samples=5,
+        sample_seconds=0.0,
+        rest_seconds=0.0,
+        warm_seconds=0.0,
+        sustained_seconds=0.0,
+    ),
 }
 
 
