@@ -12,7 +12,6 @@
 #   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
 #             the extra `test`, and compute-sanitizer must be on the PATH or among its packages
 #   GRID      the benchmark's grid (targets)
-#   SOAK      the soak's decoding steps (10000); scripts/soak.py's own default is ten times as many
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs=${1:-${OUT:-build/gpu_check}}
@@ -86,7 +85,7 @@ fi
 step info info
 step tests "$python" -P -m pytest -m gpu
 step memcheck memcheck
-step soak "$python" -P scripts/soak.py --steps "${SOAK:-10000}"
+step soak "$python" -P scripts/soak.py
 step reruns "$python" -P scripts/soak.py --reruns 200
 for grid in "${GRID:-targets}" layers; do
   step "bench_$grid" "$python" -P -m jax_flashmla.cli bench --grid "$grid" \
