@@ -238,7 +238,7 @@ def dtype_names(dtypes: tuple[np.dtype, ...]) -> str:
 
 
 def one_of(choices: Iterable[Any]) -> str:
-    """ "a, b or c"."""
+    """The choices as a sentence has them: a, b or c."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
 
