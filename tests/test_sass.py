@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(importlib.util.find_spec("jax_flashmla").origin).parent
 MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
 
-KERNELS = ("make_schedule_kernel", "dense_decode_kernel", "combine_kernel", "cache_append_kernel")
+DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel")
+KERNELS = ("make_schedule_kernel", *DECODE_KERNELS, "combine_kernel", "cache_append_kernel")
 
 
 def tool(name: str) -> str:
@@ -76,24 +77,33 @@ def test_no_kernel_uses_local_memory(instructions):
 
 
 def test_dense_decode_uses_tensor_cores_and_bulk_copies(instructions):
-    kernels = {name: count for name, count in instructions.items() if "dense_decode_kernel" in name}
-    for name, count in kernels.items():
+    for name, count in instructions.items():
+        if not any(kernel in name for kernel in DECODE_KERNELS):
+            continue
         assert count["HGMMA"] > 0, name
         assert count["UTMALDG"] + count["UBLKCP"] > 0, name
         assert count["HMMA"] == 0, name
 
 
 @pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])
+@pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize("boxes", [1, 2, 4])
-def test_dense_decode_is_built_for_every_element_type_and_block_size(instructions, element, boxes):
-    (count,) = (
-        count
-        for name, count in instructions.items()
-        if re.search(rf"dense_decode_kernel.*{element}.*Li{boxes}E", name)
+def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, element, rows, boxes):
+    wide = rows == 64
+    name = (
+        rf"wide_decode_kernelI\d+{element}"
+        if wide
+        else rf"narrow_decode_kernelI\d+{element}Li{rows}E"
     )
-    # Three boxes of queries or of a block, three more for each further block of a tile, wherever
-    # loads are issued.
-    assert count["UTMALDG"] % (3 * boxes) == 0
+    (loads,) = (
+        count["UTMALDG"]
+        for kernel, count in instructions.items()
+        if re.search(rf"{name}Li{boxes}EE", kernel)
+    )
+    # Three boxes of a block, three more for each further block of a tile, wherever tiles are
+    # loaded. The queries' three are the wide kernel's first three, and the narrow one's own.
+    assert loads > 3
+    assert (loads if wide else loads - 3) % (3 * boxes) == 0
 
 
 def test_ptxas_reported_on_every_kernel(instructions, ptxas_report):

@@ -137,4 +137,55 @@ __device__ __forceinline__ void wgmma_n256_ss_mn(float (&d)[128], uint64_t a_des
 #undef FLASHMLA_WGMMA_N256_SS_MN
 // clang-format on
 
+// D[64 x 16] (+)= A * B (K-major). A is K-major or, if transposed, M-major.
+// clang-format off
+#define FLASHMLA_WGMMA_N16_SS(TYPE, TRANSPOSED_A) \
+  asm volatile( \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7" \
+      "}, %8, %9, p, 1, 1, " TRANSPOSED_A ", 0;\n}\n" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+      : "l"(a_desc), "l"(b_desc), "r"(accumulate))
+
+template <typename T, bool kTransposedA>
+__device__ __forceinline__ void wgmma_ss(float (&d)[8], uint64_t a_desc, uint64_t b_desc,
+                                         int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (kTransposedA) FLASHMLA_WGMMA_N16_SS("bf16", "1");
+    else FLASHMLA_WGMMA_N16_SS("bf16", "0");
+  } else {
+    if constexpr (kTransposedA) FLASHMLA_WGMMA_N16_SS("f16", "1");
+    else FLASHMLA_WGMMA_N16_SS("f16", "0");
+  }
+}
+#undef FLASHMLA_WGMMA_N16_SS
+// clang-format on
+
+// D[64 x 32] (+)= A * B (K-major). A is K-major or, if transposed, M-major.
+// clang-format off
+#define FLASHMLA_WGMMA_N32_SS(TYPE, TRANSPOSED_A) \
+  asm volatile( \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+      "}, %16, %17, p, 1, 1, " TRANSPOSED_A ", 0;\n}\n" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+      : "l"(a_desc), "l"(b_desc), "r"(accumulate))
+
+template <typename T, bool kTransposedA>
+__device__ __forceinline__ void wgmma_ss(float (&d)[16], uint64_t a_desc, uint64_t b_desc,
+                                         int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (kTransposedA) FLASHMLA_WGMMA_N32_SS("bf16", "1");
+    else FLASHMLA_WGMMA_N32_SS("bf16", "0");
+  } else {
+    if constexpr (kTransposedA) FLASHMLA_WGMMA_N32_SS("f16", "1");
+    else FLASHMLA_WGMMA_N32_SS("f16", "0");
+  }
+}
+#undef FLASHMLA_WGMMA_N32_SS
+// clang-format on
+
 }  // namespace flashmla::sm90

@@ -1,4 +1,4 @@
-// Sizes and the shared-memory plan of the dense decode kernel.
+// Sizes that the dense decode kernels share, and their arguments.
 #pragma once
 
 #include <cuda.h>
@@ -11,18 +11,17 @@ namespace flashmla::sm90 {
 
 constexpr int kHeadDim = 576;   // d_qk: 512 latent columns, then 64 rope columns
 constexpr int kValueDim = 512;  // d_v
-constexpr int kTileRows = 64;   // packed query rows (query token x head) of one thread block
+// Packed query rows (query token x head) of a thread block: at most 64 in the wide kernel; the
+// narrow one is built for tiles of 16 and of 32.
+constexpr int kTileRows = 64;
+constexpr int kNarrowRows = 32;
 constexpr int kTileTokens = kSplitTile;
 constexpr int kMinBlock = 16, kMaxBlock = 256;      // tokens of a cache block
 constexpr int kMaxBoxes = kTileTokens / kMinBlock;  // of a tile: blocks that it may span
 
 constexpr int kChunks = kHeadDim / 64;  // of 64 columns: 0-3 left, 4-7 right, 8 rope
 constexpr int kLatentChunks = kChunks - 1;
-// Of the latent columns' 32 steps of 16, those whose queries stay in the score warpgroup's
-// registers; one more would not fit.
-constexpr int kQueryStepsInRegisters = 31;
 constexpr int kHalfChunks = 4;  // 256 value columns: what one warpgroup accumulates
-constexpr int kStages = 3;      // tiles in shared memory
 constexpr int kChunkRowBytes = 128;
 constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
 // A tile's half in shared memory: eight tokens' four chunks, then the next eight tokens'. So a
@@ -33,12 +32,11 @@ constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
 constexpr int kWarpgroupThreads = 128;
-// Warpgroups: scores, left values, right values. Registers a thread: together the whole file.
+// Warpgroups: scores, left values, right values.
 constexpr int kThreads = 3 * kWarpgroupThreads;
-constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // of the right values
-constexpr int kScoreRegisters = 184;                        // 124 of the query, 32 of the scores
-constexpr int kValueRegisters = 160;                        // 128 of the output
-static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
+constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
+constexpr int kScoreBarrier = 1;                // their named barriers: this,
+constexpr int kValueBarrier = 2;                // and this and the next
 
 struct KernelArgs {
   // Boxes of kHalfChunks (half) or 1 (rope) chunks: of a tile's tokens, or what of them is in one

@@ -1,5 +1,4 @@
-// The kernel's instantiations, without the kernel: a kernel_<dtype>.cu each. boxes: cache blocks
-// that a tile spans, 1, 2 or 4.
+// The kernels' instantiations, without the kernels: a kernel_<dtype>.cu each.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +9,12 @@
 
 namespace flashmla::sm90 {
 
-Status launch_dense_decode_bf16(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream);
-Status launch_dense_decode_f16(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream);
+struct Variant {
+  int tile_rows;  // query rows that a thread block has at most
+  int boxes;      // cache blocks that a tile spans: 1, 2 or 4
+};
+
+Status launch_bf16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
+Status launch_f16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

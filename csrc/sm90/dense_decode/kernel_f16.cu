@@ -1,10 +1,9 @@
-#include "kernel.cuh"
-#include "kernel_decl.h"
+#include "kernels.cuh"
 
 namespace flashmla::sm90 {
 
-Status launch_dense_decode_f16(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream) {
-  return launch_dense_decode<__half>(args, boxes, grid, stream);
+Status launch_f16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream) {
+  return launch_variant<__half>(args, variant, grid, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -50,9 +50,11 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   if (!s.ok()) return s;
   s = make_cache_map(params, box_tokens, 1, &args.cache_rope_map);
   if (!s.ok()) return s;
-  // What a tile may hold, in whole swizzle groups: few heads need not load 64 rows.
-  const int tile_rows = params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
-  args.query_box = std::min((tile_rows + 7) / 8 * 8, kTileRows);
+  const int tile_rows =
+      std::min(params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv, kTileRows);
+  // The narrow kernel multiplies with all rows of a box; the wide one needs whole swizzle groups.
+  const int row_unit = tile_rows <= kNarrowRows ? 16 : 8;
+  args.query_box = (tile_rows + row_unit - 1) / row_unit * row_unit;
   s = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map);
   if (!s.ok()) return s;
   s = make_query_map(params, args.query_box, 1, &args.query_rope_map);
@@ -81,9 +83,8 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   // A tile that several blocks read must stay in L2 until the last has read it.
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
-  const auto launch_kernel =
-      params.dtype == DType::kBFloat16 ? launch_dense_decode_bf16 : launch_dense_decode_f16;
-  if (s = launch_kernel(args, boxes, grid, stream); !s.ok()) return s;
+  const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
+  if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
   return run_combine(params, stream);
 }
 

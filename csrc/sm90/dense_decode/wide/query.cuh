@@ -2,20 +2,20 @@
 // columns in shared memory.
 #pragma once
 
-#include "../common/barrier.cuh"
-#include "../common/matrix.cuh"
-#include "../common/smem_desc.cuh"
+#include "../../common/barrier.cuh"
+#include "../../common/matrix.cuh"
+#include "../../common/smem_desc.cuh"
 #include "shared_storage.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::wide {
 
 using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
 // Takes the queries out of the ring: chunks of `box` rows. Rows past the box are whatever is there;
 // their results are not stored. Called by the score warpgroup with no wgmma in flight; `barrier` is
 // its named barrier.
-__device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, int box,
-                                           int barrier, QueryFragments& fragments) {
+__device__ __forceinline__ void take_query(SharedStorage& smem, Ring ring, int box, int barrier,
+                                           QueryFragments& fragments) {
   const int chunk_bytes = box * kChunkRowBytes;
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
@@ -47,4 +47,4 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, RingIndex ring, 
   named_barrier_sync(barrier, kWarpgroupThreads);
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

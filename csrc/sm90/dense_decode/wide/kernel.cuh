@@ -1,4 +1,4 @@
-// Paged MLA decode for 64 packed query rows against one part's share of the cache.
+// The wide kernel: at most 64 packed query rows against one part's share of the cache.
 //
 // Three warpgroups: one computes scores and softmax, two multiply probabilities with the left and
 // the right half of the value columns. Latent tiles pass through a ring of three in shared memory.
@@ -10,16 +10,16 @@
 // docs/dense_decode.md tells the whole story.
 #pragma once
 
-#include "../common/launch.h"
+#include "../../common/launch.h"
 #include "score.cuh"
 #include "values.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::wide {
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T, int kBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
-    dense_decode_kernel(const __grid_constant__ KernelArgs args) {
+    wide_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ SharedStorage shared_storage[];
   // Addressed by a constant: the symbol's address would be computed anew, with a long latency, at
   // every use.
@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.cache_rope_map);
   }
   if (threadIdx.x == 0) {
-    constexpr int kWarps = kWarpgroupThreads / 32;
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
@@ -66,14 +65,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// boxes: cache blocks that a tile spans.
-template <typename T>
-Status launch_dense_decode(const KernelArgs& args, int boxes, dim3 grid, cudaStream_t stream) {
-  const auto kernel = boxes == 1   ? dense_decode_kernel<T, 1>
-                      : boxes == 2 ? dense_decode_kernel<T, 2>
-                                   : dense_decode_kernel<T, kMaxBoxes>;
-  return launch(kernel, {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream,
-                "dense_decode", args);
+template <typename T, int kBoxes>
+Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
+  return launch(wide_decode_kernel<T, kBoxes>,
+                {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream, "dense_decode",
+                args);
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

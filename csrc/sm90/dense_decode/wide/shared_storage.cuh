@@ -1,10 +1,23 @@
-// The shared-memory plan of the dense decode kernel.
+// The wide kernel's plan of registers and shared memory.
 #pragma once
 
-#include "config.h"
-#include "work.cuh"
+#include "../load.cuh"
+#include "../work.cuh"
+#include "load_stream.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::wide {
+
+constexpr int kStages = 3;  // tiles in shared memory
+// Of the latent columns' 32 steps of 16, those whose queries stay in the score warpgroup's
+// registers; one more would not fit.
+constexpr int kQueryStepsInRegisters = 31;
+constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // of the right values
+// Registers a thread: together the whole file.
+constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores
+constexpr int kValueRegisters = 160;  // 128 of the output
+static_assert(kScoreRegisters + 2 * kValueRegisters <= 3 * (65536 / kThreads / 8 * 8));
+
+using Ring = RingIndex<kStages>;
 
 struct alignas(1024) SharedStorage {
   // Load t, a tile or a piece's queries on their way, in slot t % kStages: columns 0-511 ...
@@ -30,9 +43,4 @@ struct alignas(1024) SharedStorage {
 };
 static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 
-// 2^-power; 0 from 127 on.
-__device__ __forceinline__ float rescale_factor(int power) {
-  return __int_as_float((127 - min(power, 127)) << 23);
-}
-
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

@@ -2,27 +2,16 @@
 // thread of the right warpgroup issues all loads.
 #pragma once
 
-#include "../common/barrier.cuh"
-#include "../common/matrix.cuh"
-#include "../common/smem_desc.cuh"
-#include "../common/wgmma.cuh"
-#include "../partial.cuh"
+#include "../../common/barrier.cuh"
+#include "../../common/matrix.cuh"
+#include "../../common/smem_desc.cuh"
+#include "../../common/wgmma.cuh"
+#include "../../partial.cuh"
+#include "../output.cuh"
+#include "../softmax.cuh"
 #include "load.cuh"
 
-namespace flashmla::sm90 {
-
-// Rows of the tile past the sequence may hold NaN, and 0 * NaN is NaN.
-__device__ __forceinline__ void zero_tail(uint8_t* half, int valid_tokens) {
-  const int thread = threadIdx.x % kWarpgroupThreads;
-  for (int i = valid_tokens * 8 + thread; i < kTileTokens * 8; i += kWarpgroupThreads) {
-    const int group = i / 64, piece = i % 64;  // of eight tokens' 16-byte pieces of a chunk
-#pragma unroll
-    for (int c = 0; c < kHalfChunks; ++c) {
-      store_shared(smem_address(half) + group * kTokenGroupBytes + c * kGroupBytes + piece * 16,
-                   uint4{0, 0, 0, 0});
-    }
-  }
-}
+namespace flashmla::sm90::wide {
 
 // Transposes a 4x4 of words between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
 __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
@@ -43,20 +32,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
     else
       v[j + 2] = other;
   }
-}
-
-// Element offset of a column of row `row` of sequence or workspace slot `index`. The number of rows
-// fits 32 bits.
-__device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int index, int row,
-                                                  int column) {
-  return uint64_t{static_cast<uint32_t>(index * args.rows + row)} * kValueDim + column;
-}
-
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
 }
 
 // Writes the normalised half of row `row` (o's row r) in 16 bit. A lane holds two neighbours of
@@ -142,11 +117,11 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
 template <typename T, int kBoxes>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half) {
   const int thread = threadIdx.x % kWarpgroupThreads;
-  const int barrier = 2 + half;  // named barrier of this warpgroup
+  const int barrier = kValueBarrier + half;  // named barrier of this warpgroup
   const int first_row = thread / 32 * 16 + thread % 32 / 4;
   const bool loads = threadIdx.x == kLoadingThread;
   float o[128];
-  RingIndex ring;
+  Ring ring;
   bool odd_piece = false;  // counting pieces that are not empty
   if (loads) fill_slot<kBoxes>(args, smem, kStages - 1);
   // Here and below, so that no lane runs ahead of the loading thread: without this, the next wgmma
@@ -217,4 +192,4 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   }
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

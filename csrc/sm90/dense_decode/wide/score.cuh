@@ -2,22 +2,15 @@
 // warpgroups.
 #pragma once
 
-#include "../common/barrier.cuh"
-#include "../common/matrix.cuh"
-#include "../common/smem_desc.cuh"
-#include "../common/wgmma.cuh"
+#include "../../common/barrier.cuh"
+#include "../../common/matrix.cuh"
+#include "../../common/smem_desc.cuh"
+#include "../../common/wgmma.cuh"
+#include "../softmax.cuh"
 #include "query.cuh"
 #include "shared_storage.cuh"
 
-namespace flashmla::sm90 {
-
-constexpr int kScoreBarrier = 1;  // named barrier of this warpgroup
-
-// How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
-// Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
-constexpr float kLazyRescale = 8.0f;
-constexpr float kForget = 127.0f;  // halvings that leave nothing in f32
-constexpr float kLn2 = 0.6931471805599453f;
+namespace flashmla::sm90::wide {
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
 struct SoftmaxRows {
@@ -25,14 +18,9 @@ struct SoftmaxRows {
   float sum[2] = {0.0f, 0.0f};                  // this thread's columns only
 };
 
-// What to subtract from a row's base-2 scores; anything finite will do while it has seen no key.
-__device__ __forceinline__ float finite_reference(const SoftmaxRows& rows, int r) {
-  return rows.reference[r] == -INFINITY ? 0.0f : rows.reference[r];
-}
-
 template <typename T>
 __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragments& q,
-                                             const SharedStorage& smem, RingIndex ring) {
+                                             const SharedStorage& smem, Ring ring) {
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
     if (c % kHalfChunks == 0) {
@@ -57,8 +45,7 @@ __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragment
 }
 
 template <typename T>
-__device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& smem,
-                                           RingIndex ring) {
+__device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& smem, Ring ring) {
   mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
   wgmma_fence();
   const uint64_t query = k_major_desc(smem_address(smem.query_rope));
@@ -86,9 +73,7 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   }
 }
 
-// Moves the rows' references by whole numbers where their maxima ask for it, and tells the value
-// warpgroups by what power of two to divide what they have accumulated. A row's first reference is
-// its first tile's maximum: the largest probability of a short sequence is then exactly 1.
+// Moves the rows' references where their maxima ask for it, and tells the value warpgroups.
 __device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
                                                   SoftmaxRows& rows, float scale_log2, int slot) {
   float peak[2] = {-INFINITY, -INFINITY};
@@ -105,16 +90,7 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
   const int thread = threadIdx.x % kWarpgroupThreads;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float scaled = peak[r] * scale_log2;
-    const float before = rows.reference[r];
-    const float rise = scaled - before;  // infinite from -inf, NaN where it stays -inf
-    int power = 0;
-    if (rise > kLazyRescale) {
-      const float steps = ceilf(rise);
-      rows.reference[r] = before == -INFINITY ? scaled : before + steps;
-      power = static_cast<int>(fminf(steps, kForget));
-      rows.sum[r] *= rescale_factor(power);
-    }
+    const int power = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
     // The four lanes of a row all write the same.
     smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power;
   }
@@ -126,7 +102,8 @@ __device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows&
                                                     float scale_log2, uint32_t slot) {
   const int lane = threadIdx.x % 32;
   const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + (lane & 15);
-  const float offset[2] = {finite_reference(rows, 0), finite_reference(rows, 1)};
+  const float offset[2] = {finite_reference(rows.reference[0]),
+                           finite_reference(rows.reference[1])};
   float sum[2][2] = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -155,7 +132,7 @@ __device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& ro
   for (int r = 0; r < 2; ++r) {
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
-    const float inverse = rows.sum[r] > 0.0f ? __frcp_rn(rows.sum[r]) : 0.0f;
+    const float inverse = inverse_of_sum(rows.sum[r]);
     if (lane % 4 == 0) smem.inverse_sum[parity][row + 8 * r] = inverse;
   }
 }
@@ -169,8 +146,8 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
   float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float lse_log2 = rows.sum[r] > 0.0f ? rows.reference[r] + log2f(rows.sum[r]) : -INFINITY;
-    if (row + 8 * r < tile.count) target[row + 8 * r] = partial ? lse_log2 : lse_log2 * kLn2;
+    const float lse = row_lse(rows.reference[r], rows.sum[r], partial);
+    if (row + 8 * r < tile.count) target[row + 8 * r] = lse;
   }
 }
 
@@ -180,7 +157,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const bool warp_leader = thread % 32 == 0;
   QueryFragments q;
   float s[32];
-  RingIndex ring;
+  Ring ring;
   bool odd_piece = false;  // counting pieces that are not empty
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
@@ -239,4 +216,4 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   }
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::wide

@@ -1,0 +1,29 @@
+// Which kernel runs: the wide one for row tiles of up to 64, the narrow one for up to 16 or 32.
+#pragma once
+
+#include "kernel_decl.h"
+#include "narrow/kernel.cuh"
+#include "wide/kernel.cuh"
+
+namespace flashmla::sm90 {
+
+template <typename T, int kBoxes>
+Status launch_rows(const KernelArgs& args, int tile_rows, dim3 grid, cudaStream_t stream) {
+  if (tile_rows <= 16) return narrow::launch_kernel<T, 16, kBoxes>(args, grid, stream);
+  if (tile_rows <= 32) return narrow::launch_kernel<T, 32, kBoxes>(args, grid, stream);
+  return wide::launch_kernel<T, kBoxes>(args, grid, stream);
+}
+
+template <typename T>
+Status launch_variant(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream) {
+  switch (variant.boxes) {
+    case 1:
+      return launch_rows<T, 1>(args, variant.tile_rows, grid, stream);
+    case 2:
+      return launch_rows<T, 2>(args, variant.tile_rows, grid, stream);
+    default:
+      return launch_rows<T, kMaxBoxes>(args, variant.tile_rows, grid, stream);
+  }
+}
+
+}  // namespace flashmla::sm90

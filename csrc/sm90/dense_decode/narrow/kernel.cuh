@@ -1,0 +1,66 @@
+// The narrow kernel: at most 16 or 32 packed query rows against one part's share of the cache.
+//
+// The products are the wide kernel's transposed: tokens, and then value columns, are the 64 rows of
+// wgmma, and the query rows are its N. So few rows leave no tensor core idle, and a thread keeps
+// little of the output. What that leaves of the registers goes into nothing: no role needs more.
+//
+// Three warpgroups as in the wide kernel, and a warp that loads. docs/dense_decode.md tells more.
+#pragma once
+
+#include "../../common/launch.h"
+#include "load.cuh"
+#include "score.cuh"
+#include "values.cuh"
+
+namespace flashmla::sm90::narrow {
+
+// Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
+template <typename T, int kRows, int kBoxes>
+__global__ void __launch_bounds__(kThreads + 32, 1)
+    narrow_decode_kernel(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  // Addressed by a constant, as in the wide kernel.
+  auto& smem = *static_cast<SharedStorage<kRows>*>(__cvta_shared_to_generic(kSharedBase));
+  if (smem_address(dynamic_shared) != kSharedBase) __trap();
+
+  if (threadIdx.x == kThreads) {
+    prefetch_tensor_map(&args.query_half_map);
+    prefetch_tensor_map(&args.cache_half_map);
+    prefetch_tensor_map(&args.query_rope_map);
+    prefetch_tensor_map(&args.cache_rope_map);
+  }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages<kRows>; ++i) {
+      mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
+      mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
+      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), 2 * kWarps);
+    }
+    for (int i = 0; i < kRopeStages; ++i) mbarrier_init(smem_address(&smem.rope_full[i]), 1);
+    mbarrier_init(smem_address(&smem.sums_full), 4);  // the threads that store them
+    mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarps);
+    mbarrier_init_fence();
+    smem.row_tile.find(args);
+  }
+  __syncthreads();  // the barriers are initialised, the row tile is found
+  wait_for_prerequisites();
+  launch_dependents();
+  const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
+  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  if (warpgroup == 0) {
+    run_scores<T>(args, smem, begin, end);
+  } else if (warpgroup < 3) {
+    run_values<T>(args, smem, begin, end, warpgroup - 1);
+  } else if (threadIdx.x == kThreads) {
+    run_loads<kRows, kBoxes>(args, smem, begin, end);
+  }
+}
+
+template <typename T, int kRows, int kBoxes>
+Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
+  return launch(narrow_decode_kernel<T, kRows, kBoxes>,
+                {grid, kThreads + 32, sizeof(SharedStorage<kRows>), /*dependent=*/true}, stream,
+                "dense_decode", args);
+}
+
+}  // namespace flashmla::sm90::narrow

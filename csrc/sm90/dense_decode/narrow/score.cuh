@@ -1,0 +1,227 @@
+// The narrow kernel's score warpgroup: S^T = K Q^T, softmax over the tokens, which are the rows,
+// and P^T for the value warpgroups. Registers named by `i` belong to a thread's query rows.
+#pragma once
+
+#include "../../common/barrier.cuh"
+#include "../../common/matrix.cuh"
+#include "../../common/smem_desc.cuh"
+#include "../../common/wgmma.cuh"
+#include "../softmax.cuh"
+#include "shared_storage.cuh"
+
+namespace flashmla::sm90::narrow {
+
+__device__ __forceinline__ void copy_shared(void* target, const void* source, int bytes) {
+#pragma unroll
+  for (int i = 0; i < bytes; i += kWarpgroupThreads * 16) {
+    const uint32_t offset = i + threadIdx.x * 16;
+    store_shared(smem_address(target) + offset, load_shared(smem_address(source) + offset));
+  }
+}
+
+// Takes the queries out of the ring.
+template <int kRows>
+__device__ __forceinline__ void take_query(SharedStorage<kRows>& smem, Ring<kRows> ring) {
+  constexpr int kRowsChunkBytes = kRows * kChunkRowBytes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mbarrier_wait(smem_address(&smem.half_full[half][ring.latent.slot]), ring.latent.parity);
+    copy_shared(smem.query[half * kHalfChunks], smem.latent[ring.latent.slot][half],
+                kHalfChunks * kRowsChunkBytes);
+  }
+  mbarrier_wait(smem_address(&smem.rope_full[ring.rope.slot]), ring.rope.parity);
+  copy_shared(smem.query[kLatentChunks], smem.rope[ring.rope.slot], kRowsChunkBytes);
+  fence_async_proxy();
+  named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
+}
+
+template <typename T, int kRows>
+__device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
+                                               const SharedStorage<kRows>& smem, Ring<kRows> ring) {
+  float other[kRows / 2];  // two sums, as a product waits for the last one of its own
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const bool rope = c == kLatentChunks;
+    if (c % kHalfChunks == 0) {
+      if (rope) {
+        mbarrier_wait(smem_address(&smem.rope_full[ring.rope.slot]), ring.rope.parity);
+      } else {
+        mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.latent.slot]),
+                      ring.latent.parity);
+      }
+      wgmma_fence();
+    }
+    const uint64_t keys =
+        rope ? k_major_desc(smem_address(smem.rope[ring.rope.slot]))
+             : k_major_desc(smem_address(smem.latent[ring.latent.slot][c / kHalfChunks]) +
+                                c % kHalfChunks * kGroupBytes,
+                            kTokenGroupBytes);
+    const uint64_t query = k_major_desc(smem_address(smem.query[c]));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      wgmma_ss<T, /*kTransposedA=*/false>(k % 2 == 0 ? s : other, keys + 2 * k, query + 2 * k,
+                                          c + k / 2 > 0);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin_registers(s);
+  pin_registers(other);
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) s[i] += other[i];
+}
+
+// Sets scores of keys that a row may not see to -inf.
+template <int kRows>
+__device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedStorage<kRows>& smem,
+                                          float (&s)[kRows / 2], int tile, int seqlen) {
+  const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    // A causal row of query token j sees all but the last s_q - 1 - j tokens.
+    const int row = smem.row_tile.first + query_row(i);
+    const int seen = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
+    if (token >= seen) s[element(i, 0)] = -INFINITY;
+    if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
+  }
+}
+
+// Combines what all threads of the warpgroup have of a row. `turn` is another one in each call.
+template <int kRows, typename Combine>
+__device__ __forceinline__ void combine_rows(SharedStorage<kRows>& smem, int turn,
+                                             float (&x)[kThreadRows<kRows>], Combine combine) {
+#pragma unroll
+  for (int lane = 4; lane <= 16; lane *= 2) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows<kRows>; ++i) {
+      x[i] = combine(x[i], __shfl_xor_sync(~0u, x[i], lane));
+    }
+  }
+  if (threadIdx.x % 32 < 4) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows<kRows>; i += 2) {
+      *reinterpret_cast<float2*>(&smem.exchange[turn][threadIdx.x / 32][query_row(i)]) = {x[i],
+                                                                                          x[i + 1]};
+    }
+  }
+  named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
+#pragma unroll
+  for (int i = 0; i < kThreadRows<kRows>; i += 2) {
+    float2 of[kWarps];
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      of[warp] = *reinterpret_cast<const float2*>(&smem.exchange[turn][warp][query_row(i)]);
+    }
+    x[i] = combine(combine(of[0].x, of[1].x), combine(of[2].x, of[3].x));
+    x[i + 1] = combine(combine(of[0].y, of[1].y), combine(of[2].y, of[3].y));
+  }
+}
+
+// Stores probabilities as wgmma's B operand, K-major and not swizzled: eight tokens' 16 bytes of
+// eight rows, then of the next eight rows, then the next eight tokens.
+template <typename T, int kRows>
+__device__ __forceinline__ void store_probabilities(const float (&p)[kRows / 2], uint32_t target) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int matrix = lane / 8;  // tokens % 16 / 8, rows / 8
+#pragma unroll
+  for (int rows = 0; rows < kRows; rows += 16) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = rows / 4 + j / 2 * 2;
+      packed[j] = pack<T>(p[element(i, j % 2)], p[element(i + 1, j % 2)]);
+    }
+    store_matrix_x4_trans(target + (warp * 2 + matrix % 2) * (kRows * 16) +
+                              (rows + matrix / 2 * 8) * 16 + lane % 8 * 16,
+                          packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+// index: sequence or, if partial, workspace slot. By the first four threads, which have all rows.
+template <int kRows>
+__device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
+                                          const float (&reference)[kThreadRows<kRows>],
+                                          const float (&sum)[kThreadRows<kRows>], bool partial,
+                                          int index) {
+  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
+#pragma unroll
+  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    const float lse = row_lse(reference[i], sum[i], partial);
+    if (query_row(i) < tile.count) target[query_row(i)] = lse;
+  }
+}
+
+template <typename T, int kRows>
+__device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
+  constexpr int kMine = kThreadRows<kRows>;
+  const bool warp_leader = threadIdx.x % 32 == 0;
+  Ring<kRows> ring;
+  uint32_t sums_parity = 1;
+  int turn = 0;
+
+  for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
+    const int length = args.cache_seqlens[sequence];  // on its way while the queries are taken
+    take_query(smem, ring);
+    if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.latent.slot]));
+    ring.advance();
+    const int seqlen = clamp_seqlen(args, length);
+    const Piece piece = piece_of(begin, end, sequence, seqlen);
+    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
+    float reference[kMine], sum[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      reference[i] = -INFINITY;
+      sum[i] = 0.0f;
+    }
+
+    for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
+      const int slot = ring.latent.slot;
+      float s[kRows / 2], peak[kMine];
+      compute_scores<T>(s, smem, ring);
+      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, seqlen);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
+      combine_rows(smem, turn, peak, [](float a, float b) { return fmaxf(a, b); });
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        const int power = raise_reference(reference[i], sum[i], peak[i] * args.scale_log2);
+        if (threadIdx.x < 4) smem.rescale[slot][query_row(i)] = power;
+        const float offset = finite_reference(reference[i]);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          float& score = s[element(i, m)];
+          score = exp2_approx(fmaf(score, args.scale_log2, -offset));
+        }
+        sum[i] += s[element(i, 0)] + s[element(i, 1)];
+      }
+      // All warps are past this tile's products, as they have met: its rope columns may go.
+      store_probabilities<T, kRows>(s, smem_address(smem.rope[ring.rope.slot]));
+      fence_async_proxy();
+      __syncwarp();
+      if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[slot]));
+      ring.advance();
+    }
+
+    const bool empty = piece.tile_begin >= piece.tile_end;
+    if (!empty) {
+      combine_rows(smem, turn, sum, [](float a, float b) { return a + b; });
+      turn ^= 1;
+    }
+    if (threadIdx.x < 4) {
+      if (!empty) {
+        mbarrier_wait(smem_address(&smem.sums_empty), sums_parity);
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) smem.inverse_sum[query_row(i)] = inverse_of_sum(sum[i]);
+        mbarrier_arrive(smem_address(&smem.sums_full));
+      }
+      const bool partial = piece.continued || piece.unfinished;
+      store_lse<kRows>(args, smem.row_tile, reference, sum, partial,
+                       partial ? piece_slot(blockIdx.z, piece.continued) : sequence);
+    }
+    sums_parity ^= !empty;
+    __syncwarp();
+  }
+}
+
+}  // namespace flashmla::sm90::narrow
