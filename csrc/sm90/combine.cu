@@ -6,7 +6,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cub/block/block_scan.cuh>
 
 #include "../split_schedule.h"
 #include "common/barrier.cuh"
@@ -23,7 +22,7 @@ constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kBlocksPerMultiprocessor = 3;  // what fits
 constexpr int kRowColumns = 64;              // in units of eight columns
-constexpr int kMostShares = 4;               // of a row
+constexpr int kMostShares = 8;               // of a row
 constexpr int kFewPieces = 4;                // whose rows a lane can load at once
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
 
@@ -32,23 +31,24 @@ static_assert(kThreads == kMaxParts, "a thread looks after one part");
 // should be at work at once, unless a warp could not hold the pieces' weights.
 struct Team {
   bool block;
-  int split;  // a row into 2^split shares: 0 (by a warp only), 1 or 2
+  int split;  // a row into 2^split shares: 0 (by a warp only), 1, 2 or 3
 
   // rows: of all merges.
   __device__ __forceinline__ Team(int pieces, int rows) {
     const int blocks = gridDim.x;
-    block =
-        pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : kMostShares) <= blocks);
-    split = pieces <= kFewPieces ? 0 : kMostShares * rows <= blocks * (block ? 1 : kWarps) ? 2 : 1;
+    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 4) <= blocks);
+    const int teams = blocks * (block ? 1 : kWarps);
+    const bool many = pieces > (block ? 64 : 16);
+    split = pieces <= kFewPieces ? 0 : many && 8 * rows <= teams ? 3 : 4 * rows <= teams ? 2 : 1;
   }
 };
 
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
-  Cut cuts[kMaxParts + 1];
-  // Bit p: part p goes on with the sequence that part p - 1 went on with.
-  uint32_t continues[kMaxParts / 32 + 1];
-  int rows;                 // of all merges
+  int sequence[kMaxParts];  // that part p begins with
+  // Bit p: part p goes on with the sequence that part p - 1 went on with; or with which it began.
+  uint32_t continues[kMaxParts / 32 + 1], starts[kMaxParts / 32];
+  int warp_tasks[kWarps];
   int task_end[kMaxParts];  // running number of block tasks, by the part after the owner
 };
 
@@ -62,40 +62,64 @@ __device__ __forceinline__ int run_length(const uint32_t* bits, int first) {
   }
 }
 
-// Fills the list; returns the number of tasks. Every thread calls.
-__device__ __forceinline__ int list_merges(const DenseDecodeParams& params, MergeList& list) {
-  const int thread = threadIdx.x, rows = params.s_q * params.h_q;
-  for (int i = thread; i <= params.num_parts; i += kThreads) {
-    const int2 cut = reinterpret_cast<const int2*>(params.cuts)[i];
-    list.cuts[i] = {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
+// The tile at which part `index` enters a sequence, 0 if at its beginning.
+__device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int index) {
+  const int2 cut = reinterpret_cast<const int2*>(params.cuts)[index];
+  return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
+}
+
+struct Merges {
+  int rows;      // of all merges
+  int tasks;     // of all blocks
+  int task_end;  // running number of them, up to the part before this thread's
+};
+
+// Every thread calls, and looks after the part of its number.
+__device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, MergeList& list) {
+  const int part = threadIdx.x, lane = part % 32, warp = part / 32;
+  const int rows = params.s_q * params.h_q;
+  Cut before = {0, 0}, cut = {0, 0};
+  if (part > 0 && part < params.num_parts) {
+    before = load_cut(params, part - 1);
+    cut = load_cut(params, part);
   }
-  if (thread == 0) list.continues[kMaxParts / 32] = 0;
+  const bool midway = cut.tile > 0;
+  const bool goes_on = midway && before.tile > 0 && before.sequence == cut.sequence;
+  list.sequence[part] = cut.sequence;
+  const uint32_t continues = __ballot_sync(~0u, goes_on),
+                 starts = __ballot_sync(~0u, midway && !goes_on);
+  if (lane == 0) {
+    list.continues[warp] = continues;
+    list.starts[warp] = starts;
+    if (warp == 0) list.continues[kWarps] = 0;
+  }
   __syncthreads();
-  // Part p enters a sequence midway; and, of those, goes on with what the previous part also
-  // entered midway.
-  const bool midway = thread > 0 && thread < params.num_parts && list.cuts[thread].tile > 0;
-  const bool goes_on = midway && list.cuts[thread - 1].tile > 0 &&
-                       list.cuts[thread - 1].sequence == list.cuts[thread].sequence;
-  const uint32_t word = __ballot_sync(~0u, goes_on);
-  if (thread % 32 == 0) list.continues[thread / 32] = word;
-  __syncthreads();
-
-  const int merges = __syncthreads_count(midway && !goes_on);
-  if (merges == 0) return 0;
-  if (thread == 0) list.rows = merges * rows;
-
+  int merges = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) merges += __popc(list.starts[i]);
+  Merges all = {merges * rows, 0, 0};
+  if (merges == 0) return all;
   int tasks = 0;  // of the merge owned by the part before this thread's
   if (midway && !goes_on) {
-    const Team team(2 + run_length(list.continues, thread + 1), merges * rows);
+    const Team team(2 + run_length(list.continues, part + 1), all.rows);
     const int items = rows << team.split;
     tasks = team.block ? items : (items + kWarps - 1) / kWarps;
   }
-  using Scan = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ typename Scan::TempStorage scan_storage;
-  int total;
-  Scan(scan_storage).InclusiveSum(tasks, tasks, total);
-  list.task_end[thread] = tasks;
-  return total;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(~0u, tasks, i);
+    if (lane >= i) tasks += other;
+  }
+  if (lane == 31) list.warp_tasks[warp] = tasks;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    const int of_warp = list.warp_tasks[i];
+    all.tasks += of_warp;
+    if (i < warp) tasks += of_warp;
+  }
+  list.task_end[part] = all.task_end = tasks;
+  return all;
 }
 
 // The workspace row of a piece's row `row`.
@@ -151,9 +175,13 @@ struct Columns {
     }
   }
 
-  __device__ __forceinline__ void add_other_half_warp() {
+  // Adds what the warp's teams of `lanes` lanes have.
+  __device__ __forceinline__ void add_teams(int lanes) {
+#pragma unroll 1
+    for (; lanes < 32; lanes *= 2) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] += __shfl_xor_sync(~0u, v[j], 16);
+      for (int j = 0; j < 8; ++j) v[j] += __shfl_xor_sync(~0u, v[j], lanes);
+    }
   }
 
   template <typename T>
@@ -236,7 +264,7 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, i
                                               int pieces, int sequence, int row, int share,
                                               int split) {
   constexpr int kPiecesAtOnce = 8;
-  const int lanes = kRowColumns >> split, turns = split;
+  const int shift = 6 - split, lanes = 1 << shift, turns = 32 >> shift;
   const int lane = threadIdx.x % 32;
   const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
   LanePiece<1> of_lane;
@@ -247,7 +275,7 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, i
     uint4 v[kPiecesAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + lane / 16 * (split - 1);
+      const int piece = first + i * turns + (lane >> shift);
       if (piece >= pieces) break;
       v[i] = load_columns(params, piece_row(params, owner, piece, row), column);
     }
@@ -255,11 +283,11 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, i
     if (first == 0) total_lse = of_lane.weigh();
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + lane / 16 * (split - 1);
+      const int piece = first + i * turns + (lane >> shift);
       sum.add_scaled(__shfl_sync(~0u, of_lane.factor[0], piece % 32), v[i]);
     }
   }
-  if (lanes == 16) sum.add_other_half_warp();
+  sum.add_teams(lanes);
   const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
   if (lane < lanes) sum.template store<T>(params, target, column);
   if (share == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
@@ -271,16 +299,16 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
                                                int pieces, int sequence, int row, int share,
                                                int split) {
   constexpr int kPiecesAtOnce = 4;
-  const int lanes = kRowColumns >> split, turns = kWarps * split;
+  const int shift = 6 - split, lanes = 1 << shift, turns = kThreads >> shift;
   __shared__ Columns partial[kWarps][32];
   const int thread = threadIdx.x, lane = thread % 32;
   const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
-  float lane_lse = -INFINITY;
-  for (int i = lane; i < pieces; i += 32) {
-    const float next = params.lse_accum[piece_row(params, owner, i, row)];
-    const float peak = fmaxf(lane_lse, next);
-    if (peak > -INFINITY)
-      lane_lse = peak + __log2f(exp2_approx(lane_lse - peak) + exp2_approx(next - peak));
+  float lse[kMaxParts / 32], peak = -INFINITY;  // of pieces lane, lane + 32, ...
+#pragma unroll
+  for (int i = 0; i < kMaxParts / 32; ++i) {
+    lse[i] = -INFINITY;
+    if (i * 32 + lane < pieces)
+      lse[i] = params.lse_accum[piece_row(params, owner, i * 32 + lane, row)];
   }
   float total_lse = -INFINITY;
   Columns sum = {};
@@ -289,7 +317,7 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
     float piece_lse[kPiecesAtOnce], scale[kPiecesAtOnce];
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + (thread / 32 * split + lane / 16 * (split - 1));
+      const int piece = first + i * turns + (thread >> shift);
       piece_lse[i] = -INFINITY;
       scale[i] = 0.0f;
       if (piece >= pieces) continue;
@@ -299,13 +327,22 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
       v[i] = load_columns(params, source, column);
     }
     __syncwarp();
-    if (first == 0) total_lse = warp_lse(lane_lse);
+    if (first == 0) {
+#pragma unroll
+      for (int i = 0; i < kMaxParts / 32; ++i) peak = fmaxf(peak, lse[i]);
+      peak = warp_max(peak);
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kMaxParts / 32; ++i) total += weight(lse[i], peak);
+      total = warp_sum(total);
+      if (peak > -INFINITY) total_lse = peak + __log2f(total);
+    }
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
       sum.add_scaled(weight(piece_lse[i], total_lse) * scale[i], v[i]);
     }
   }
-  if (lanes == 16) sum.add_other_half_warp();
+  sum.add_teams(lanes);
   if (lane < lanes) partial[thread / 32][lane] = sum;
   __syncthreads();
   if (thread >= lanes * 4) return;
@@ -326,18 +363,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     combine_kernel(DenseDecodeParams params) {
   __shared__ MergeList list;
   const int rows = params.s_q * params.h_q;
-  const int total = list_merges(params, list);
+  const Merges all = list_merges(params, list);
+  const int total = all.tasks;
   if (total == 0) launch_dependents();  // lets the next kernel in at once
   // One block must wait even so: this kernel may not end before what it depends on has.
   if (blockIdx.x >= max(total, 1)) return;
   if (total == 0) wait_for_prerequisites();
   for (int task = blockIdx.x; task < total; task += gridDim.x) {
     // The part whose range of tasks this one is in, one past the merge's owner.
-    const int part = __syncthreads_count(list.task_end[threadIdx.x] <= task);
+    const int part = __syncthreads_count(all.task_end <= task);
     const int pieces = 2 + run_length(list.continues, part + 1);
     const int local = task - list.task_end[part - 1];
-    const int sequence = list.cuts[part].sequence;
-    const Team team(pieces, list.rows);
+    const int sequence = list.sequence[part];
+    const Team team(pieces, all.rows);
     const int item = team.block ? local : local * kWarps + threadIdx.x / 32;
     const int row = item >> team.split, share = item & ((1 << team.split) - 1);
     if (task == blockIdx.x) {
