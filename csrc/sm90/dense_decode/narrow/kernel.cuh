@@ -30,13 +30,13 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     prefetch_tensor_map(&args.cache_rope_map);
   }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages<kRows>; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
+      mbarrier_init(smem_address(&smem.rope_full[i]), 1);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
       mbarrier_init(smem_address(&smem.load_done[i]), 2 * kWarps);
     }
-    for (int i = 0; i < kRopeStages; ++i) mbarrier_init(smem_address(&smem.rope_full[i]), 1);
     mbarrier_init(smem_address(&smem.sums_full), 4);  // the threads that store them
     mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarps);
     mbarrier_init_fence();

@@ -1,43 +1,28 @@
-// The narrow kernel's loading thread: for each piece its queries, then its tiles, into the rings.
+// The narrow kernel's loading thread: for each piece its queries, then its tiles, into the ring.
 #pragma once
 
 #include "shared_storage.cuh"
 
 namespace flashmla::sm90::narrow {
 
+// Loads an item once its slot is free.
 template <int kRows, int kBoxes>
-struct Loader {
-  const KernelArgs& args;
-  SharedStorage<kRows>& smem;
-  Ring<kRows> ring = {};
-  RingIndex<kStages<kRows>> before_last = {};
-  int loads = 0;
-
-  __device__ __forceinline__ void load(const LoadItem& item) {
-    // With two stages the load before the last has left these columns' slot, with three it leaves
-    // that of the next load's.
-    if (kStages<kRows> == 2) wait_for_before_last();
+__device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage<kRows>& smem,
+                                          const LoadItem& item, Ring& ring) {
+  // Of the slot's last round; passes at once in the first.
+  mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity ^ 1);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_columns<kBoxes>(args, smem.row_tile.first, item,
-                           smem_address(smem.latent[ring.latent.slot][half]),
-                           smem_address(&smem.half_full[half][ring.latent.slot]), half);
-    }
-    if (kStages<kRows> > 2) wait_for_before_last();
-    load_columns<kBoxes>(args, smem.row_tile.first, item, smem_address(smem.rope[ring.rope.slot]),
-                         smem_address(&smem.rope_full[ring.rope.slot]), 2);
-    ring.advance();
-    ++loads;
+  for (int columns = 0; columns < 3; ++columns) {
+    const bool rope = columns == 2;
+    load_columns<kBoxes>(
+        args, smem.row_tile.first, item,
+        rope ? smem_address(smem.rope[ring.slot]) : smem_address(smem.latent[ring.slot][columns]),
+        rope ? smem_address(&smem.rope_full[ring.slot])
+             : smem_address(&smem.half_full[columns][ring.slot]),
+        columns);
   }
-
- private:
-  __device__ __forceinline__ void wait_for_before_last() {
-    static_assert(kRopeStages == 2);
-    if (loads < 2) return;
-    mbarrier_wait(smem_address(&smem.load_done[before_last.slot]), before_last.parity);
-    before_last.advance();
-  }
-};
+  ring.advance();
+}
 
 template <int kBoxes>
 __device__ __forceinline__ void read_table(const KernelArgs& args, int sequence, int tile,
@@ -49,7 +34,7 @@ __device__ __forceinline__ void read_table(const KernelArgs& args, int sequence,
 
 template <int kRows, int kBoxes>
 __device__ void run_loads(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
-  Loader<kRows, kBoxes> loader{args, smem};
+  Ring ring;
   for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
     // On their way while the queries' load is issued, and later ones while a slot is awaited.
     int next[kMaxBoxes] = {};
@@ -57,14 +42,15 @@ __device__ void run_loads(const KernelArgs& args, SharedStorage<kRows>& smem, Cu
       read_table<kBoxes>(args, sequence, sequence == begin.sequence ? begin.tile : 0, next);
     }
     const int length = args.cache_seqlens[sequence];
-    loader.load({.kind = kQueries, .index = {sequence}, .token_group = 0});
+    load_item<kRows, kBoxes>(args, smem, {.kind = kQueries, .index = {sequence}, .token_group = 0},
+                             ring);
     const Piece piece = piece_of(begin, end, sequence, clamp_seqlen(args, length));
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       LoadItem item{.kind = kTile, .index = {}, .token_group = first_token_group(args, tile)};
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) item.index[box] = next[box];
       if (tile + 1 < piece.tile_end) read_table<kBoxes>(args, sequence, tile + 1, next);
-      loader.load(item);
+      load_item<kRows, kBoxes>(args, smem, item, ring);
     }
   }
 }

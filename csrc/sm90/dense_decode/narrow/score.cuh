@@ -21,41 +21,40 @@ __device__ __forceinline__ void copy_shared(void* target, const void* source, in
 
 // Takes the queries out of the ring.
 template <int kRows>
-__device__ __forceinline__ void take_query(SharedStorage<kRows>& smem, Ring<kRows> ring) {
+__device__ __forceinline__ void take_query(SharedStorage<kRows>& smem, Ring ring) {
   constexpr int kRowsChunkBytes = kRows * kChunkRowBytes;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    mbarrier_wait(smem_address(&smem.half_full[half][ring.latent.slot]), ring.latent.parity);
-    copy_shared(smem.query[half * kHalfChunks], smem.latent[ring.latent.slot][half],
+    mbarrier_wait(smem_address(&smem.half_full[half][ring.slot]), ring.parity);
+    copy_shared(smem.query[half * kHalfChunks], smem.latent[ring.slot][half],
                 kHalfChunks * kRowsChunkBytes);
   }
-  mbarrier_wait(smem_address(&smem.rope_full[ring.rope.slot]), ring.rope.parity);
-  copy_shared(smem.query[kLatentChunks], smem.rope[ring.rope.slot], kRowsChunkBytes);
+  mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
+  copy_shared(smem.query[kLatentChunks], smem.rope[ring.slot], kRowsChunkBytes);
   fence_async_proxy();
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
 
 template <typename T, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
-                                               const SharedStorage<kRows>& smem, Ring<kRows> ring) {
+                                               const SharedStorage<kRows>& smem, Ring ring) {
   float other[kRows / 2];  // two sums, as a product waits for the last one of its own
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const bool rope = c == kLatentChunks;
     if (c % kHalfChunks == 0) {
       if (rope) {
-        mbarrier_wait(smem_address(&smem.rope_full[ring.rope.slot]), ring.rope.parity);
+        mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
       } else {
-        mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.latent.slot]),
-                      ring.latent.parity);
+        mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.slot]), ring.parity);
       }
       wgmma_fence();
     }
-    const uint64_t keys =
-        rope ? k_major_desc(smem_address(smem.rope[ring.rope.slot]))
-             : k_major_desc(smem_address(smem.latent[ring.latent.slot][c / kHalfChunks]) +
-                                c % kHalfChunks * kGroupBytes,
-                            kTokenGroupBytes);
+    const uint64_t keys = rope
+                              ? k_major_desc(smem_address(smem.rope[ring.slot]))
+                              : k_major_desc(smem_address(smem.latent[ring.slot][c / kHalfChunks]) +
+                                                 c % kHalfChunks * kGroupBytes,
+                                             kTokenGroupBytes);
     const uint64_t query = k_major_desc(smem_address(smem.query[c]));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -155,14 +154,14 @@ template <typename T, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
   constexpr int kMine = kThreadRows<kRows>;
   const bool warp_leader = threadIdx.x % 32 == 0;
-  Ring<kRows> ring;
+  Ring ring;
   uint32_t sums_parity = 1;
   int turn = 0;
 
   for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
     const int length = args.cache_seqlens[sequence];  // on its way while the queries are taken
     take_query(smem, ring);
-    if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.latent.slot]));
+    if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
     ring.advance();
     const int seqlen = clamp_seqlen(args, length);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
@@ -175,7 +174,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
     }
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-      const int slot = ring.latent.slot;
+      const int slot = ring.slot;
       float s[kRows / 2], peak[kMine];
       compute_scores<T>(s, smem, ring);
       if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, seqlen);
@@ -196,7 +195,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
         sum[i] += s[element(i, 0)] + s[element(i, 1)];
       }
       // All warps are past this tile's products, as they have met: its rope columns may go.
-      store_probabilities<T, kRows>(s, smem_address(smem.rope[ring.rope.slot]));
+      store_probabilities<T, kRows>(s, smem_address(smem.rope[ring.slot]));
       fence_async_proxy();
       __syncwarp();
       if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[slot]));

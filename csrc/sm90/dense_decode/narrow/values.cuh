@@ -108,15 +108,15 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, SharedStorag
 }
 
 template <typename T, int kRows>
-__device__ __forceinline__ void add_products(const SharedStorage<kRows>& smem, Ring<kRows> ring,
-                                             int half, Output<kRows>& o) {
+__device__ __forceinline__ void add_products(const SharedStorage<kRows>& smem, Ring ring, int half,
+                                             Output<kRows>& o) {
 #pragma unroll
   for (int c = 0; c < kHalfChunks; ++c) pin_registers(o[c]);
   wgmma_fence();
   const uint64_t probabilities =
-      unswizzled_desc(smem_address(smem.rope[ring.rope.slot]), kRows * 16, 8 * 16);
-  const uint64_t values = mn_major_desc(smem_address(smem.latent[ring.latent.slot][half]),
-                                        kGroupBytes, kTokenGroupBytes);
+      unswizzled_desc(smem_address(smem.rope[ring.slot]), kRows * 16, 8 * 16);
+  const uint64_t values =
+      mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
 #pragma unroll
   for (int k = 0; k < kTileTokens / 16; ++k) {
 #pragma unroll
@@ -137,22 +137,22 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
                            int half) {
   constexpr int kMine = kThreadRows<kRows>;
   const bool warp_leader = threadIdx.x % 32 == 0;
-  Ring<kRows> ring;
+  Ring ring;
   uint32_t sums_parity = 0;
 
   for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
     const int seqlen = load_seqlen(args, sequence);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
     // The queries are not for this warpgroup; it keeps step with the score warpgroup.
-    mbarrier_wait(smem_address(&smem.probabilities_stored[ring.latent.slot]), ring.latent.parity);
-    if (warp_leader) mbarrier_arrive(smem_address(&smem.load_done[ring.latent.slot]));
+    mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
+    if (warp_leader) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     ring.advance();
 
     Output<kRows> o = {};
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-      const int slot = ring.latent.slot;
-      mbarrier_wait(smem_address(&smem.half_full[half][slot]), ring.latent.parity);
-      mbarrier_wait(smem_address(&smem.probabilities_stored[slot]), ring.latent.parity);
+      const int slot = ring.slot;
+      mbarrier_wait(smem_address(&smem.half_full[half][slot]), ring.parity);
+      mbarrier_wait(smem_address(&smem.probabilities_stored[slot]), ring.parity);
       if (seqlen - tile * kTileTokens < kTileTokens) {
         zero_tail(smem.latent[slot][half], seqlen - tile * kTileTokens);
         fence_async_proxy();
