@@ -119,3 +119,17 @@ def test_ptxas_serialised_no_wgmma(ptxas_report):
 def test_ptxas_spilled_no_register(ptxas_report):
     frames = re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores.*", ptxas_report)
     assert set(frames) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
+
+
+def test_the_merge_fits_beside_the_narrow_kernel(ptxas_report):
+    """On one of a multiprocessor's four register files: 4 of 13 warps beside 2 of 8."""
+
+    def registers(kernel: str) -> int:
+        pattern = rf"entry function '\S*{kernel}\S*'.*?Used (\d+) registers"
+        return max(int(used) for used in re.findall(pattern, ptxas_report, re.DOTALL))
+
+    def allocated(kernel: str) -> int:  # to a warp
+        return 32 * -(-registers(kernel) // 8) * 8
+
+    narrow = allocated(r"narrow_decode_kernelI\d+\w+?Li16E")
+    assert 4 * narrow + 2 * allocated("combine_kernel") <= 16384

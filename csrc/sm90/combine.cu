@@ -26,9 +26,9 @@ constexpr int kMostShares = 8;               // of a row
 constexpr int kFewPieces = 4;                // whose rows a lane can load at once
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
 
-// Who merges what: a warp or a block a row, a half or a quarter of one. The more pieces, the fewer
-// columns and the more warps, so that a lane has few rounds of loads to wait for; but all blocks
-// should be at work at once, unless a warp could not hold the pieces' weights.
+// Who merges what: a warp or a block a row, or a half, a quarter or an eighth of one. The more
+// pieces, the fewer columns and the more warps, so that a lane has one round of loads to wait for;
+// but all blocks should be at work at once, unless a warp could not hold the pieces' weights.
 struct Team {
   bool block;
   int split;  // a row into 2^split shares: 0 (by a warp only), 1, 2 or 3
@@ -36,9 +36,9 @@ struct Team {
   // rows: of all merges.
   __device__ __forceinline__ Team(int pieces, int rows) {
     const int blocks = gridDim.x;
-    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 4) <= blocks);
+    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 8) <= blocks);
     const int teams = blocks * (block ? 1 : kWarps);
-    const bool many = pieces > (block ? 64 : 16);
+    const bool many = pieces > (block ? 64 : 16);  // more than one round of quarters
     split = pieces <= kFewPieces ? 0 : many && 8 * rows <= teams ? 3 : 4 * rows <= teams ? 2 : 1;
   }
 };
@@ -46,9 +46,9 @@ struct Team {
 // The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
 struct MergeList {
   int sequence[kMaxParts];  // that part p begins with
-  // Bit p: part p goes on with the sequence that part p - 1 went on with; or with which it began.
+  // Bit p: part p goes on with the sequence that part p - 1 went on with; or began.
   uint32_t continues[kMaxParts / 32 + 1], starts[kMaxParts / 32];
-  int warp_tasks[kWarps];
+  int warp_tasks[kWarps];   // of the parts of a warp's threads
   int task_end[kMaxParts];  // running number of block tasks, by the part after the owner
 };
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ int run_length(const uint32_t* bits, int first) {
   }
 }
 
-// The tile at which part `index` enters a sequence, 0 if at its beginning.
+// Cut `index`; its tile is 0 if that is not within a sequence.
 __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int index) {
   const int2 cut = reinterpret_cast<const int2*>(params.cuts)[index];
   return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
@@ -70,11 +70,11 @@ __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int ind
 
 struct Merges {
   int rows;      // of all merges
-  int tasks;     // of all blocks
-  int task_end;  // running number of them, up to the part before this thread's
+  int tasks;     // of all merges
+  int task_end;  // list.task_end of this thread's part
 };
 
-// Every thread calls, and looks after the part of its number.
+// Fills the list. Every thread calls, and looks after the part of its number.
 __device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, MergeList& list) {
   const int part = threadIdx.x, lane = part % 32, warp = part / 32;
   const int rows = params.s_q * params.h_q;
@@ -256,9 +256,8 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int o
   if (lane == 0) params.lse[target] = total_lse * kLn2;
 }
 
-// One warp merges a half or a quarter row, number `share`, of at most 32 pieces. For a quarter,
-// 16 lanes take one piece and 16 the next one: lane / 16 * (split - 1) is a half warp's turn, 0
-// where whole warps take turns.
+// One warp merges share number `share` of a row of at most 32 pieces. Its 32, 16 or 8 lanes' worth
+// of columns leave the warp's other lanes to other pieces.
 template <typename T>
 __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
                                               int pieces, int sequence, int row, int share,
@@ -293,7 +292,7 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, i
   if (share == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
 }
 
-// One block does so, for any number of pieces, at which its warps or half warps take turns.
+// One block does so, for any number of pieces.
 template <typename T>
 __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, int owner,
                                                int pieces, int sequence, int row, int share,
@@ -307,8 +306,8 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, 
 #pragma unroll
   for (int i = 0; i < kMaxParts / 32; ++i) {
     lse[i] = -INFINITY;
-    if (i * 32 + lane < pieces)
-      lse[i] = params.lse_accum[piece_row(params, owner, i * 32 + lane, row)];
+    const int piece = i * 32 + lane;
+    if (piece < pieces) lse[i] = params.lse_accum[piece_row(params, owner, piece, row)];
   }
   float total_lse = -INFINITY;
   Columns sum = {};

@@ -1,10 +1,16 @@
 // The narrow kernel: at most 16 or 32 packed query rows against one part's share of the cache.
 //
 // The products are the wide kernel's transposed: tokens, and then value columns, are the 64 rows of
-// wgmma, and the query rows are its N. So few rows leave no tensor core idle, and a thread keeps
-// little of the output. What that leaves of the registers goes into nothing: no role needs more.
+// wgmma, and the query rows are its N. So few rows leave no tensor core idle, a thread keeps little
+// of the output, and with 16 rows a block leaves room for one of the merge's, which is then on the
+// multiprocessor when it is needed.
 //
-// Three warpgroups as in the wide kernel, and a warp that loads. docs/dense_decode.md tells more.
+// Three warpgroups as in the wide kernel, and a warp that loads:
+//
+//   score  | S^T = K Q^T (t) | softmax (t) -> P^T | S^T (t+1) | softmax (t+1) ...
+//   values |                                      | O^T += V^T P^T (t), refill slot of t
+//
+// docs/dense_decode.md tells the whole story.
 #pragma once
 
 #include "../../common/launch.h"
