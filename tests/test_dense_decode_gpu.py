@@ -163,7 +163,7 @@ def test_one_huge_sequence_among_small_ones() -> None:
     assert_close([x[small] for x in got], reference(*arguments))
 
 
-@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("h_q", [16, 32, 128])
 def test_many_sequences_most_of_them_empty(h_q: int) -> None:
     """A block passes over many pieces without a tile, and its warpgroups must keep together."""
     lengths = np.zeros(3000, np.int32)

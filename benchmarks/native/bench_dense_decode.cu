@@ -104,7 +104,8 @@ struct Row {
 struct Bench {
   T* pool;
   int64_t pool_blocks;
-  float query_scale = 10;  // scores then have standard deviation 1
+  float query_scale = 10;    // scores then have standard deviation 1
+  bool call_graphs = false;  // each call a child graph, as XLA makes them
   std::mt19937 random{7};
 
   template <typename V>
@@ -238,12 +239,28 @@ struct Bench {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CHECK(cudaStreamCreate(&stream));
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    for (int i = 0; i < layers; ++i) {
-      x.params.block_table = x.tables[i];
-      CHECK_STATUS(flashmla::sm90::run_dense_decode(x.params, stream));
+    const auto capture = [&](int first, int last) {
+      cudaGraph_t captured;
+      CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+      for (int i = first; i < last; ++i) {
+        x.params.block_table = x.tables[i];
+        CHECK_STATUS(flashmla::sm90::run_dense_decode(x.params, stream));
+      }
+      CHECK(cudaStreamEndCapture(stream, &captured));
+      return captured;
+    };
+    if (call_graphs) {
+      CHECK(cudaGraphCreate(&graph, 0));
+      cudaGraphNode_t before, node;
+      for (int i = 0; i < layers; ++i) {
+        cudaGraph_t call = capture(i, i + 1);
+        CHECK(cudaGraphAddChildGraphNode(&node, graph, i > 0 ? &before : nullptr, i > 0, call));
+        CHECK(cudaGraphDestroy(call));
+        before = node;
+      }
+    } else {
+      graph = capture(0, layers);
     }
-    CHECK(cudaStreamEndCapture(stream, &graph));
     CHECK(cudaGraphInstantiate(&exec, graph, 0));
     cudaEvent_t start, stop;
     CHECK(cudaEventCreate(&start));
@@ -273,6 +290,7 @@ int main(int argc, char** argv) {
   bench.pool_blocks = argc > 2 ? std::atoll(argv[2]) : 140000;
   if (argc > 3) bench.query_scale = std::atof(argv[3]);
   const int layers = argc > 4 ? std::atoi(argv[4]) : 0;
+  bench.call_graphs = argc > 5 && std::strcmp(argv[5], "call_graphs") == 0;
   CHECK(cudaMalloc(&bench.pool, bench.pool_blocks * kBlock * kDqk * 2));
   fill<<<1024, 256>>>(bench.pool, uint64_t(bench.pool_blocks) * kBlock * kDqk, 1, 0.1f);
   CHECK(cudaDeviceSynchronize());
@@ -296,6 +314,7 @@ int main(int argc, char** argv) {
       {4, 128, 2, 0, 0, "b2 s4 h128 kv2", {140, 4096}},
       {1, 128, 1, 0, 0, "b64 h128 ragged 2000", ragged(64, 2000)},
       {2, 63, 1, 0, 0, "b64 s2 h63 ragged 500", ragged(64, 500)},
+      {2, 16, 1, 0, 0, "b64 s2 h16 ragged 2000", ragged(64, 2000)},
       {1, 16, 1, 0, 0, "b128 h16 4096", std::vector<int>(128, 4096)},
       {1, 128, 1, 0, 0, "b132 h128 skewed",
        [] {
