@@ -116,11 +116,12 @@ def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
 
     def interrupted(row, *arguments, **options):
         if row.b == 3:
+            assert document.read(file)["interrupted"], "a killed run would not say that it was"
             raise KeyboardInterrupt
         return real(row, *arguments, **options)
 
-    monkeypatch.setattr(run, "measure_row", interrupted)
     file = tmp_path / "tiny.json"
+    monkeypatch.setattr(run, "measure_row", interrupted)
     assert bench("--grid", "tiny", "--xla", "none", "--json", str(file)) == 130
     assert "1 rows, 0 failed" in capsys.readouterr().out
     found = document.read(file)

@@ -50,7 +50,8 @@ def measure(
 ) -> dict[str, Any]:
     """The document of a run, which is also written to options.json after every row.
 
-    Ctrl-C ends it early: the rows measured by then are in the document.
+    Ctrl-C ends it early: the rows measured by then are in the document. It counts as interrupted
+    until its last row, so that the file of a run that was killed says so too.
     """
     layers = options.layers_of(grid)
     method = METHODS[device.platform]
@@ -95,11 +96,11 @@ def measure(
                 except Exception as error:  # one row's failure must not cost the others
                     result = {"error": first_line(error)}
                 document["rows"].append({**shape, **result})
+                document["interrupted"] = len(document["rows"]) < len(rows)
                 report.print_plain(progress.console, report.line(document["rows"][-1]))
                 _keep(document, options)
                 progress.advance(task)
         except KeyboardInterrupt:
-            document["interrupted"] = True
             _keep(document, options)
     return document
 
@@ -114,7 +115,7 @@ def _begin(options: Options, grid: str, setup: Setup, ceilings: Ceilings) -> dic
         "method": dataclasses.asdict(setup.method),
         "ceilings": dataclasses.asdict(ceilings),
         "limits": dataclasses.asdict(setup.limits),
-        "interrupted": False,
+        "interrupted": True,  # until the last row is measured
         "rows": [],
         "summary": summarise([]),
     }
