@@ -90,7 +90,9 @@ def step(
     """All layers on the new tokens x [b, 1, hidden]; the cache comes back with its old lengths."""
     before = cache.table
     cache, slots = cache.advance()
-    schedule = make_schedule(cache.table.cache_seqlens, h_q=config.num_heads)
+    schedule = make_schedule(
+        cache.table.cache_seqlens, h_q=config.num_heads, max_seqlen=cache.table.max_seqlen
+    )
     for layer, params in enumerate(weights):
         cache, y = decode(config, params, x, cache, slots=slots, layer=layer, schedule=schedule)
         x = x + y
@@ -99,16 +101,21 @@ def step(
 
 @partial(jax.jit, static_argnums=0)
 def kernels(config: MLAConfig, cache: PagedCache, q: jax.Array) -> list[jax.Array]:
-    """The step's calls of dense_decode alone, on queries q [b, 1, h_q, d_qk]."""
+    """The step's calls of dense_decode alone, on queries q [b, 1, h_q, d_qk]: each layer's lse.
+
+    So out dies at once, as in the step, and all layers' have the same memory.
+    """
     cache, _ = cache.advance()
-    schedule = make_schedule(cache.table.cache_seqlens, h_q=config.num_heads)
+    schedule = make_schedule(
+        cache.table.cache_seqlens, h_q=config.num_heads, max_seqlen=cache.table.max_seqlen
+    )
     options: dict[str, Any] = {
         "d_v": config.kv_lora_rank,
         "sm_scale": config.sm_scale,
         "causal": True,
         "schedule": schedule,
     }
-    return [dense_decode(q, *cache.layer(i), **options)[0] for i in range(cache.layers)]
+    return [dense_decode(q, *cache.layer(i), **options)[1] for i in range(cache.layers)]
 
 
 def measure_heads(heads: int, arguments: argparse.Namespace, method: Method) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flashmla import _dims, reference
+from jax_flashmla._num_parts import default_num_parts
 
 TARGETS = {
     "make_schedule": "flashmla_make_schedule_v1",
@@ -222,11 +223,23 @@ def _dense_decode_batch(
         _fold(block_table, table_dim, n),
         _fold(cache_seqlens, seqlens_dim, n),
     )
-    _check_folded("dense_decode", n, q.shape[0] // n)
+    b = q.shape[0] // n
+    _check_folded("dense_decode", n, b)
     if blocks_dim is not None:
         blocks, block_table = _fold_blocks(blocks, blocks_dim, block_table, n)
+    # n small problems may be a large one, and want as many parts as it.
+    default = functools.partial(
+        default_num_parts,
+        s_q=q.shape[1],
+        h_q=q.shape[2],
+        h_kv=blocks.shape[2],
+        max_seqlen=block_table.shape[1] * blocks.shape[1],
+    )
+    num_parts = cuts.shape[0] - 1
+    if num_parts == default(b=b):
+        num_parts = default(b=n * b)
     (cuts,) = make_schedule_p.bind(
-        cache_seqlens, num_parts=cuts.shape[0] - 1, implementation=implementation
+        cache_seqlens, num_parts=num_parts, implementation=implementation
     )
     out, lse, *workspace = bind(q, blocks, block_table, cache_seqlens, cuts)
     return [_unfold(out, n), _unfold(lse, n), *workspace], [0, 0, None, None]

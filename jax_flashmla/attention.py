@@ -66,7 +66,12 @@ def dense_decode(
     b, s_q, h_q, d_qk = q.shape
     if schedule is None:
         schedule = make_schedule(
-            cache_seqlens, h_q=h_q, h_kv=blocks.shape[2], s_q=s_q, implementation=implementation
+            cache_seqlens,
+            h_q=h_q,
+            h_kv=blocks.shape[2],
+            s_q=s_q,
+            max_seqlen=block_table.shape[1] * blocks.shape[1],
+            implementation=implementation,
         )
     elif not isinstance(schedule, SplitSchedule):
         raise TypeError(

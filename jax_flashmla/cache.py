@@ -56,6 +56,11 @@ class BlockTable:
     def max_blocks(self) -> int:
         return self.block_table.shape[1]
 
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens that a sequence can have at most, for `make_schedule`: the width of its row."""
+        return self.max_blocks * self.block_size
+
     def capacity(self, num_blocks: int) -> jax.Array:
         """Tokens that each sequence's blocks can hold [b]: those of its leading valid ids."""
         ends = (self.block_table < 0) | (self.block_table >= num_blocks)
@@ -110,7 +115,9 @@ class PagedCache:
     >>> @functools.partial(jax.jit, donate_argnames="cache")
     ... def decode_step(weights, x, cache):
     ...     cache, slots = cache.advance()  # once a step
-    ...     schedule = make_schedule(cache.table.cache_seqlens, h_q=h_q)
+    ...     schedule = make_schedule(
+    ...         cache.table.cache_seqlens, h_q=h_q, max_seqlen=cache.table.max_seqlen
+    ...     )
     ...     def layer(carry, layer_input):
     ...         x, cache = carry
     ...         i, w = layer_input

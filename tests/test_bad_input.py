@@ -134,6 +134,8 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (schedule, {"cache_seqlens": zeros(2, dtype=np.float32)}, TypeError, "cache_seqlens must have dtype int32, got float32"),
     (schedule, {"num_parts": 0}, ValueError, "num_parts must be between 1 and 256, got 0"),
     (schedule, {"batch_invariant": 1}, TypeError, "batch_invariant must be a Python bool (it is compiled in), got 1 of type int"),
+    (schedule, {"max_seqlen": -1}, ValueError, "max_seqlen must be between 0 and 2147483647, got -1"),
+    (schedule, {"max_seqlen": 64.0}, TypeError, "max_seqlen must be a Python int (it is compiled in), got 64.0"),
     (schedule, {"num_parts": 132.0}, TypeError, "num_parts must be a Python int (it is compiled in), got 132.0"),
     (schedule, {"h_q": 0}, ValueError, "h_q must be between 1 and 2147483647, got 0"),
     (schedule, {"h_kv": 4}, ValueError, "h_q must be a multiple of h_kv = 4, got h_q = 6"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from jax_flashmla import kernel_refusal
 from jax_flashmla.cli import main
-from jax_flashmla.cli.bench import command_buffers, document, peers, rows, run, summary
+from jax_flashmla.cli.bench import command_buffers, document, measure, peers, rows, run, summary
 from jax_flashmla.cli.bench.grids import GRIDS
 from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
 from jax_flashmla.cli.bench.measure import METHODS, Ceilings, time_calls
@@ -31,13 +32,38 @@ def quick_ceilings(monkeypatch):
     monkeypatch.setattr(run, "measure_ceilings", lambda device, method: CEILINGS)
 
 
-@pytest.mark.parametrize(("warm_seconds", "runs_a_sample"), [(0.0, 1), (1e-12, 2)])
-def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(warm_seconds, runs_a_sample):
+@pytest.mark.parametrize(
+    ("warm_seconds", "lead_seconds", "runs_a_sample"),
+    [(0.0, 0.0, 1), (1e-12, 0.0, 2), (1e-12, 1e-12, 4)],
+)
+def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(
+    warm_seconds, lead_seconds, runs_a_sample
+):
     runs = []
-    method = dataclasses.replace(METHODS["cpu"], samples=5, warm_seconds=warm_seconds)
+    method = dataclasses.replace(
+        METHODS["cpu"], samples=5, warm_seconds=warm_seconds, lead_seconds=lead_seconds
+    )
     timing = time_calls(lambda: runs.append(None), 1, method)
     assert len(runs) == 3 + (5 + 1) * runs_a_sample  # five samples, one under lasting load
-    assert 0 < timing.us_min <= timing.us <= timing.us_max
+    assert timing.us_min <= timing.us <= timing.us_max
+
+
+def test_what_a_sample_takes_to_start_is_not_in_it(monkeypatch):
+    now, idle = 0.0, True
+
+    def run():
+        nonlocal now, idle
+        now += 7.0 + (500.0 if idle else 0.0)
+        idle = False
+
+    def wait(_):
+        nonlocal idle
+        idle = True
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measure.jax, "block_until_ready", wait)
+    method = dataclasses.replace(METHODS["cpu"], samples=3, sample_seconds=2000.0, lead_seconds=1.0)
+    assert time_calls(run, 1, method).us == pytest.approx(7e6)
 
 
 def test_the_hopper_kernel_takes_every_block_size_on_offer():
@@ -279,7 +305,10 @@ def test_native_rows_are_the_grid():
     lines = [line.split() for line in done.stdout.splitlines()]
     expected = [row for row in GRIDS["targets"]() if (row.lengths, row.b) == ("normal", 8)]
     assert len(lines) == len(expected) > 1
-    for (_, s_q, h_q, h_kv, best_us, _, *lengths), row in zip(lines, expected, strict=True):
+    for (_, s_q, h_q, h_kv, num_parts, best_us, _, *lengths), row in zip(
+        lines, expected, strict=True
+    ):
         assert (int(s_q), int(h_q), h_kv) == (row.s_q, row.h_q, "1")
+        assert 0 < int(num_parts) * math.ceil(int(s_q) * int(h_q) / 64) <= 132
         assert list(map(int, lengths)) == row.seqlens().tolist()
         assert float(best_us) == peers.recorded()[row]["best_us"]

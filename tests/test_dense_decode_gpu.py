@@ -144,6 +144,23 @@ def test_zero_lengths_among_128_sequences(s_q: int, h_q: int, causal: bool) -> N
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("h_kv", "s_q", "h_q"),
+    [(1, 1, 128), (1, 1, 100), (1, 2, 10), (1, 4, 16), (2, 2, 64), (4, 3, 80)],
+)
+@pytest.mark.parametrize("tiles", ["wide", "small"])
+def test_tiles_that_fit_the_parts(tiles: str, h_kv: int, s_q: int, h_q: int, causal: bool) -> None:
+    """A schedule of few parts has tiles of 16 query rows, whatever the lengths then are."""
+    group = Group(1000, h_kv, s_q, h_q, b=9, zero_lengths=True)
+    arguments = group.arguments(True)
+    schedule = make_schedule(
+        arguments[-1], h_q=h_q, h_kv=h_kv, s_q=s_q, max_seqlen=64 if tiles == "small" else None
+    )
+    got = kernel(*arguments, causal=causal, schedule=schedule)
+    assert_close(got, group.expected(True, causal))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("h_kv", "s_q", "h_q"), [(1, 1, 16), (1, 2, 128), (8, 1, 64), (3, 4, 9)])
 def test_float16(h_kv: int, s_q: int, h_q: int, causal: bool) -> None:
     assert_case(Group(4096, h_kv, s_q, h_q, dtype="float16"), True, causal, 64)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import cases
 import jax_flashmla
 from jax_flashmla import SplitSchedule, make_schedule
+from jax_flashmla._num_parts import default_num_parts
 
 TILE = 64
 OVERHEAD = 2  # tiles
@@ -175,7 +176,34 @@ def test_default_parts_fill_a_hopper() -> None:
     assert parts(h_q=128, s_q=2) == count // 4
     assert parts(h_q=128, h_kv=8) == count // 8
     assert parts(h_q=128, h_kv=128, s_q=4) == max(1, count // 128)
+    assert parts(h_q=128, h_kv=8, s_q=2) == count // 16  # a tile has one query token's rows
     assert parts(h_q=4096, s_q=8) == 1
+
+
+def test_small_problems_have_few_parts_by_default() -> None:
+    """At most two tiles of 64 tokens and 16 query rows a multiprocessor, of 132."""
+
+    def parts(b: int, max_seqlen: int | None, **heads: int) -> int:
+        return default_num_parts(b=b, max_seqlen=max_seqlen, **{"s_q": 1, "h_kv": 1, **heads})
+
+    assert parts(1, 33 * 64, h_q=128) == 132 // 8
+    assert parts(1, 33 * 64 + 1, h_q=128) == parts(1, None, h_q=128) == 132 // 2
+    assert parts(33, 64, h_q=128) == 132 // 8
+    assert parts(34, 64, h_q=128) == 132 // 2
+    assert parts(4, 0, h_q=128) == 132 // 8
+    assert parts(1, 64, h_q=17) == 132 // 2
+    assert parts(1, 64, h_q=16) == parts(100, 64, h_q=16) == 132
+    assert parts(1, 64, h_q=32, h_kv=2, s_q=3) == 132 // 6
+    assert parts(1, 64, h_q=128, s_q=17) == 132 // 34  # 136 tiles of 16 rows are too many
+
+
+def test_max_seqlen_reaches_the_default() -> None:
+    seqlens = jnp.zeros(1, jnp.int32)
+    some = {h: make_schedule(seqlens, h_q=h, max_seqlen=64).num_parts for h in (16, 128)}
+    assert some == {
+        h: default_num_parts(b=1, s_q=1, h_q=h, h_kv=1, max_seqlen=64) for h in (16, 128)
+    }
+    assert make_schedule(seqlens, h_q=128, max_seqlen=64, num_parts=5).num_parts == 5
 
 
 def test_schedule_is_a_pytree_with_one_leaf() -> None:

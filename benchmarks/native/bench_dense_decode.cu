@@ -95,7 +95,7 @@ __global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_toke
 }
 
 struct Row {
-  int s_q, h_q, h_kv;
+  int s_q, h_q, h_kv, num_parts;
   double best_us, limit_us;  // best_us 0: no peer is recorded
   std::string label;
   std::vector<int> lengths;
@@ -133,8 +133,7 @@ struct Bench {
     p.num_blocks = pool_blocks / row.h_kv, p.block_size = kBlock;
     const int longest = *std::max_element(row.lengths.begin(), row.lengths.end());
     p.max_blocks = (longest + kBlock - 1) / kBlock + 3;
-    const int tiles = (p.s_q * (p.h_q / p.h_kv) + 63) / 64;
-    p.num_parts = std::max(1, 132 / (p.h_kv * tiles));
+    p.num_parts = row.num_parts;
     p.sm_scale = 1 / std::sqrt(576.0f), p.causal = causal, p.dtype = flashmla::DType::kBFloat16;
     x.tokens = std::accumulate(row.lengths.begin(), row.lengths.end(), int64_t{0});
 
@@ -305,26 +304,29 @@ int main(int argc, char** argv) {
   std::vector<int> mostly_empty(3000);
   for (size_t i = 40; i < mostly_empty.size(); i += 70) mostly_empty[i] = 3 * i % 1000;
   const std::vector<Row> checks = {
-      {1, 64, 1, 0, 0, "b1 h64 64", {64}},
-      {1, 64, 1, 0, 0, "b1 h64 20", {20}},
-      {1, 64, 1, 0, 0, "b1 h64 1000", {1000}},
-      {1, 16, 1, 0, 0, "b1 h16 20000", {20000}},
-      {1, 1, 1, 0, 0, "b3 h1", {140, 0, 333}},
-      {2, 9, 3, 0, 0, "b6 s2 h9 kv3 ragged", ragged(6, 4096)},
-      {4, 128, 2, 0, 0, "b2 s4 h128 kv2", {140, 4096}},
-      {1, 128, 1, 0, 0, "b64 h128 ragged 2000", ragged(64, 2000)},
-      {2, 63, 1, 0, 0, "b64 s2 h63 ragged 500", ragged(64, 500)},
-      {2, 16, 1, 0, 0, "b64 s2 h16 ragged 2000", ragged(64, 2000)},
-      {1, 16, 1, 0, 0, "b128 h16 4096", std::vector<int>(128, 4096)},
-      {1, 128, 1, 0, 0, "b132 h128 skewed",
+      {1, 64, 1, 132, 0, 0, "b1 h64 64", {64}},
+      {1, 64, 1, 132, 0, 0, "b1 h64 20", {20}},
+      {1, 64, 1, 132, 0, 0, "b1 h64 1000", {1000}},
+      {1, 16, 1, 132, 0, 0, "b1 h16 20000", {20000}},
+      {1, 1, 1, 132, 0, 0, "b3 h1", {140, 0, 333}},
+      {2, 9, 3, 44, 0, 0, "b6 s2 h9 kv3 ragged", ragged(6, 4096)},
+      {4, 128, 2, 16, 0, 0, "b2 s4 h128 kv2", {140, 4096}},
+      {1, 128, 1, 66, 0, 0, "b64 h128 ragged 2000", ragged(64, 2000)},
+      {2, 63, 1, 66, 0, 0, "b64 s2 h63 ragged 500", ragged(64, 500)},
+      {2, 16, 1, 132, 0, 0, "b64 s2 h16 ragged 2000", ragged(64, 2000)},
+      {1, 16, 1, 132, 0, 0, "b128 h16 4096", std::vector<int>(128, 4096)},
+      {1, 128, 1, 66, 0, 0, "b132 h128 skewed",
        [] {
          std::vector<int> v(132, 200);
          v[60] = 65536;
          return v;
        }()},
-      {1, 16, 1, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
-      {1, 16, 1, 0, 0, "b3000 h16 mostly empty", mostly_empty},
-      {1, 128, 1, 0, 0, "b3000 h128 mostly empty", mostly_empty},
+      {1, 16, 1, 132, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
+      {1, 16, 1, 132, 0, 0, "b3000 h16 mostly empty", mostly_empty},
+      {1, 128, 1, 66, 0, 0, "b3000 h128 mostly empty", mostly_empty},
+      {1, 128, 1, 16, 0, 0, "b1 h128 500, small tiles", {500}},
+      {1, 100, 1, 18, 0, 0, "b4 h100, small tiles", {500, 0, 64, 130}},
+      {2, 64, 2, 16, 0, 0, "b2 s2 h64 kv2, small tiles", {300, 70}},
   };
   for (const Row& row : checks)
     for (bool causal : {false, true}) ok &= bench.check(row, causal);
@@ -337,7 +339,8 @@ int main(int argc, char** argv) {
   while (std::getline(file, line)) {
     std::istringstream in(line);
     Row row;
-    in >> row.label >> row.s_q >> row.h_q >> row.h_kv >> row.best_us >> row.limit_us;
+    in >> row.label >> row.s_q >> row.h_q >> row.h_kv >> row.num_parts >> row.best_us >>
+        row.limit_us;
     for (int n; in >> n;) row.lengths.push_back(n);
     int64_t tokens;
     const double us = bench.time(row, layers, tokens);

@@ -90,9 +90,11 @@ class DeepSeek(nnx.Module):
             cache: of all layers, after the step's `advance`, which gave `slots`.
             prefill: whether these are whole prompts, with nothing in the cache before them.
         """
-        schedule = (
-            None if prefill else make_schedule(cache.table.cache_seqlens, h_q=self.heads)
-        )  # once for all layers
+        schedule = None
+        if not prefill:  # once for all layers
+            schedule = make_schedule(
+                cache.table.cache_seqlens, h_q=self.heads, max_seqlen=cache.table.max_seqlen
+            )
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             cache, x = layer(x, cache, slots, schedule)

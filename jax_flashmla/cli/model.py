@@ -69,7 +69,9 @@ def make_step(heads: int, format: CacheFormat) -> Step:
     ) -> tuple[PagedCache, jax.Array, Trace]:
         b = tokens.shape[0]
         cache, slots = cache.advance()
-        schedule = make_schedule(cache.table.cache_seqlens, h_q=heads)
+        schedule = make_schedule(
+            cache.table.cache_seqlens, h_q=heads, max_seqlen=cache.table.max_seqlen
+        )
         x = weights.embedding[tokens].astype(jnp.float32)
         traces = []
         for i, layer in enumerate(weights.layers):

@@ -15,6 +15,7 @@ constexpr int kValueDim = 512;  // d_v
 // narrow one is built for tiles of 16 and of 32.
 constexpr int kTileRows = 64;
 constexpr int kNarrowRows = 32;
+constexpr int kLeastRows = 16;
 constexpr int kTileTokens = kSplitTile;
 constexpr int kMinBlock = 16, kMaxBlock = 256;      // tokens of a cache block
 constexpr int kMaxBoxes = kTileTokens / kMinBlock;  // of a tile: blocks that it may span

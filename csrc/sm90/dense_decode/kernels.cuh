@@ -9,8 +9,12 @@ namespace flashmla::sm90 {
 
 template <typename T, int kBoxes>
 Status launch_rows(const KernelArgs& args, int tile_rows, dim3 grid, cudaStream_t stream) {
-  if (tile_rows <= 16) return narrow::launch_kernel<T, 16, kBoxes>(args, grid, stream);
-  if (tile_rows <= 32) return narrow::launch_kernel<T, 32, kBoxes>(args, grid, stream);
+  if (tile_rows <= kLeastRows) {
+    return narrow::launch_kernel<T, kLeastRows, kBoxes>(args, grid, stream);
+  }
+  if (tile_rows <= kNarrowRows) {
+    return narrow::launch_kernel<T, kNarrowRows, kBoxes>(args, grid, stream);
+  }
   return wide::launch_kernel<T, kBoxes>(args, grid, stream);
 }
 

@@ -17,6 +17,27 @@ bool takes_block_size(int tokens) {
   return tokens >= kMinBlock && tokens <= kMaxBlock && std::has_single_bit(unsigned(tokens));
 }
 
+// Query rows that share a tile if there is room: of all query tokens, or of one if there are
+// several KV heads.
+int rows_together(const DenseDecodeParams& params) {
+  return params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
+}
+
+int count_row_tiles(const DenseDecodeParams& params, int tile_rows) {
+  const int tiles = (rows_together(params) + tile_rows - 1) / tile_rows;
+  return params.h_kv == 1 ? tiles : params.s_q * tiles;
+}
+
+// Rows of a thread block's tile: as many as there are, up to 64; but 16 if the schedule has so few
+// parts that the multiprocessors take all such tiles at once, as schedules of small problems do
+// (jax_flashmla/_num_parts.py). Small tiles take less time each; but each reads the cache for
+// itself, which only a small problem can afford.
+int choose_tile_rows(const DenseDecodeParams& params, int multiprocessors) {
+  const int64_t narrowest_tiles = int64_t{count_row_tiles(params, kLeastRows)} * params.h_kv;
+  if (narrowest_tiles * params.num_parts <= multiprocessors) return kLeastRows;
+  return std::min(rows_together(params), kTileRows);
+}
+
 Status check_supported(const DenseDecodeParams& params) {
   if (params.d_qk != kHeadDim || params.d_v != kValueDim || !takes_block_size(params.block_size)) {
     return Status::InvalidArgument(
@@ -50,8 +71,10 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   if (!s.ok()) return s;
   s = make_cache_map(params, box_tokens, 1, &args.cache_rope_map);
   if (!s.ok()) return s;
-  const int tile_rows =
-      std::min(params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv, kTileRows);
+  int multiprocessors = 0;
+  s = count_multiprocessors(&multiprocessors);
+  if (!s.ok()) return s;
+  const int tile_rows = choose_tile_rows(params, multiprocessors);
   // The narrow kernel multiplies with all rows of a box; the wide one needs whole swizzle groups.
   const int row_unit = tile_rows <= kNarrowRows ? 16 : 8;
   args.query_box = (tile_rows + row_unit - 1) / row_unit * row_unit;
@@ -77,9 +100,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.scale_log2 = params.sm_scale * 1.4426950408889634f;
   args.causal = params.causal;
 
-  // One KV head: all query rows packed. Several: the rows of one query token at a time.
-  const int row_tiles = params.h_kv == 1 ? (args.rows + kTileRows - 1) / kTileRows
-                                         : params.s_q * ((args.group + kTileRows - 1) / kTileRows);
+  const int row_tiles = count_row_tiles(params, tile_rows);
   // A tile that several blocks read must stay in L2 until the last has read it.
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);

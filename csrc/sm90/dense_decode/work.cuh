@@ -5,23 +5,24 @@
 
 namespace flashmla::sm90 {
 
-// The up to 64 query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With
+// The up to kRows query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With
 // one KV head the rows of all query tokens are packed; with several, a tile holds one query
 // token's.
 struct RowTile {
   int first;  // row within [s_q, h_q]
   int count;
 
+  template <int kRows>
   __device__ void find(const KernelArgs& args) {
     const int tile = blockIdx.x;
     if (args.group == args.h_q) {
-      first = tile * kTileRows;
-      count = min(args.rows - first, kTileRows);
+      first = tile * kRows;
+      count = min(args.rows - first, kRows);
     } else {
-      const int tiles_per_query = (args.group + kTileRows - 1) / kTileRows;
-      const int head = tile % tiles_per_query * kTileRows;
+      const int tiles_per_query = (args.group + kRows - 1) / kRows;
+      const int head = tile % tiles_per_query * kRows;
       first = tile / tiles_per_query * args.h_q + blockIdx.y * args.group + head;
-      count = min(args.group - head, kTileRows);
+      count = min(args.group - head, kRows);
     }
   }
 };

@@ -19,7 +19,9 @@ class Method:
 
     One jitted function makes `calls` calls, each over a cache of its own, so that no call finds its
     cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
-    time divided by all calls, launch gaps included. The schedule is made beforehand, except with
+    time divided by all calls, launch gaps included. What it takes to start and to wait for the
+    device, about 0.5 ms, is not in it: `lead_seconds` are timed by themselves, then with the sample
+    behind them, and the difference is the sample. The schedule is made beforehand, except with
     --layers, where the function makes it once. The result is the median of `samples`.
 
     A GPU at its power limit lowers its clock within a fraction of a second. So samples are short
@@ -33,6 +35,7 @@ class Method:
     max_calls: int
     samples: int
     sample_seconds: float  # 0: one run a sample
+    lead_seconds: float  # 0: none, a sample's beginning and end are in it
     rest_seconds: float  # before each sample
     warm_seconds: float  # untimed, after the rest; 0: none
     sustained_seconds: float
@@ -50,6 +53,7 @@ METHODS = {
         max_calls=128,
         samples=7,
         sample_seconds=0.020,
+        lead_seconds=0.005,
         rest_seconds=0.1,
         warm_seconds=0.01,
         sustained_seconds=0.3,
@@ -60,6 +64,7 @@ METHODS = {
         max_calls=4,
         samples=5,
         sample_seconds=0.0,
+        lead_seconds=0.0,
         rest_seconds=0.0,
         warm_seconds=0.0,
         sustained_seconds=0.0,
@@ -80,7 +85,7 @@ class Timing:
 def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
     """Times `run`, which dispatches a jitted function of `calls` calls and returns its results."""
 
-    def sample(repeats: int) -> float:
+    def seconds_of(repeats: int) -> float:
         out = None
         start = time.perf_counter()
         for _ in range(repeats):
@@ -89,17 +94,20 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
             out = None
             out = run()
         jax.block_until_ready(out)
-        return (time.perf_counter() - start) / repeats
+        return time.perf_counter() - start
 
     for _ in range(3):  # compile; record the command buffer; settle
-        once = sample(1)
+        once = seconds_of(1)
 
-    def per_call(seconds: float) -> float:
+    def per_call(sample_seconds: float) -> float:
         """Microseconds a call in a sample that long."""
+        warm, lead = (math.ceil(s / once) for s in (method.warm_seconds, method.lead_seconds))
+        runs = max(1, math.ceil(sample_seconds / once))
         time.sleep(method.rest_seconds)
-        if method.warm_seconds > 0:
-            sample(math.ceil(method.warm_seconds / once))
-        return sample(max(1, math.ceil(seconds / once))) / calls * 1e6
+        if warm > 0:
+            seconds_of(warm)
+        before = seconds_of(lead) if lead > 0 else 0.0
+        return (seconds_of(lead + runs) - before) / (runs * calls) * 1e6
 
     samples = [per_call(method.sample_seconds) for _ in range(method.samples)]
     sustained = per_call(method.sustained_seconds)

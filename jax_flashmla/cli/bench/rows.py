@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-import jax_flashmla
 from jax_flashmla.cli.bench import peers
 from jax_flashmla.cli.bench.command_buffers import compile_and_look
 from jax_flashmla.cli.bench.decode_calls import (
     MAX_RELATIVE_ERROR,
     composed_decode,
     make_q,
+    make_schedule,
     make_tables,
     package_decode,
     relative_error,
@@ -73,13 +73,13 @@ def measure_row(row: Row, pool: jax.Array, setup: Setup, *, with_xla: bool) -> d
     # The peers' schedules were made beforehand. A stack of layers makes its own, once.
     schedule = None
     if not setup.look_inside:
-        schedule = jax_flashmla.make_schedule(seqlens, h_q=row.h_q, s_q=row.s_q)
+        schedule = make_schedule(row, seqlens, tables[0].shape[1] * setup.block_size)
     decode: Any = package_decode(row, "kernel", schedule)
     if setup.look_inside:
         decode, capture = compile_and_look(decode, *arguments)
         launched["decode_custom_calls"] = count_decode_calls(decode)
         launched["command_buffers"] = capture and dataclasses.asdict(capture)
-    error = relative_error(decode(*arguments)[-1], q, pool, tables[-1], row)
+    error = relative_error(decode(*arguments)[0], q, pool, tables[-1], row)
     if not error <= MAX_RELATIVE_ERROR:
         raise AssertionError(f"wrong result: relative error {error:.1e}")
     timing = time_calls(partial(decode, *arguments), calls, setup.method)

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
     mbarrier_init(smem_address(&smem.sums_full), 4);  // the threads that store them
     mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarps);
     mbarrier_init_fence();
-    smem.row_tile.find(args);
+    smem.row_tile.template find<kRows>(args);
   }
   __syncthreads();  // the barriers are initialised, the row tile is found
   wait_for_prerequisites();

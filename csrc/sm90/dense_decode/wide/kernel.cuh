@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarps);
     }
     mbarrier_init_fence();
-    smem.row_tile.find(args);
+    smem.row_tile.find<kTileRows>(args);
   }
   wait_for_prerequisites();
   launch_dependents();
