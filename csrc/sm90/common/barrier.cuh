@@ -40,6 +40,20 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same, and whether `vote` is true in any of them.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred vote;\n"
+      "setp.ne.u32 vote, %3, 0;\n"
+      "barrier.cta.red.or.pred vote, %1, %2, vote;\n"
+      "selp.u32 %0, 1, 0, vote;\n}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(uint32_t{vote})
+      : "memory");
+  return any != 0;
+}
+
 // Orders this thread's ordinary shared-memory stores before later wgmma or TMA reads of them (those
 // must still be told through a barrier).
 __device__ __forceinline__ void fence_async_proxy() {

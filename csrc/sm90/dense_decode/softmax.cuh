@@ -16,6 +16,12 @@ __device__ __forceinline__ float rescale_factor(int power) {
   return __int_as_float((127 - min(power, 127)) << 23);
 }
 
+// Whether a score of a row, not yet scaled, asks for its reference to be moved. True where there is
+// no reference yet, false for a score of -inf.
+__device__ __forceinline__ bool outgrows(float score, float scale_log2, float reference) {
+  return fmaf(score, scale_log2, -reference) > kLazyRescale;
+}
+
 // Moves a row's reference, the base-2 exponent that maps to 1, by a whole number if a tile's
 // largest score asks for it. Returns by what power of two the row's sum, which is divided here, and
 // output are to be divided. The first reference is the first tile's maximum: the largest

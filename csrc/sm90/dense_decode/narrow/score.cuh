@@ -180,12 +180,25 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, seqlen);
 #pragma unroll
       for (int i = 0; i < kMine; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
-      combine_rows(smem, turn, peak, [](float a, float b) { return fmaxf(a, b); });
-      turn ^= 1;
+      bool raise = true;  // past a sequence's first tiles it is seldom
+      if (tile > piece.tile_begin) {
+        bool mine = false;
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) mine |= outgrows(peak[i], args.scale_log2, reference[i]);
+        raise = named_barrier_any(kScoreBarrier, kWarpgroupThreads, mine);
+      }
+      int power[kMine] = {};
+      if (raise) {
+        combine_rows(smem, turn, peak, [](float a, float b) { return fmaxf(a, b); });
+        turn ^= 1;
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+          power[i] = raise_reference(reference[i], sum[i], peak[i] * args.scale_log2);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        const int power = raise_reference(reference[i], sum[i], peak[i] * args.scale_log2);
-        if (threadIdx.x < 4) smem.rescale[slot][query_row(i)] = power;
+        if (threadIdx.x < 4) smem.rescale[slot][query_row(i)] = power[i];
         const float offset = finite_reference(reference[i]);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {

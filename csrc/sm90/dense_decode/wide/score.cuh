@@ -73,7 +73,8 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   }
 }
 
-// Moves the rows' references where their maxima ask for it, and tells the value warpgroups.
+// Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
+// sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
 __device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
                                                   SoftmaxRows& rows, float scale_log2, int slot) {
   float peak[2] = {-INFINITY, -INFINITY};
@@ -82,24 +83,32 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
     peak[0] = fmaxf(peak[0], fmaxf(s[i], s[i + 1]));
     peak[1] = fmaxf(peak[1], fmaxf(s[i + 2], s[i + 3]));
   }
+  int power[2] = {0, 0};
+  if (__any_sync(~0u, outgrows(peak[0], scale_log2, rows.reference[0]) ||
+                          outgrows(peak[1], scale_log2, rows.reference[1]))) {
 #pragma unroll
-  for (int lane = 1; lane <= 2; lane *= 2) {
-    peak[0] = fmaxf(peak[0], __shfl_xor_sync(~0u, peak[0], lane));
-    peak[1] = fmaxf(peak[1], __shfl_xor_sync(~0u, peak[1], lane));
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int lane = 1; lane <= 2; lane *= 2) {
+        peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], lane));
+      }
+      power[r] = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
+    }
   }
   const int thread = threadIdx.x % kWarpgroupThreads;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int power = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
     // The four lanes of a row all write the same.
-    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power;
+    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power[r];
   }
 }
 
-// Turns scores into probabilities, adds them to the rows' sums and stores them to shared memory.
+// Turns scores into probabilities, adds them to the rows' sums and stores them to the slot of the
+// rope columns, once all warps have read these.
 template <typename T>
 __device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows& rows,
-                                                    float scale_log2, uint32_t slot) {
+                                                    float scale_log2, uint32_t slot,
+                                                    uint32_t scores_done, uint32_t parity) {
   const int lane = threadIdx.x % 32;
   const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + (lane & 15);
   const float offset[2] = {finite_reference(rows.reference[0]),
@@ -118,6 +127,7 @@ __device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows&
       sum[j % 2][1] += high;
       packed[j] = pack<T>(low, high);
     }
+    if (k == 0) mbarrier_wait(scores_done, parity);
     store_matrix_x4(slot + swizzled_offset(row, k * 2 + lane / 16), packed[0], packed[1], packed[2],
                     packed[3]);
   }
@@ -187,8 +197,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       if (warp_leader) mbarrier_arrive(scores_done);
       if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, load_seqlen(args, sequence));
       update_references(smem, s, rows, args.scale_log2, ring.slot);
-      mbarrier_wait(scores_done, ring.parity);  // the rope slot becomes the probabilities
-      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]));
+      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
+                             scores_done, ring.parity);
       const bool last = tile + 1 == piece.tile_end;
       if (last) finish_sums(smem, rows, odd_piece);
       fence_async_proxy();
