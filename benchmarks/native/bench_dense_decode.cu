@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/sm90/dense_decode.h"
@@ -105,6 +107,7 @@ struct Bench {
   T* pool;
   int64_t pool_blocks;
   float query_scale = 10;    // scores then have standard deviation 1
+  int rest_ms = 100;         // before a row: a hot GPU's clock is low
   bool call_graphs = false;  // each call a child graph, as XLA makes them
   std::mt19937 random{7};
 
@@ -265,6 +268,7 @@ struct Bench {
     CHECK(cudaEventCreate(&start));
     CHECK(cudaEventCreate(&stop));
     std::vector<float> times;
+    std::this_thread::sleep_for(std::chrono::milliseconds(rest_ms));
     for (int i = 0; i < 12; ++i) {
       CHECK(cudaEventRecord(start, stream));
       CHECK(cudaGraphLaunch(exec, stream));

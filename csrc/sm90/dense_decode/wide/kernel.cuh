@@ -32,7 +32,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.query_rope_map);
     prefetch_tensor_map(&args.cache_rope_map);
   }
-  if (threadIdx.x == 0) {
+  wait_for_prerequisites();
+  launch_dependents();
+  if (threadIdx.x == kLoadingThread) {
+    // On their way while the barriers are initialised.
+    const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
@@ -44,17 +48,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     mbarrier_init_fence();
     smem.row_tile.find<kTileRows>(args);
-  }
-  wait_for_prerequisites();
-  launch_dependents();
-  __syncthreads();  // the barriers are initialised, the row tile is found
-  if (threadIdx.x == kLoadingThread) {
-    const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
     smem.begin = begin;
     smem.end = end;
     start_loads<kBoxes>(args, smem);
   }
-  __syncthreads();  // the part is known
+  __syncthreads();  // the barriers are initialised, row tile and part are known
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     raise_registers<kScoreRegisters>();
