@@ -101,11 +101,13 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
 
     def per_call(sample_seconds: float) -> float:
         """Microseconds a call in a sample that long."""
-        warm, lead = (math.ceil(s / once) for s in (method.warm_seconds, method.lead_seconds))
-        runs = max(1, math.ceil(sample_seconds / once))
         time.sleep(method.rest_seconds)
-        if warm > 0:
-            seconds_of(warm)
+        a_run = once  # one alone takes longer
+        if method.warm_seconds > 0:
+            warm = math.ceil(method.warm_seconds / once)
+            a_run = seconds_of(warm) / warm
+        lead = math.ceil(method.lead_seconds / a_run)
+        runs = max(1, math.ceil(sample_seconds / a_run))
         before = seconds_of(lead) if lead > 0 else 0.0
         return (seconds_of(lead + runs) - before) / (runs * calls) * 1e6
 
