@@ -366,6 +366,11 @@ def test_donating_a_cache_leaves_what_it_was_made_of():
     assert lengths.tolist() == [3]
 
 
+def test_a_tables_width_bounds_its_sequences():
+    table = BlockTable.create(np.full((5, 3), -1, np.int32), block_size=16)
+    assert (table.max_blocks, table.max_seqlen) == (3, 48)
+
+
 def test_one_table_serves_many_caches():
     table = BlockTable.create(np.array([[0, 1]], np.int32), block_size=64)
     for _ in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import cases
 import tolerances
 from jax_flashmla import cache_append, dense_decode, make_schedule
+from jax_flashmla._num_parts import default_num_parts
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -124,6 +126,32 @@ def test_vmap(axes: tuple, given: str) -> None:
     for i in range(3):
         here = [a[0 if axis is None else i] for a, axis in zip(arrays, axes, strict=True)]
         tolerances.assert_decoded((outs[i], lses[i]), decode(*here, implementation="xla"))
+
+
+@pytest.mark.parametrize("num_parts", [None, 5])
+def test_vmap_of_small_problems_is_split_as_the_large_one_that_they_make(
+    num_parts: int | None,
+) -> None:
+    n, h_q, max_blocks, block_size = 40, 128, 2, 64
+
+    def one(q: jax.Array, blocks: jax.Array, table: jax.Array, lengths: jax.Array) -> tuple:
+        schedule = make_schedule(lengths, h_q=h_q, num_parts=num_parts) if num_parts else None
+        return decode(q, blocks, table, lengths, schedule=schedule)
+
+    shapes = (
+        jax.ShapeDtypeStruct((n, 1, 1, h_q, 24), jnp.bfloat16),
+        jax.ShapeDtypeStruct((9, block_size, 1, 24), jnp.bfloat16),
+        jax.ShapeDtypeStruct((n, 1, max_blocks), jnp.int32),
+        jax.ShapeDtypeStruct((n, 1), jnp.int32),
+    )
+    jaxpr = str(jax.make_jaxpr(jax.vmap(one, in_axes=(0, None, 0, 0)))(*shapes))
+    small, large = (
+        default_num_parts(b=b, s_q=1, h_q=h_q, h_kv=1, max_seqlen=max_blocks * block_size)
+        for b in (1, n)
+    )
+    assert small < large
+    found = re.findall(r"flashmla_make_schedule\[[^\]]*num_parts=(\d+)", jaxpr)
+    assert found == [str(num_parts or large)]
 
 
 def test_vmap_over_nothing_but_the_schedule() -> None:

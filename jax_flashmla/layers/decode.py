@@ -48,7 +48,7 @@ def decode(
             y past them are finite, and mean nothing.
         layer: which layer of the cache; may be traced. May be left out if there is one.
         schedule: the step's schedule, of `make_schedule(cache.table.cache_seqlens, h_q=heads,
-            s_q=s_q)`; made here by default.
+            s_q=s_q, max_seqlen=cache.table.max_seqlen)`; made here by default.
         absorbed: precomputed products of weights, from `absorb`, to be used in place of params'.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
         implementation: as for `dense_decode`.
