@@ -8,8 +8,8 @@ from jax_flashmla import _dims
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _TILE_ROWS = 64  # query rows that one multiprocessor takes at a time
-_SMALL_TILE_ROWS = 16  # the same where no multiprocessor gets more than
-_SMALL_TILES = 2  # so many tiles of tokens and these rows
+_SMALL_TILE_ROWS = 16  # the same in a small problem, one of at most
+_SMALL_TILES = 2  # tiles of tokens and these rows for each multiprocessor
 
 
 def default_num_parts(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | None) -> int:
