@@ -98,12 +98,16 @@ def check_schedule(schedule_b: Any, cuts: Any, b: int) -> None:
 
 
 def check_make_schedule(
-    cache_seqlens: Any, num_parts: Any, batch_invariant: Any
-) -> jax.ShapeDtypeStruct:
-    check_cache_seqlens(cache_seqlens)
-    num_parts = check_int("num_parts", num_parts, 1, MAX_PARTS)
+    cache_seqlens: Any, num_parts: Any, batch_invariant: Any, max_seqlen: Any
+) -> int:
+    """The number of sequences. num_parts and max_seqlen may be None."""
+    b = check_cache_seqlens(cache_seqlens)
+    if num_parts is not None:
+        check_int("num_parts", num_parts, 1, MAX_PARTS)
+    if max_seqlen is not None:
+        check_int("max_seqlen", max_seqlen, 0, INT32_MAX)
     _check_bool("batch_invariant", batch_invariant)
-    return jax.ShapeDtypeStruct((num_parts + 1, 2), jnp.int32)
+    return b
 
 
 def check_heads(h_q: Any, h_kv: Any, s_q: Any) -> None:

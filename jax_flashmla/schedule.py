@@ -55,7 +55,7 @@ def make_schedule(
             block_size, if that is known. Where it leaves little to do, at most two tiles of 64
             tokens and 16 query rows for each multiprocessor, the Hopper kernel then takes smaller
             tiles of query rows, which is up to 1.6 times as fast. No promise: longer lengths still
-            give the right answer, only more slowly.
+            give the right answer, only more slowly. Not used with num_parts or batch_invariant.
         num_parts: parts to cut into. By default as many as fill the local CUDA device, or an H100
             or H200 where there is none: its multiprocessors over the tiles of 64 query rows, or of
             16 (see max_seqlen). At most 256.
@@ -75,12 +75,11 @@ def make_schedule(
         NotImplementedError: implementation is "kernel" and the platform has none.
     """
     _dims.check_heads(h_q, h_kv, s_q)
-    b = _dims.check_cache_seqlens(cache_seqlens)
-    if max_seqlen is not None:
-        max_seqlen = _dims.check_int("max_seqlen", max_seqlen, 0, _dims.INT32_MAX)
+    b = _dims.check_make_schedule(cache_seqlens, num_parts, batch_invariant, max_seqlen)
     if num_parts is None:
-        num_parts = default_num_parts(b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=max_seqlen)
-    _dims.check_make_schedule(cache_seqlens, num_parts, batch_invariant)
+        # Small tiles have other bits, and what is small depends on the batch.
+        room = None if batch_invariant else max_seqlen
+        num_parts = default_num_parts(b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room)
     _dims.check_implementation(implementation)
     cuts = _ffi.make_schedule(
         cache_seqlens,

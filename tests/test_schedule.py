@@ -206,6 +206,15 @@ def test_max_seqlen_reaches_the_default() -> None:
     assert make_schedule(seqlens, h_q=128, max_seqlen=64, num_parts=5).num_parts == 5
 
 
+def test_batch_invariant_schedules_have_as_many_parts_in_any_batch() -> None:
+    """The kernel's tiles, and with them its bits, follow from the number of parts."""
+    one, many = (
+        make_schedule(jnp.zeros(b, jnp.int32), h_q=128, max_seqlen=64, batch_invariant=True)
+        for b in (1, 100)
+    )
+    assert one.num_parts == many.num_parts
+
+
 def test_schedule_is_a_pytree_with_one_leaf() -> None:
     schedule = make_schedule(jnp.asarray([70, 900], jnp.int32), h_q=4, num_parts=5)
     (leaf,) = jax.tree.leaves(schedule)
