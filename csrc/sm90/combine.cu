@@ -21,7 +21,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kValueDim = 512;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kBlocksPerMultiprocessor = 3;  // what fits
-constexpr int kRowColumns = 64;              // in units of eight columns
 constexpr int kMostShares = 8;               // of a row
 constexpr int kFewPieces = 4;                // whose rows a lane can load at once
 static_assert(kThreads == kMaxParts, "a thread looks after one part");
@@ -43,13 +42,16 @@ struct Team {
   }
 };
 
-// The merges to do. A part owns the merge of a sequence that starts in it and goes on in the next.
-struct MergeList {
-  int sequence[kMaxParts];  // that part p begins with
-  // Bit p: part p goes on with the sequence that part p - 1 went on with; or began.
-  uint32_t continues[kMaxParts / 32 + 1], starts[kMaxParts / 32];
-  int warp_tasks[kWarps];   // of the parts of a warp's threads
-  int task_end[kMaxParts];  // running number of block tasks, by the part after the owner
+// What is left to do of a sequence that was cut: it begins in part `owner` and goes on in the next.
+struct alignas(16) Merge {
+  int owner, pieces, sequence;
+  int first_task;  // in the running number of all blocks' tasks
+};
+
+struct SharedList {
+  uint32_t continues[kMaxParts / 32 + 1];  // bit p: part p goes on with part p - 1's continued piece
+  int warp_tasks[kWarps];                  // of the parts of a warp's threads
+  Merge current[2];                        // in turns
 };
 
 // How many bits from `first` on are set without a gap.
@@ -68,14 +70,15 @@ __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int ind
   return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
 }
 
+// The merges to do, as a thread knows them.
 struct Merges {
-  int rows;      // of all merges
-  int tasks;     // of all merges
-  int task_end;  // list.task_end of this thread's part
+  int rows, tasks;  // of all merges
+  Merge mine;       // into whose second piece this thread's part begins
+  int mine_end;     // end of its tasks; its first one if there is no such merge
 };
 
-// Fills the list. Every thread calls, and looks after the part of its number.
-__device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, MergeList& list) {
+// Every thread calls, and looks after the part of its number.
+__device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, SharedList& list) {
   const int part = threadIdx.x, lane = part % 32, warp = part / 32;
   const int rows = params.s_q * params.h_q;
   Cut before = {0, 0}, cut = {0, 0};
@@ -85,49 +88,113 @@ __device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, M
   }
   const bool midway = cut.tile > 0;
   const bool goes_on = midway && before.tile > 0 && before.sequence == cut.sequence;
-  list.sequence[part] = cut.sequence;
-  const uint32_t continues = __ballot_sync(~0u, goes_on),
-                 starts = __ballot_sync(~0u, midway && !goes_on);
+  const bool starts = midway && !goes_on;
+  const uint32_t continues = __ballot_sync(~0u, goes_on);
   if (lane == 0) {
     list.continues[warp] = continues;
-    list.starts[warp] = starts;
     if (warp == 0) list.continues[kWarps] = 0;
   }
-  __syncthreads();
-  int merges = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) merges += __popc(list.starts[i]);
-  Merges all = {merges * rows, 0, 0};
-  if (merges == 0) return all;
-  int tasks = 0;  // of the merge owned by the part before this thread's
-  if (midway && !goes_on) {
-    const Team team(2 + run_length(list.continues, part + 1), all.rows);
+  Merges all = {__syncthreads_count(starts) * rows, 0, {part - 1, 0, cut.sequence, 0}, 0};
+  if (all.rows == 0) return all;
+  int tasks = 0;
+  if (starts) {
+    all.mine.pieces = 2 + run_length(list.continues, part + 1);
+    const Team team(all.mine.pieces, all.rows);
     const int items = rows << team.split;
     tasks = team.block ? items : (items + kWarps - 1) / kWarps;
   }
+  int end = tasks;
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
-    const int other = __shfl_up_sync(~0u, tasks, i);
-    if (lane >= i) tasks += other;
+    const int other = __shfl_up_sync(~0u, end, i);
+    if (lane >= i) end += other;
   }
-  if (lane == 31) list.warp_tasks[warp] = tasks;
+  if (lane == 31) list.warp_tasks[warp] = end;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     const int of_warp = list.warp_tasks[i];
     all.tasks += of_warp;
-    if (i < warp) tasks += of_warp;
+    if (i < warp) end += of_warp;
   }
-  list.task_end[part] = all.task_end = tasks;
+  all.mine_end = end;
+  all.mine.first_task = end - tasks;
   return all;
 }
 
-// The workspace row of a piece's row `row`.
-__device__ __forceinline__ uint32_t piece_row(const DenseDecodeParams& params, int owner, int piece,
-                                              int row) {
-  const int slot = piece_slot(owner + piece, /*continued=*/piece > 0);
-  return static_cast<uint32_t>(slot * params.s_q * params.h_q + row);
+// Waits for the kernel whose results are merged, once. What can be known before, the addresses of
+// the first loads above all, should be: each instruction after it, executed once, costs its fetch.
+struct Prerequisites {
+  bool awaited = false;
+
+  __device__ __forceinline__ void await() {
+    if (awaited) return;
+    wait_for_prerequisites();
+    launch_dependents();
+    awaited = true;
+  }
+};
+
+// Keeps the compiler from computing an address where it is used, past the wait.
+template <typename V>
+__device__ __forceinline__ void compute_here(V*& address) {
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
 }
+
+// A row to merge: where its pieces are in the workspace. Piece 0 is the owner's, the others are the
+// next parts'.
+struct RowPieces {
+  const float *columns, *lse;  // of the owner's first slot
+  int count;
+  uint32_t slot_rows;  // rows of a slot
+
+  __device__ __forceinline__ RowPieces(const DenseDecodeParams& params, int owner, int pieces,
+                                       int row)
+      : count(pieces), slot_rows(params.s_q * params.h_q) {
+    const int64_t first = int64_t{piece_slot(owner, /*continued=*/true)} * slot_rows + row;
+    columns = params.out_accum + first * kValueDim;
+    lse = params.lse_accum + first;
+  }
+
+  // Rows from the owner's first slot to a piece's.
+  __device__ __forceinline__ uint32_t offset(int piece) const {
+    return piece_slot(piece, /*continued=*/piece > 0) * slot_rows;
+  }
+
+  __device__ __forceinline__ const float* row(int piece) const {
+    return columns + uint64_t{offset(piece)} * kValueDim;
+  }
+};
+
+// 16 bytes, number `column` of a row, of every `turns`-th piece from `piece` on.
+struct PieceLoads {
+  const float* next;
+  int64_t first_step, step;  // floats; the owner's piece is not in its part's first slot
+  int left, turns;
+
+  __device__ __forceinline__ PieceLoads(const RowPieces& pieces, int piece, int turns, int column)
+      : next(pieces.row(piece) + column * 4),
+        step(int64_t{pieces.offset(turns)} * kValueDim),
+        left(pieces.count - piece),
+        turns(turns) {
+    first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kValueDim : 0);
+    compute_here(next);
+  }
+
+  // The next ones; zeros past the last piece.
+  template <int kCount>
+  __device__ __forceinline__ void load(uint4 (&v)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      v[i] = uint4{};
+      if (left > 0) v[i] = *reinterpret_cast<const uint4*>(next);
+      left -= turns;
+      next += first_step;
+      first_step = step;
+    }
+  }
+};
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -141,16 +208,18 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Log-sum-exp (base 2) of what the lanes hold; each lane gets it.
-__device__ __forceinline__ float warp_lse(float lse) {
-  const float peak = warp_max(lse);
-  if (peak == -INFINITY) return -INFINITY;
-  return peak + __log2f(warp_sum(exp2_approx(lse - peak)));
+// A piece's share of the row's sum, relative to the largest one's; 0 where no piece saw a key.
+__device__ __forceinline__ float relative_weight(float lse, float peak) {
+  return peak == -INFINITY ? 0.0f : exp2_approx(lse - peak);
 }
 
-// Weight of a piece; 0 also where no piece saw a key.
-__device__ __forceinline__ float weight(float piece_lse, float total_lse) {
-  return total_lse == -INFINITY ? 0.0f : exp2_approx(piece_lse - total_lse);
+__device__ __forceinline__ float inverse_of_weights(float total) {
+  return total > 0.0f ? __fdividef(1.0f, total) : 0.0f;
+}
+
+// Natural log-sum-exp of the row.
+__device__ __forceinline__ float merged_lse(float peak, float total) {
+  return total > 0.0f ? (peak + __log2f(total)) * kLn2 : -INFINITY;
 }
 
 // Stores two neighbouring columns: pair `j` of Columns number `i` of a row of the result.
@@ -191,203 +260,183 @@ struct Columns {
   }
 };
 
-// Columns number `i` of a row of the workspace, and what they are to be multiplied with.
-__device__ __forceinline__ uint4 load_columns(const DenseDecodeParams& params, uint32_t row,
-                                              int i) {
-  return reinterpret_cast<const uint4*>(params.out_accum + uint64_t{row} * kValueDim)[i];
-}
-
-__device__ __forceinline__ float load_scale(const DenseDecodeParams& params, uint32_t row,
-                                            int half) {
-  return params.out_accum[uint64_t{row} * kValueDim + kPartialScale + half];
-}
-
-// What a lane knows of piece number `lane` of a row: its log-sum-exp and, for each of kHalves
-// halves from `half` on, the scale of its columns; of the latter weigh() makes the piece's weights.
-template <int kHalves>
-struct LanePiece {
-  float lse = -INFINITY, factor[kHalves] = {};
-
-  __device__ __forceinline__ void load(const DenseDecodeParams& params, int owner, int pieces,
-                                       int row, int half) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= pieces) return;
-    const uint32_t source = piece_row(params, owner, lane, row);
-    lse = params.lse_accum[source];
-#pragma unroll
-    for (int i = 0; i < kHalves; ++i) factor[i] = load_scale(params, source, half + i);
-  }
-
-  // Returns the log-sum-exp of all pieces.
-  __device__ __forceinline__ float weigh() {
-    const float total_lse = warp_lse(lse);
-#pragma unroll
-    for (int i = 0; i < kHalves; ++i) factor[i] *= weight(lse, total_lse);
-    return total_lse;
-  }
-};
-
-// One warp merges a row of at most kFewPieces pieces.
-template <typename T>
-__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, int owner, int pieces,
-                                          int sequence, int row) {
+// One warp merges a row of kMost pieces, or one less.
+template <typename T, int kMost>
+__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const RowPieces& pieces,
+                                          int64_t target, Prerequisites& prerequisites) {
   const int lane = threadIdx.x % 32;
-  LanePiece<2> of_lane;
-  of_lane.load(params, owner, pieces, row, 0);
-  uint4 v[kFewPieces][2] = {};
+  const float *rows[kMost], *lses[kMost];
 #pragma unroll
-  for (int i = 0; i < kFewPieces; ++i) {
-    if (i >= pieces) break;
-    const uint32_t source = piece_row(params, owner, i, row);
-    v[i][0] = load_columns(params, source, lane);
-    v[i][1] = load_columns(params, source, 32 + lane);
+  for (int i = 0; i < kMost; ++i) {
+    rows[i] = pieces.row(i);
+    lses[i] = pieces.lse + pieces.offset(i);
+    compute_here(rows[i]);
+    compute_here(lses[i]);
   }
-  const float total_lse = of_lane.weigh();
-  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
+  prerequisites.await();
+  float lse[kMost], peak = -INFINITY, total = 0.0f;
+  float2 scale[kMost] = {};  // of the left and the right half
+  uint4 v[kMost][2] = {};
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const bool there = i < kMost - 1 || kMost == 2 || i < pieces.count;
+    const auto* columns = reinterpret_cast<const uint4*>(rows[i]) + lane;
+    lse[i] = there ? *lses[i] : -INFINITY;
+    if (there) {
+      scale[i] = *reinterpret_cast<const float2*>(rows[i] + kPartialScale);
+      v[i][0] = columns[0];
+      v[i][1] = columns[32];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) peak = fmaxf(peak, lse[i]);
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const float w = relative_weight(lse[i], peak);
+    total += w;
+    scale[i].x *= w;
+    scale[i].y *= w;
+  }
+  const float inverse = inverse_of_weights(total);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Columns sum = {};
 #pragma unroll
-    for (int i = 0; i < kFewPieces; ++i) {  // the factor is 0 past the last piece
-      sum.add_scaled(__shfl_sync(~0u, of_lane.factor[half], i), v[i][half]);
+    for (int i = 0; i < kMost; ++i) {
+      sum.add_scaled((half == 0 ? scale[i].x : scale[i].y) * inverse, v[i][half]);
     }
     sum.template store<T>(params, target, half * 32 + lane);
   }
-  if (lane == 0) params.lse[target] = total_lse * kLn2;
+  if (lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
 // One warp merges share number `share` of a row of at most 32 pieces. Its 32, 16 or 8 lanes' worth
-// of columns leave the warp's other lanes to other pieces.
+// of columns leave the warp's other lanes to other pieces. Lane i weighs piece i.
 template <typename T>
-__device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params, int owner,
-                                              int pieces, int sequence, int row, int share,
-                                              int split) {
-  constexpr int kPiecesAtOnce = 8;
+__device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
+                                              const RowPieces& pieces, int64_t target, int share,
+                                              int split, Prerequisites& prerequisites) {
   const int shift = 6 - split, lanes = 1 << shift, turns = 32 >> shift;
   const int lane = threadIdx.x % 32;
   const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
-  LanePiece<1> of_lane;
-  of_lane.load(params, owner, pieces, row, half);
-  float total_lse = -INFINITY;
+  const float* weighed = pieces.row(lane) + kPartialScale + half;
+  const float* weighed_lse = pieces.lse + pieces.offset(lane);
+  compute_here(weighed);
+  compute_here(weighed_lse);
+  PieceLoads loads(pieces, lane >> shift, turns, column);
+  prerequisites.await();
+  float lse = -INFINITY, factor = 0.0f;
+  if (lane < pieces.count) {
+    lse = *weighed_lse;
+    factor = *weighed;
+  }
+  uint4 v[8];
+  loads.load(v);
+  const float peak = warp_max(lse), w = relative_weight(lse, peak), total = warp_sum(w);
+  factor *= w * inverse_of_weights(total);
   Columns sum = {};
-  for (int first = 0; first < pieces; first += turns * kPiecesAtOnce) {
-    uint4 v[kPiecesAtOnce] = {};
+  for (int piece = lane >> shift;;) {
 #pragma unroll
-    for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + (lane >> shift);
-      if (piece >= pieces) break;
-      v[i] = load_columns(params, piece_row(params, owner, piece, row), column);
+    for (int i = 0; i < 8; ++i, piece += turns) {
+      sum.add_scaled(__shfl_sync(~0u, factor, piece % 32), v[i]);
     }
-    __syncwarp();
-    if (first == 0) total_lse = of_lane.weigh();
-#pragma unroll
-    for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + (lane >> shift);
-      sum.add_scaled(__shfl_sync(~0u, of_lane.factor[0], piece % 32), v[i]);
-    }
+    if (piece - (lane >> shift) >= pieces.count) break;
+    loads.load(v);
   }
   sum.add_teams(lanes);
-  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
   if (lane < lanes) sum.template store<T>(params, target, column);
-  if (share == 0 && lane == 0) params.lse[target] = total_lse * kLn2;
+  if (share == 0 && lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-// One block does so, for any number of pieces.
+// One block does so, for any number of pieces. Thread i weighs piece i.
 template <typename T>
-__device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params, int owner,
-                                               int pieces, int sequence, int row, int share,
-                                               int split) {
-  constexpr int kPiecesAtOnce = 4;
-  const int shift = 6 - split, lanes = 1 << shift, turns = kThreads >> shift;
+__device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
+                                               const RowPieces& pieces, int64_t target, int share,
+                                               int split, Prerequisites& prerequisites) {
   __shared__ Columns partial[kWarps][32];
-  const int thread = threadIdx.x, lane = thread % 32;
+  __shared__ float weights[kMaxParts], peaks[kWarps], totals[kWarps];
+  const int shift = 6 - split, lanes = 1 << shift, turns = kThreads >> shift;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
-  float lse[kMaxParts / 32], peak = -INFINITY;  // of pieces lane, lane + 32, ...
-#pragma unroll
-  for (int i = 0; i < kMaxParts / 32; ++i) {
-    lse[i] = -INFINITY;
-    const int piece = i * 32 + lane;
-    if (piece < pieces) lse[i] = params.lse_accum[piece_row(params, owner, piece, row)];
+  const float* weighed = pieces.row(thread) + kPartialScale + half;
+  const float* weighed_lse = pieces.lse + pieces.offset(thread);
+  compute_here(weighed);
+  compute_here(weighed_lse);
+  PieceLoads loads(pieces, thread >> shift, turns, column);
+  prerequisites.await();
+  float lse = -INFINITY, scale = 0.0f;
+  if (thread < pieces.count) {
+    lse = *weighed_lse;
+    scale = *weighed;
   }
-  float total_lse = -INFINITY;
+  uint4 v[4];
+  loads.load(v);
+  float peak = warp_max(lse);
+  if (lane == 0) peaks[warp] = peak;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) peak = fmaxf(peak, peaks[i]);
+  const float w = relative_weight(lse, peak), of_warp = warp_sum(w);
+  weights[thread] = w * scale;
+  if (lane == 0) totals[warp] = of_warp;
+  __syncthreads();
   Columns sum = {};
-  for (int first = 0; first < pieces; first += turns * kPiecesAtOnce) {
-    uint4 v[kPiecesAtOnce] = {};
-    float piece_lse[kPiecesAtOnce], scale[kPiecesAtOnce];
+  for (int piece = thread >> shift;;) {
 #pragma unroll
-    for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const int piece = first + i * turns + (thread >> shift);
-      piece_lse[i] = -INFINITY;
-      scale[i] = 0.0f;
-      if (piece >= pieces) continue;
-      const uint32_t source = piece_row(params, owner, piece, row);
-      piece_lse[i] = params.lse_accum[source];
-      scale[i] = load_scale(params, source, half);
-      v[i] = load_columns(params, source, column);
+    for (int i = 0; i < 4; ++i, piece += turns) {
+      sum.add_scaled(weights[piece % kMaxParts], v[i]);
     }
-    __syncwarp();
-    if (first == 0) {
-#pragma unroll
-      for (int i = 0; i < kMaxParts / 32; ++i) peak = fmaxf(peak, lse[i]);
-      peak = warp_max(peak);
-      float total = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMaxParts / 32; ++i) total += weight(lse[i], peak);
-      total = warp_sum(total);
-      if (peak > -INFINITY) total_lse = peak + __log2f(total);
-    }
-#pragma unroll
-    for (int i = 0; i < kPiecesAtOnce; ++i) {
-      sum.add_scaled(weight(piece_lse[i], total_lse) * scale[i], v[i]);
-    }
+    if (piece - (thread >> shift) >= pieces.count) break;
+    loads.load(v);
   }
   sum.add_teams(lanes);
-  if (lane < lanes) partial[thread / 32][lane] = sum;
+  if (lane < lanes) partial[warp][lane] = sum;
   __syncthreads();
   if (thread >= lanes * 4) return;
   const int i = thread / 4, j = thread % 4;  // a pair of columns
-  float low = 0.0f, high = 0.0f;
+  float low = 0.0f, high = 0.0f, total = 0.0f;
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    low += partial[warp][i].v[2 * j];
-    high += partial[warp][i].v[2 * j + 1];
+  for (int of = 0; of < kWarps; ++of) {
+    low += partial[of][i].v[2 * j];
+    high += partial[of][i].v[2 * j + 1];
+    total += totals[of];
   }
-  const int64_t target = int64_t{sequence} * params.s_q * params.h_q + row;
-  store_pair<T>(params, target, share * lanes + i, j, low, high);
-  if (share == 0 && thread == 0) params.lse[target] = total_lse * kLn2;
+  const float inverse = inverse_of_weights(total);
+  store_pair<T>(params, target, share * lanes + i, j, low * inverse, high * inverse);
+  if (share == 0 && thread == 0) params.lse[target] = merged_lse(peak, total);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     combine_kernel(DenseDecodeParams params) {
-  __shared__ MergeList list;
+  __shared__ SharedList list;
   const int rows = params.s_q * params.h_q;
   const Merges all = list_merges(params, list);
-  const int total = all.tasks;
-  if (total == 0) launch_dependents();  // lets the next kernel in at once
+  if (all.tasks == 0) launch_dependents();  // lets the next kernel in at once
   // One block must wait even so: this kernel may not end before what it depends on has.
-  if (blockIdx.x >= max(total, 1)) return;
-  if (total == 0) wait_for_prerequisites();
-  for (int task = blockIdx.x; task < total; task += gridDim.x) {
-    // The part whose range of tasks this one is in, one past the merge's owner.
-    const int part = __syncthreads_count(all.task_end <= task);
-    const int pieces = 2 + run_length(list.continues, part + 1);
-    const int local = task - list.task_end[part - 1];
-    const int sequence = list.sequence[part];
-    const Team team(pieces, all.rows);
+  if (blockIdx.x >= max(all.tasks, 1)) return;
+  if (all.tasks == 0) wait_for_prerequisites();
+  Prerequisites prerequisites;
+  int turn = 0;
+  for (int task = blockIdx.x; task < all.tasks; task += gridDim.x, turn ^= 1) {
+    if (all.mine.first_task <= task && task < all.mine_end) list.current[turn] = all.mine;
+    __syncthreads();
+    const Merge merge = list.current[turn];
+    const Team team(merge.pieces, all.rows);
+    const int local = task - merge.first_task;
     const int item = team.block ? local : local * kWarps + threadIdx.x / 32;
     const int row = item >> team.split, share = item & ((1 << team.split) - 1);
-    if (task == blockIdx.x) {
-      wait_for_prerequisites();
-      launch_dependents();
-    }
     if (row >= rows) continue;
-    if (team.split == 0)
-      merge_row<T>(params, part - 1, pieces, sequence, row);
+    const RowPieces pieces(params, merge.owner, merge.pieces, row);
+    const int64_t target = int64_t{merge.sequence} * rows + row;
+    if (merge.pieces == 2)
+      merge_row<T, 2>(params, pieces, target, prerequisites);
+    else if (merge.pieces <= kFewPieces)
+      merge_row<T, kFewPieces>(params, pieces, target, prerequisites);
     else if (team.block)
-      merge_by_block<T>(params, part - 1, pieces, sequence, row, share, team.split);
+      merge_by_block<T>(params, pieces, target, share, team.split, prerequisites);
     else
-      merge_by_warp<T>(params, part - 1, pieces, sequence, row, share, team.split);
+      merge_by_warp<T>(params, pieces, target, share, team.split, prerequisites);
   }
 }
 

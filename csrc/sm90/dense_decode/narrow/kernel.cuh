@@ -22,7 +22,7 @@ namespace flashmla::sm90::narrow {
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T, int kRows, int kBoxes>
-__global__ void __launch_bounds__(kThreads + 32, 1)
+__global__ void __maxnreg__(kRows == 16 ? 88 : 128)
     narrow_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   // Addressed by a constant, as in the wide kernel.

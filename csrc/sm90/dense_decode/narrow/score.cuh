@@ -77,9 +77,10 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
-    // A causal row of query token j sees all but the last s_q - 1 - j tokens.
-    const int row = smem.row_tile.first + query_row(i);
-    const int seen = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
+    // A causal row sees all but the tokens of later queries.
+    const uint32_t row = smem.row_tile.first + query_row(i);
+    const int query = row / args.h_q;
+    const int seen = args.causal ? seqlen - (args.s_q - 1 - query) : seqlen;
     if (token >= seen) s[element(i, 0)] = -INFINITY;
     if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
   }

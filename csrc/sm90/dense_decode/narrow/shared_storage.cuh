@@ -21,6 +21,7 @@ struct alignas(1024) SharedStorage {
   uint8_t query[kChunks][kRows * kChunkRowBytes];
   float exchange[2][kWarps][kRows];    // between the score warps, in turns
   float inverse_sum[kRows];            // of the last piece that is not empty
+  float factor[2][kRows];              // of each half's outputs, to be stored as partial results
   uint8_t rescale[kStages][kRows];     // the output so far is to be divided by 2 to this power
   uint8_t exponent[2][kRows][kWarps];  // of the largest output of a value warp
   // Barriers, by slot.

@@ -16,95 +16,116 @@ namespace flashmla::sm90::narrow {
 template <int kRows>
 using Output = float[kHalfChunks][kRows / 2];  // of each chunk of 64 columns
 
-// The exponent of the largest of each row's normalised values, of all warps (partial.cuh), put into
-// shared memory.
+// Eight query rows of a chunk, times their factors, in 16 bit and turned back: a quad has a row, and
+// a lane columns 2 (lane % 4) and the next of the warp's first and second eight.
+template <typename V, int kRows>
+__device__ __forceinline__ uint2 scale_and_turn(const float (&chunk)[kRows / 2], int n,
+                                                float2 factor) {
+  uint32_t v[2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    v[m] = transpose_matrix(pack<V>(chunk[element(2 * n, m)] * factor.x,
+                                    chunk[element(2 * n + 1, m)] * factor.y));
+  }
+  return {v[0], v[1]};
+}
+
+// Of this thread's rows of eight, from row 8 n on.
+__device__ __forceinline__ float2 load_factors(const float* of_rows, int n) {
+  return *reinterpret_cast<const float2*>(of_rows + query_row(2 * n));
+}
+
+// Puts into shared memory the exponents of each row's largest values in this warp, not normalised.
 template <int kRows>
 __device__ __forceinline__ void find_exponents(SharedStorage<kRows>& smem, const Output<kRows>& o,
-                                               int half, bool empty) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
+                                               int half) {
+  constexpr int kMine = kThreadRows<kRows>;
+  float peak[kMine] = {};
 #pragma unroll
-  for (int i = 0; i < kThreadRows<kRows>; ++i) {
-    float peak = 0.0f;
+  for (int c = 0; c < kHalfChunks; ++c) {
 #pragma unroll
-    for (int c = 0; c < kHalfChunks; ++c) {
-      peak = fmaxf(peak, fmaxf(fabsf(o[c][element(i, 0)]), fabsf(o[c][element(i, 1)])));
+    for (int i = 0; i < kMine; ++i) {
+      peak[i] = fmaxf(peak[i], fmaxf(fabsf(o[c][element(i, 0)]), fabsf(o[c][element(i, 1)])));
     }
-#pragma unroll
-    for (int step = 4; step <= 16; step *= 2) {
-      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
-    }
-    const float normalised = empty ? 0.0f : peak * smem.inverse_sum[query_row(i)];
-    if (lane < 4) smem.exponent[half][query_row(i)][warp] = __float_as_uint(normalised) >> 23;
   }
-  named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);
+#pragma unroll
+  for (int step = 4; step <= 16; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], step));
+  }
+  if (threadIdx.x % 32 < 4) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      smem.exponent[half][query_row(i)][threadIdx.x / 32 % kWarps] =
+          __float_as_uint(peak[i]) >> 23;
+    }
+  }
 }
 
-// partial_exponent of a row.
+// Of what find_exponents found makes what a row is to be multiplied with to be stored, and stores
+// the scale that undoes it (partial.cuh). By thread `row` of the warpgroup.
 template <int kRows>
-__device__ __forceinline__ int row_exponent(const SharedStorage<kRows>& smem, int half, int row) {
+__device__ __forceinline__ void choose_factor(SharedStorage<kRows>& smem, int half, int row,
+                                              bool empty, float* rows) {
   uint32_t bytes = *reinterpret_cast<const uint32_t*>(smem.exponent[half][row]);
   bytes = __vmaxu2(bytes & 0xff00ff, bytes >> 8 & 0xff00ff);
-  return partial_exponent(__uint_as_float(max(bytes & 0xff, bytes >> 16) << 23));
+  const float below = __uint_as_float(max(bytes & 0xff, bytes >> 16) << 23);  // peak < 2 * below
+  const float inverse = empty ? 0.0f : smem.inverse_sum[row];
+  const int exponent = partial_exponent(below * inverse) + 1;
+  smem.factor[half][row] = inverse * power_of_two(-exponent);
+  if (row < smem.row_tile.count) {
+    rows[row * kValueDim + kPartialScale + half] = power_of_two(exponent);
+  }
 }
 
-// Writes what a piece has accumulated.
-template <typename T, int kRows>
-__device__ __forceinline__ void store_piece(const KernelArgs& args, SharedStorage<kRows>& smem,
-                                            const Output<kRows>& o, const Piece& piece,
-                                            int sequence, int half, bool empty) {
-  const int thread = reread_thread();
-  const int lane = thread % 32, warp = thread / 32 % kWarps, quad_lane = lane % 4;
-  const bool partial = piece.continued || piece.unfinished;
-  const int index = partial ? piece_slot(blockIdx.z, piece.continued) : sequence;
-  const int count = smem.row_tile.count, row_bytes = kValueDim * (partial ? 4 : 2);
-  char* const rows = static_cast<char*>(partial ? args.out_accum : args.out) +
-                     int64_t{row_bytes} * (int64_t{index} * args.rows + smem.row_tile.first);
-  if (partial) find_exponents(smem, o, half, empty);
+// Writes a piece that is not the whole sequence to the workspace (partial.cuh).
+template <int kRows>
+__device__ __forceinline__ void store_partial(SharedStorage<kRows>& smem, const Output<kRows>& o,
+                                              int half, bool empty, float* rows) {
+  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32, warp = thread / 32;
+  const int count = smem.row_tile.count;
+  named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);  // exponents are there
+  if (thread < kRows) choose_factor(smem, half, thread, empty, rows);
+  named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);  // and factors
 #pragma unroll
   for (int n = 0; n < kRows / 8; ++n) {
-    float factor[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int row = query_row(2 * n + j);
-      factor[j] = empty ? 0.0f : smem.inverse_sum[row];
-      if (!partial) continue;
-      const int exponent = row_exponent(smem, half, row);
-      factor[j] *= power_of_two(-exponent);
-      if (warp == 0 && lane < 4 && row < count) {
-        reinterpret_cast<float*>(rows + row * row_bytes)[kPartialScale + half] =
-            power_of_two(exponent);
-      }
-    }
-    // From here on a quad has a row, and a lane columns 2 quad_lane and the next of eight.
+    const float2 factor = load_factors(smem.factor[half], n);
     const int row = n * 8 + lane / 4;
-    char* const target = rows + row * row_bytes;
+    // Half of the 16 bytes that the quad's lane keeps of each 32 columns.
+    auto* target = reinterpret_cast<uint2*>(rows + row * kValueDim) +
+                   ((half * 8 + warp / 2) * 4 + lane % 4) * 2 + warp % 2;
 #pragma unroll
     for (int c = 0; c < kHalfChunks; ++c) {
-      uint32_t v[2];  // of the warp's first and second eight columns
+      const uint2 v = scale_and_turn<__half, kRows>(o[c], n, factor);
+      if (row < count) target[c * 16] = v;
+    }
+  }
+}
+
+// Writes a whole sequence's result. Of the warp's sixteen columns even lanes take the first eight,
+// odd ones the second: four each.
+template <typename T, int kRows>
+__device__ __forceinline__ void store_result(const SharedStorage<kRows>& smem,
+                                             const Output<kRows>& o, int half, bool empty,
+                                             T* rows) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
+  const int count = smem.row_tile.count;
+  const bool odd = lane & 1;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float low = o[c][element(2 * n, m)] * factor[0];
-        const float high = o[c][element(2 * n + 1, m)] * factor[1];
-        v[m] = transpose_matrix(partial ? pack<__half>(low, high) : pack<T>(low, high));
-      }
-      if (partial) {
-        // Half of the 16 bytes that the quad's lane keeps of 32 columns.
-        const int unit = ((half * 8 + c * 2 + warp / 2) * 4 + quad_lane) * 2 + warp % 2;
-        if (row < count) reinterpret_cast<uint2*>(target)[unit] = uint2{v[0], v[1]};
-      } else {
-        // Even lanes take the first eight columns, odd ones the second: four each.
-        const bool odd = lane & 1;
-        const uint32_t other = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1);
-        const int column =
-            half * (kValueDim / 2) + c * 64 + warp * 16 + odd * 8 + quad_lane / 2 * 4;
-        if (row < count) {
-          *reinterpret_cast<uint2*>(target + 2 * column) =
-              odd ? uint2{other, v[1]} : uint2{v[0], other};
-        }
+  for (int n = 0; n < kRows / 8; ++n) {
+    const float2 factor = empty ? float2{} : load_factors(smem.inverse_sum, n);
+    const int row = n * 8 + lane / 4;
+    T* const target =
+        rows + row * kValueDim + half * (kValueDim / 2) + warp * 16 + odd * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+    for (int c = 0; c < kHalfChunks; ++c) {
+      const uint2 v = scale_and_turn<T, kRows>(o[c], n, factor);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1);
+      if (row < count) {
+        *reinterpret_cast<uint2*>(target + c * 64) = odd ? uint2{other, v.y} : uint2{v.x, other};
       }
     }
   }
-  if (partial) named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);  // exponents are read
 }
 
 template <typename T, int kRows>
@@ -158,17 +179,19 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
         fence_async_proxy();
         named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);
       }
-      int power[kMine], any = 0;
+      if (tile > piece.tile_begin) {
+        int power[kMine], any = 0;
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) any |= power[i] = smem.rescale[slot][query_row(i)];
-      if (tile > piece.tile_begin && __any_sync(~0u, any != 0)) {
+        for (int i = 0; i < kMine; ++i) any |= power[i] = smem.rescale[slot][query_row(i)];
+        if (__any_sync(~0u, any != 0)) {
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) {
-          const float factor = rescale_factor(power[i]);
+          for (int i = 0; i < kMine; ++i) {
+            const float factor = rescale_factor(power[i]);
 #pragma unroll
-          for (int c = 0; c < kHalfChunks; ++c) {
-            o[c][element(i, 0)] *= factor;
-            o[c][element(i, 1)] *= factor;
+            for (int c = 0; c < kHalfChunks; ++c) {
+              o[c][element(i, 0)] *= factor;
+              o[c][element(i, 1)] *= factor;
+            }
           }
         }
       }
@@ -179,11 +202,20 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
     }
 
     const bool empty = piece.tile_begin >= piece.tile_end;
+    const bool partial = piece.continued || piece.unfinished;
+    if (partial) find_exponents(smem, o, half);
     if (!empty) {
       mbarrier_wait(smem_address(&smem.sums_full), sums_parity);
       sums_parity ^= 1;
     }
-    store_piece<T>(args, smem, o, piece, sequence, half, empty);
+    if (partial) {
+      const int64_t row =
+          int64_t{piece_slot(blockIdx.z, piece.continued)} * args.rows + smem.row_tile.first;
+      store_partial<kRows>(smem, o, half, empty, args.out_accum + row * kValueDim);
+    } else {
+      const int64_t row = int64_t{sequence} * args.rows + smem.row_tile.first;
+      store_result<T, kRows>(smem, o, half, empty, static_cast<T*>(args.out) + row * kValueDim);
+    }
     __syncwarp();
     if (!empty && warp_leader) mbarrier_arrive(smem_address(&smem.sums_empty));
   }

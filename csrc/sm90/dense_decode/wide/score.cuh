@@ -62,9 +62,10 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   const int first = tile * kTileTokens + thread % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = smem.row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-    // A causal row of query token i sees all but the last s_q - 1 - i tokens.
-    const int seen = args.causal ? seqlen - (args.s_q - 1 - row / args.h_q) : seqlen;
+    const uint32_t row = smem.row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+    // A causal row sees all but the tokens of later queries.
+    const int query = row / args.h_q;
+    const int seen = args.causal ? seqlen - (args.s_q - 1 - query) : seqlen;
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       if (first + 2 * i >= seen) s[i + 2 * r] = -INFINITY;

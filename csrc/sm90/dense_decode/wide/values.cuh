@@ -85,6 +85,15 @@ __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const 
   }
 }
 
+// Zeros, of whichever type, for a row of a piece without keys, whose o is undefined.
+__device__ __forceinline__ void store_zero_row(uint4* target, bool partial, int half, bool valid) {
+  if (!valid) return;
+  const int quad_lane = threadIdx.x % 4;
+#pragma unroll 1
+  for (int i = 0; i < 32; i += 4) target[half * 32 + i + quad_lane] = uint4{};
+  if (partial && quad_lane == 0) reinterpret_cast<float*>(target)[kPartialScale + half] = 1.0f;
+}
+
 // Writes what a piece has accumulated. All but o is read and derived anew: registers are short
 // here.
 template <typename T>
@@ -99,12 +108,21 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
     const volatile RowTile& tile = smem.row_tile;
     const bool valid = row < tile.count;
     if (!__any_sync(~0u, valid)) break;
-    const float inverse_sum = empty ? 0.0f : smem.inverse_sum[odd_piece][row];
     const volatile Cut& begin = smem.begin;
     const volatile Cut& end = smem.end;
     const bool continued = sequence == begin.sequence && begin.tile > 0;
     const bool unfinished = sequence == end.sequence && end.tile > 0;
-    if (!continued && !unfinished) {
+    const bool partial = continued || unfinished;
+    if (empty) {
+      const int index = partial ? piece_slot(blockIdx.z, continued) : sequence;
+      const uint64_t offset = output_offset(args, index, tile.first + row, 0);
+      void* target = partial ? static_cast<void*>(args.out_accum + offset)
+                             : static_cast<T*>(args.out) + offset;
+      store_zero_row(static_cast<uint4*>(target), partial, half, valid);
+      continue;
+    }
+    const float inverse_sum = smem.inverse_sum[odd_piece][row];
+    if (!partial) {
       store_row<T>(args, o, r, half * (kValueDim / 2) + thread % 4 * 8, inverse_sum, sequence,
                    tile.first + row, valid);
     } else {
@@ -182,10 +200,6 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
       __syncwarp();
       fresh = false;
       ring.advance();
-    }
-    if (fresh) {
-#pragma unroll
-      for (int i = 0; i < 128; ++i) o[i] = 0.0f;
     }
     store_piece<T>(args, smem, o, sequence, fresh, odd_piece);
     odd_piece ^= !fresh;
