@@ -10,17 +10,20 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jax_flashmla import kernel_refusal
 from jax_flashmla.cli import main
 from jax_flashmla.cli.bench import command_buffers, document, measure, peers, rows, run, summary
+from jax_flashmla.cli.bench.decode_calls import make_pool, make_q, make_tables, package_decode
 from jax_flashmla.cli.bench.grids import GRIDS
 from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
 from jax_flashmla.cli.bench.measure import METHODS, Ceilings, time_calls
 from jax_flashmla.cli.bench.options import BLOCK_SIZES
 from jax_flashmla.cli.bench.rows import Setup
 from jax_flashmla.cli.bench.shapes import Row
+from jax_flashmla.cli.device import count_decode_calls
 
 ROOT = pathlib.Path(__file__).parents[1]
 CEILINGS = Ceilings(3000.0, 2800.0, 650.0, 8192, "bfloat16")
@@ -46,6 +49,32 @@ def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(
     timing = time_calls(lambda: runs.append(None), 1, method)
     assert len(runs) == 3 + (5 + 1) * runs_a_sample  # five samples, one under lasting load
     assert timing.us_min <= timing.us <= timing.us_max
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "limit_us", "caches", "rounds"),
+    [
+        (10**9, 250.0, 8, 1),  # long calls
+        (18_900_000, 9.2, 14, 4),  # fourteen of these take less than half a millisecond
+        (590_000, 5.1, 128, 1),  # no more than max_calls
+        (4_000_000, 6.0, 64, 2),
+    ],
+)
+def test_short_calls_read_their_caches_several_times(cache_bytes, limit_us, caches, rounds):
+    method = METHODS["gpu"]
+    assert method.caches(cache_bytes) == caches
+    assert method.rounds(caches, limit_us) == rounds
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_xla_keeps_calls_over_the_same_cache_apart():
+    row = Row(2, 1, 4, 96)
+    device = jax.devices("cpu")[0]
+    tables = make_tables(row, 1, 16) * 3
+    pool = make_pool(row.num_blocks(16), 16, "bfloat16", device)
+    arguments = (make_q(row, "bfloat16", device), pool, tables, row.seqlens())
+    decode = package_decode(row, "kernel")
+    assert count_decode_calls(decode.lower(*arguments).compile()) == 3
 
 
 def test_what_a_sample_takes_to_start_is_not_in_it(monkeypatch):

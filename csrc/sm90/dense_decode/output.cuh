@@ -28,8 +28,8 @@ __device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int in
 }
 
 // threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
+__device__ __forceinline__ uint32_t reread_thread() {
+  uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }

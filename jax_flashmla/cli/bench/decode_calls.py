@@ -35,18 +35,18 @@ def make_pool(num_blocks: int, block_size: int, dtype: Any, device: jax.Device) 
     return pool
 
 
-def make_tables(row: Row, calls: int, block_size: int) -> list[np.ndarray]:
-    """One block table int32[b, max_blocks] per call.
+def make_tables(row: Row, caches: int, block_size: int) -> list[np.ndarray]:
+    """One block table int32[b, max_blocks] per cache.
 
-    Call n's cache is the n-th run of row.num_blocks() blocks of the pool, in random order.
+    Cache n is the n-th run of row.num_blocks() blocks of the pool, in random order.
     """
     num_blocks, blocks_of = row.num_blocks(block_size), -(-row.seqlens() // block_size)
     used = np.arange(blocks_of.max()) < blocks_of[:, None]
     generator = np.random.default_rng(2)
     tables = []
-    for call in range(calls):
+    for cache in range(caches):
         table = np.zeros(used.shape, np.int32)
-        table[used] = call * num_blocks + generator.permutation(num_blocks)
+        table[used] = cache * num_blocks + generator.permutation(num_blocks)
         tables.append(table)
     return tables
 

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 class Method:
     """How one row is timed.
 
-    One jitted function makes `calls` calls, each over a cache of its own, so that no call finds its
+    One jitted function makes `calls` calls over `caches` caches in turn, so that no call finds its
     cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
-    time divided by all calls, launch gaps included. What it takes to start and to wait for the
-    device, about 0.5 ms, is not in it: `lead_seconds` are timed by themselves, then with the sample
-    behind them, and the difference is the sample. The schedule is made beforehand, except with
-    --layers, where the function makes it once. The result is the median of `samples`.
+    time divided by all calls, launch gaps included. Where calls are short, each cache is read
+    several times, so that a run takes the device longer than dispatching it takes the host. What it
+    takes to start and to wait for the device, about 0.5 ms, is not in it: `lead_seconds` are timed
+    by themselves, then with the sample behind them, and the difference is the sample. The schedule
+    is made beforehand, except with --layers, where the function makes it once. The result is the
+    median of `samples`.
 
     A GPU at its power limit lowers its clock within a fraction of a second. So samples are short
     and the device rests before each, as between the recorded peers' bursts of nine replays. It then
@@ -31,6 +33,7 @@ class Method:
     """
 
     cache_bytes: int  # that the caches of one function reach together, if max_calls allows it
+    run_seconds: float  # that a run should take by the limit model, likewise
     min_calls: int
     max_calls: int
     samples: int
@@ -40,15 +43,21 @@ class Method:
     warm_seconds: float  # untimed, after the rest; 0: none
     sustained_seconds: float
 
-    def calls(self, cache_bytes: int) -> int:
+    def caches(self, cache_bytes: int) -> int:
         """How many caches of `cache_bytes` one function reads."""
         wanted = math.ceil(self.cache_bytes / max(1, cache_bytes))
         return min(self.max_calls, max(self.min_calls, wanted))
+
+    def rounds(self, caches: int, limit_us: float) -> int:
+        """How often one function reads each of them, a call taking at least `limit_us`."""
+        wanted = math.ceil(self.run_seconds * 1e6 / (caches * limit_us))
+        return max(1, min(self.max_calls // caches, wanted))
 
 
 METHODS = {
     "gpu": Method(
         cache_bytes=256_000_000,
+        run_seconds=0.0005,
         min_calls=8,
         max_calls=128,
         samples=7,
@@ -60,6 +69,7 @@ METHODS = {
     ),
     "cpu": Method(
         cache_bytes=64_000_000,
+        run_seconds=0.0,
         min_calls=2,
         max_calls=4,
         samples=5,

@@ -40,13 +40,18 @@ class Setup:
     block_size: int
     look_inside: bool  # whether to find out how the calls are launched
 
+    def caches(self, row: Row) -> int:
+        """Caches that one jitted function reads."""
+        return self.method.caches(row.cached_tokens * D_QK * ITEMSIZE)
+
     def calls(self, row: Row) -> int:
-        """Calls in one jitted function, each over a cache of its own."""
-        return self.method.calls(row.cached_tokens * D_QK * ITEMSIZE)
+        """Calls in one jitted function, over its caches in turn."""
+        caches = self.caches(row)
+        return caches * self.method.rounds(caches, self.limits.us(row))
 
     def pool_blocks(self, row: Row) -> int:
         """Blocks of all the row's caches."""
-        return self.calls(row) * row.num_blocks(self.block_size)
+        return self.caches(row) * row.num_blocks(self.block_size)
 
     def memory(self, row: Row) -> int:
         """Bytes of device memory that a row needs: caches, q, every out, split accumulators."""
@@ -63,8 +68,9 @@ def measure_row(row: Row, pool: jax.Array, setup: Setup, *, with_xla: bool) -> d
         AssertionError: the result is wrong.
         Exception: whatever compiling or running it raises.
     """
-    calls = setup.calls(row)
-    tables = make_tables(row, calls, setup.block_size)
+    caches, calls = setup.caches(row), setup.calls(row)
+    # Arrays of their own, of which XLA cannot know that some are the same.
+    tables = make_tables(row, caches, setup.block_size) * (calls // caches)
     q = make_q(row, pool.dtype, setup.device)
     seqlens, device_tables = jax.device_put((row.seqlens(), tables), setup.device)
     arguments = (q, pool, device_tables, seqlens)
@@ -87,6 +93,7 @@ def measure_row(row: Row, pool: jax.Array, setup: Setup, *, with_xla: bool) -> d
     result = {
         **dataclasses.asdict(timing),
         "calls": calls,
+        "caches": caches,
         **launched,
         "relative_error": error,
         "tflops": row.flops / timing.us / 1e6,

@@ -20,9 +20,13 @@
 
 namespace flashmla::sm90::narrow {
 
+// Of a thread. With 16 rows there must be room beside for a block of the merge (test_sass.py).
+template <int kRows>
+constexpr int kRegisters = kRows == 16 ? 88 : 128;
+
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T, int kRows, int kBoxes>
-__global__ void __maxnreg__(kRows == 16 ? 88 : 128)
+__global__ void __maxnreg__(kRegisters<kRows>)
     narrow_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   // Addressed by a constant, as in the wide kernel.

@@ -16,16 +16,16 @@ namespace flashmla::sm90::narrow {
 template <int kRows>
 using Output = float[kHalfChunks][kRows / 2];  // of each chunk of 64 columns
 
-// Eight query rows of a chunk, times their factors, in 16 bit and turned back: a quad has a row, and
-// a lane columns 2 (lane % 4) and the next of the warp's first and second eight.
+// Eight query rows of a chunk, times their factors, in 16 bit and turned back: a quad has a row,
+// and a lane columns 2 (lane % 4) and the next of the warp's first and second eight.
 template <typename V, int kRows>
 __device__ __forceinline__ uint2 scale_and_turn(const float (&chunk)[kRows / 2], int n,
                                                 float2 factor) {
   uint32_t v[2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    v[m] = transpose_matrix(pack<V>(chunk[element(2 * n, m)] * factor.x,
-                                    chunk[element(2 * n + 1, m)] * factor.y));
+    v[m] = transpose_matrix(
+        pack<V>(chunk[element(2 * n, m)] * factor.x, chunk[element(2 * n + 1, m)] * factor.y));
   }
   return {v[0], v[1]};
 }
@@ -56,8 +56,7 @@ __device__ __forceinline__ void find_exponents(SharedStorage<kRows>& smem, const
   if (threadIdx.x % 32 < 4) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      smem.exponent[half][query_row(i)][threadIdx.x / 32 % kWarps] =
-          __float_as_uint(peak[i]) >> 23;
+      smem.exponent[half][query_row(i)][threadIdx.x / 32 % kWarps] = __float_as_uint(peak[i]) >> 23;
     }
   }
 }
