@@ -58,7 +58,7 @@ def make_q(row: Row, dtype: Any, device: jax.Device) -> jax.Array:
 
 
 # (q, pool, tables, cache_seqlens) -> the last table's out, and something of each table's result
-Decode = Callable[..., tuple[jax.Array, list[jax.Array]]]
+Decode = Callable[..., tuple[jax.Array, Any]]
 
 
 def make_schedule(
@@ -75,10 +75,11 @@ def package_decode(
 ) -> Decode:
     """One call per table, through jax_flashmla.
 
-    Without a schedule the function makes one for all its calls, as a decoding step does. The
-    kernels' calls leave their lse, not their out, which so dies at once, as in a model, and all get
-    the same memory. Each in memory of its own, they would all be written to DRAM: 4 us more a call
-    of 140, at b 128, 16 heads and 4k tokens on an H200.
+    Without a schedule the function makes one for all its calls, as a decoding step does. Of the
+    kernels' calls it returns the sum of one lse each. So an out dies at once, as in a model, and
+    all get the same memory: each in memory of its own, they would all be written to DRAM, 4 us more
+    a call of 140 (b 128, 16 heads, 4k tokens, an H200). And the host has no 128 results to make:
+    with them, dispatching a run took it 0.65 ms instead of 0.29.
     """
 
     @jax.jit
@@ -88,14 +89,14 @@ def package_decode(
         tables: list[jax.Array],
         cache_seqlens: jax.Array,
         schedule: jax_flashmla.SplitSchedule | None = None,
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, Any]:
         if schedule is None:
             schedule = make_schedule(row, cache_seqlens, tables[0].shape[1] * pool.shape[1])
         attend = partial(
             jax_flashmla.dense_decode, causal=True, schedule=schedule, implementation=implementation
         )
         outs, lses = zip(*(attend(q, pool, table, cache_seqlens) for table in tables), strict=True)
-        return outs[-1], list(lses if implementation == "kernel" else outs)
+        return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
 
     return decode if schedule is None else partial(decode, schedule=schedule)
 
