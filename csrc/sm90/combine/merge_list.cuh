@@ -34,11 +34,12 @@ struct alignas(16) Merge {
   int first_task;  // in the running number of all blocks' tasks
 };
 
+// What a block's threads tell one another.
 struct SharedList {
-  uint32_t
-      continues[kMaxParts / 32 + 1];  // bit p: part p goes on with part p - 1's continued piece
-  int warp_tasks[kWarps];             // of the parts of a warp's threads
-  Merge current[2];                   // in turns
+  // Bit p: part p goes on with the sequence that part p - 1 went on with.
+  uint32_t continues[kMaxParts / 32 + 1];
+  int warp_tasks[kWarps];  // of the parts of a warp's threads
+  Merge current[2];        // of the block's task, in turns
 };
 
 // How many bits from `first` on are set without a gap.
@@ -57,14 +58,14 @@ __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int ind
   return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
 }
 
-// The merges to do, as a thread knows them.
+// The merges to do, as a thread knows them that looks after one part.
 struct Merges {
   int rows, tasks;  // of all merges
-  Merge mine;       // into whose second piece this thread's part begins
-  int mine_end;     // end of its tasks; its first one if there is no such merge
+  Merge mine;       // whose second piece the part begins with
+  int mine_end;     // of its tasks; its first task if there is no such merge
 };
 
-// Every thread calls, and looks after the part of its number.
+// Called by every thread, which looks after the part of its number.
 __device__ __forceinline__ Merges list_merges(const DenseDecodeParams& params, SharedList& list) {
   const int part = threadIdx.x, lane = part % 32, warp = part / 32;
   const int rows = params.s_q * params.h_q;
