@@ -21,6 +21,8 @@ struct Team {
   // rows: of all merges.
   __device__ __forceinline__ Team(int pieces, int rows) {
     const int blocks = gridDim.x;
+    // By blocks: more pieces than a warp can weigh; or so few rows that each can have eight blocks,
+    // with more than 16 pieces two.
     block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 8) <= blocks);
     const int teams = blocks * (block ? 1 : kWarps);
     const bool many = pieces > (block ? 64 : 16);  // more than one round of quarters
