@@ -11,6 +11,7 @@
 
 namespace flashmla::sm90 {
 
+constexpr int kValueDim = 512;  // d_v
 constexpr int kPartialScale = 256;
 
 // x: -126 to 127.

@@ -4,13 +4,12 @@
 
 #include <cuda_fp16.h>
 
+#include "../common/math.cuh"
 #include "../common/matrix.cuh"
 #include "merge_list.cuh"
 #include "row_pieces.cuh"
 
 namespace flashmla::sm90 {
-
-constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -126,64 +125,77 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
   if (lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-// One warp merges share number `share` of a row of at most 32 pieces. Its 32, 16 or 8 lanes' worth
-// of columns leave the warp's other lanes to other pieces. Lane i weighs piece i.
+// A thread's place in a team of `threads` that merges share number `share` of the 2^split of a row:
+// 32, 16 or 8 of them take the share's columns of one piece, the others those of other pieces. And
+// thread i weighs piece i.
+struct TeamPlace {
+  int lanes;                 // that take the columns of one piece
+  int turns;                 // pieces that the team takes at once
+  int column, first;         // this thread's columns, in units of eight, and its first piece
+  const float *lse, *scale;  // of the piece that it weighs
+
+  __device__ __forceinline__ TeamPlace(const RowPieces& pieces, int thread, int threads, int share,
+                                       int split) {
+    const int shift = 6 - split;
+    lanes = 1 << shift;
+    turns = threads >> shift;
+    column = share * lanes + (thread % 32 & (lanes - 1));
+    const int half = share >> (split - 1);
+    scale = pieces.row(thread) + kPartialScale + half;
+    lse = pieces.lse + pieces.offset(thread);
+    compute_here(scale);
+    compute_here(lse);
+    first = thread >> shift;
+  }
+};
+
+// One warp merges a share of a row of at most 32 pieces.
 template <typename T>
 __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
                                               const RowPieces& pieces, int64_t target, int share,
                                               int split, Prerequisites& prerequisites) {
-  const int shift = 6 - split, lanes = 1 << shift, turns = 32 >> shift;
   const int lane = threadIdx.x % 32;
-  const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
-  const float* weighed = pieces.row(lane) + kPartialScale + half;
-  const float* weighed_lse = pieces.lse + pieces.offset(lane);
-  compute_here(weighed);
-  compute_here(weighed_lse);
-  PieceLoads loads(pieces, lane >> shift, turns, column);
+  const TeamPlace place(pieces, lane, 32, share, split);
+  PieceLoads loads(pieces, place.first, place.turns, place.column);
   prerequisites.await();
   float lse = -INFINITY, factor = 0.0f;
   if (lane < pieces.count) {
-    lse = *weighed_lse;
-    factor = *weighed;
+    lse = *place.lse;
+    factor = *place.scale;
   }
   uint4 v[8];
   loads.load(v);
   const float peak = warp_max(lse), w = relative_weight(lse, peak), total = warp_sum(w);
   factor *= w * inverse_of_weights(total);
   Columns sum = {};
-  for (int piece = lane >> shift;;) {
+  for (int piece = place.first;;) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i, piece += turns) {
+    for (int i = 0; i < 8; ++i, piece += place.turns) {
       sum.add_scaled(__shfl_sync(~0u, factor, piece % 32), v[i]);
     }
-    if (piece - (lane >> shift) >= pieces.count) break;
+    if (piece - place.first >= pieces.count) break;
     loads.load(v);
   }
-  sum.add_teams(lanes);
-  if (lane < lanes) sum.template store<T>(params, target, column);
+  sum.add_teams(place.lanes);
+  if (lane < place.lanes) sum.template store<T>(params, target, place.column);
   if (share == 0 && lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-// One block does so, for any number of pieces. Thread i weighs piece i.
+// One block does so, for any number of pieces.
 template <typename T>
 __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
                                                const RowPieces& pieces, int64_t target, int share,
                                                int split, Prerequisites& prerequisites) {
   __shared__ Columns partial[kWarps][32];
   __shared__ float weights[kMaxParts], peaks[kWarps], totals[kWarps];
-  const int shift = 6 - split, lanes = 1 << shift, turns = kThreads >> shift;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int column = share * lanes + (lane & (lanes - 1)), half = share >> (split - 1);
-  const float* weighed = pieces.row(thread) + kPartialScale + half;
-  const float* weighed_lse = pieces.lse + pieces.offset(thread);
-  compute_here(weighed);
-  compute_here(weighed_lse);
-  PieceLoads loads(pieces, thread >> shift, turns, column);
+  const TeamPlace place(pieces, thread, kThreads, share, split);
+  PieceLoads loads(pieces, place.first, place.turns, place.column);
   prerequisites.await();
   float lse = -INFINITY, scale = 0.0f;
   if (thread < pieces.count) {
-    lse = *weighed_lse;
-    scale = *weighed;
+    lse = *place.lse;
+    scale = *place.scale;
   }
   uint4 v[4];
   loads.load(v);
@@ -197,18 +209,18 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
   if (lane == 0) totals[warp] = of_warp;
   __syncthreads();
   Columns sum = {};
-  for (int piece = thread >> shift;;) {
+  for (int piece = place.first;;) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i, piece += turns) {
+    for (int i = 0; i < 4; ++i, piece += place.turns) {
       sum.add_scaled(weights[piece % kMaxParts], v[i]);
     }
-    if (piece - (thread >> shift) >= pieces.count) break;
+    if (piece - place.first >= pieces.count) break;
     loads.load(v);
   }
-  sum.add_teams(lanes);
-  if (lane < lanes) partial[warp][lane] = sum;
+  sum.add_teams(place.lanes);
+  if (lane < place.lanes) partial[warp][lane] = sum;
   __syncthreads();
-  if (thread >= lanes * 4) return;
+  if (thread >= place.lanes * 4) return;
   const int i = thread / 4, j = thread % 4;  // a pair of columns
   float low = 0.0f, high = 0.0f, total = 0.0f;
 #pragma unroll
@@ -218,7 +230,7 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
     total += totals[of];
   }
   const float inverse = inverse_of_weights(total);
-  store_pair<T>(params, target, share * lanes + i, j, low * inverse, high * inverse);
+  store_pair<T>(params, target, share * place.lanes + i, j, low * inverse, high * inverse);
   if (share == 0 && thread == 0) params.lse[target] = merged_lse(peak, total);
 }
 

@@ -11,8 +11,6 @@
 
 namespace flashmla::sm90 {
 
-constexpr int kValueDim = 512;
-
 // Waits for the kernel whose results are merged, once.
 struct Prerequisites {
   bool awaited = false;

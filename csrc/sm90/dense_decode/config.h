@@ -6,11 +6,11 @@
 #include <cstdint>
 
 #include "../../split_schedule.h"
+#include "../partial.cuh"
 
 namespace flashmla::sm90 {
 
-constexpr int kHeadDim = 576;   // d_qk: 512 latent columns, then 64 rope columns
-constexpr int kValueDim = 512;  // d_v
+constexpr int kHeadDim = 576;  // d_qk: the kValueDim latent columns, then 64 rope columns
 // Packed query rows (query token x head) of a thread block: at most 64 in the wide kernel; the
 // narrow one is built for tiles of 16 and of 32.
 constexpr int kTileRows = 64;

@@ -1,7 +1,7 @@
 // The online softmax of a row, in base 2.
 #pragma once
 
-#include "../common/matrix.cuh"
+#include "../common/math.cuh"
 
 namespace flashmla::sm90 {
 
@@ -9,7 +9,6 @@ namespace flashmla::sm90 {
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
 constexpr float kLazyRescale = 8.0f;
 constexpr float kForget = 127.0f;  // halvings that leave nothing in f32
-constexpr float kLn2 = 0.6931471805599453f;
 
 // 2^-power; 0 from 127 on.
 __device__ __forceinline__ float rescale_factor(int power) {

@@ -33,7 +33,7 @@ class Method:
     """
 
     cache_bytes: int  # that the caches of one function reach together, if max_calls allows it
-    run_seconds: float  # that a run should take by the limit model, likewise
+    run_seconds: float  # that its calls take by the limit model, if max_calls allows it; 0: any
     min_calls: int
     max_calls: int
     samples: int

@@ -54,9 +54,9 @@ class Setup:
         return self.caches(row) * row.num_blocks(self.block_size)
 
     def memory(self, row: Row) -> int:
-        """Bytes of device memory that a row needs: caches, q, every out, split accumulators."""
+        """Bytes of device memory that a row needs: caches, q, the baselines' outs, accumulators."""
         cache = self.pool_blocks(row) * self.block_size * D_QK * ITEMSIZE
-        q_and_outs = row.b * row.s_q * row.h_q * ITEMSIZE * (D_QK + self.calls(row) * D_V)
+        q_and_outs = row.b * row.s_q * row.h_q * ITEMSIZE * (D_QK + BASELINE_CALLS * D_V)
         accumulators = 2 * PARTS * row.s_q * row.h_q * 4 * (D_V + 1)
         return cache + q_and_outs + accumulators
 
