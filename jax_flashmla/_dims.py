@@ -17,7 +17,7 @@ import numpy as np
 SPLIT_TILE = 64  # tokens; kSplitTile in csrc/split_schedule.h
 SEQUENCE_OVERHEAD = 2  # tiles; kSequenceOverhead in csrc/split_schedule.h
 CUT_COST = 8  # tiles; kCutCost in csrc/split_schedule.h
-MERGE_COST = 6  # kMergeCost in csrc/split_schedule.h
+MERGE_COST = 4  # kMergeCost in csrc/split_schedule.h
 MAX_BATCH = 16384  # sequences that one schedule can hold; kMaxBatch in csrc/split_schedule.h
 MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/split_schedule.h
 INT32_MAX = 2**31 - 1

@@ -100,10 +100,10 @@ def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, ele
         for kernel, count in instructions.items()
         if re.search(rf"{name}Li{boxes}EE", kernel)
     )
-    # Three boxes of a block, three more for each further block of a tile, wherever tiles are
-    # loaded. The queries' three are the wide kernel's first three, and the narrow one's own.
+    # The queries' three, then three boxes of a block, and three more for each further block of a
+    # tile, wherever tiles are loaded.
     assert loads > 3
-    assert (loads if wide else loads - 3) % (3 * boxes) == 0
+    assert (loads - 3) % (3 * boxes) == 0
 
 
 def test_ptxas_reported_on_every_kernel(instructions, ptxas_report):

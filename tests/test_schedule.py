@@ -18,7 +18,7 @@ from jax_flashmla._num_parts import default_num_parts
 
 TILE = 64
 OVERHEAD = 2  # tiles
-MERGE_COST = 6
+MERGE_COST = 4
 CUT_COST = 8  # tiles
 
 

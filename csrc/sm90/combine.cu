@@ -5,37 +5,45 @@
 
 #include <algorithm>
 
-#include "combine/merge_list.cuh"
 #include "combine/merge_row.cuh"
+#include "combine/merge_task.cuh"
 #include "common/launch.h"
 
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 3;  // what fits
-constexpr int kMostShares = 8;               // of a row
+// That a multiprocessor could hold: so a thread has 80 registers, and one block fits beside the
+// narrow kernel's.
+constexpr int kLeastFitting = 3;
+constexpr int kMostShares = 8;  // of a row
+// Shared memory that a block asks for to have a multiprocessor to itself and one other: those that
+// finish their part first would get three, and some none.
+constexpr size_t kDistance = 100 * 1024;
 
+// Grid: (blocks of a part, num_parts).
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kLeastFitting)
     combine_kernel(DenseDecodeParams params) {
-  __shared__ SharedList list;
+  const Merge merge = find_merge(params);
   const int rows = params.s_q * params.h_q;
-  const Merges all = list_merges(params, list);
-  if (all.tasks == 0) launch_dependents();  // lets the next kernel in at once
-  // One block must wait even so: this kernel may not end before what it depends on has.
-  if (blockIdx.x >= max(all.tasks, 1)) return;
-  if (all.tasks == 0) wait_for_prerequisites();
+  const Team team(merge.pieces, rows, merge.blocks);
+  const int items = merge.pieces > 1 ? rows << team.split : 0;
+  // Of a block, which takes neighbouring items: shares of a row have its pieces' weights in common.
+  int teams = 1;
+  while (!team.block && teams < kWarps && teams * merge.blocks < items) teams *= 2;
+  if (items == 0 || merge.place * teams >= items) {
+    if (blockIdx.x > 0 || blockIdx.y > 0) return;
+    // One block must wait even so: this kernel may not end before what it depends on has. It lets
+    // the next kernel in at once, if the others do.
+    launch_dependents();
+    wait_for_prerequisites();
+    return;
+  }
   Prerequisites prerequisites;
-  int turn = 0;
-  for (int task = blockIdx.x; task < all.tasks; task += gridDim.x, turn ^= 1) {
-    if (all.mine.first_task <= task && task < all.mine_end) list.current[turn] = all.mine;
-    __syncthreads();
-    const Merge merge = list.current[turn];
-    const Team team(merge.pieces, all.rows);
-    const int local = task - merge.first_task;
-    const int item = team.block ? local : local * kWarps + threadIdx.x / 32;
+  const int first = team.block ? 0 : threadIdx.x / 32;
+  if (first >= teams) return;
+  for (int item = merge.place * teams + first; item < items; item += merge.blocks * teams) {
     const int row = item >> team.split, share = item & ((1 << team.split) - 1);
-    if (row >= rows) continue;
     const RowPieces pieces(params, merge.owner, merge.pieces, row);
     const int64_t target = int64_t{merge.sequence} * rows + row;
     if (merge.pieces == 2)
@@ -51,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 }  // namespace
 
-Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
+Status run_combine(const DenseDecodeParams& params, bool room_beside, cudaStream_t stream) {
   if (params.num_parts < 2) return Status::Ok();  // nothing can be cut
   if (params.num_parts > kMaxParts) {
     return Status::InvalidArgument("dense_decode takes schedules of at most " +
@@ -61,9 +69,10 @@ Status run_combine(const DenseDecodeParams& params, cudaStream_t stream) {
   const int rows = params.s_q * params.h_q;
   int multiprocessors = 0;
   if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
-  const unsigned grid = std::min((params.num_parts - 1) * rows * kMostShares,
-                                 multiprocessors * kBlocksPerMultiprocessor);
-  LaunchOptions options{grid, kThreads};
+  // Beside the other kernel's blocks one each, there before it is needed. Else two, once these end.
+  const int all = multiprocessors * (room_beside ? 1 : 2);
+  const int of_part = std::clamp(all / params.num_parts, 1, rows * kMostShares);
+  LaunchOptions options{dim3(of_part, params.num_parts), kThreads, room_beside ? 0 : kDistance};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {
     return launch(combine_kernel<__nv_bfloat16>, options, stream, "dense_decode combine", params);

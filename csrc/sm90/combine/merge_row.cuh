@@ -6,7 +6,7 @@
 
 #include "../common/math.cuh"
 #include "../common/matrix.cuh"
-#include "merge_list.cuh"
+#include "merge_task.cuh"
 #include "row_pieces.cuh"
 
 namespace flashmla::sm90 {
@@ -29,7 +29,7 @@ __device__ __forceinline__ float relative_weight(float lse, float peak) {
 }
 
 __device__ __forceinline__ float inverse_of_weights(float total) {
-  return total == 0.0f ? 0.0f : __fdividef(1.0f, total);
+  return total == 0.0f ? 0.0f : reciprocal_approx(total);
 }
 
 // Natural log-sum-exp of the row.

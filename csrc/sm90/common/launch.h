@@ -44,6 +44,9 @@ struct LaunchOptions {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool dependent = false;  // may start before the previous kernel of the stream has finished
+  // The shared memory that a multiprocessor's blocks do not take is to be shared memory, not L1, so
+  // that another kernel's block fits beside.
+  bool room_beside = false;
 };
 
 template <typename... Params, typename... Args>
@@ -53,6 +56,12 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, options.shared_bytes);
+    if (error != cudaSuccess) return to_status(error, name);
+  }
+  if (options.room_beside) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                   cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return to_status(error, name);
   }
   cudaLaunchAttribute attribute;

@@ -106,7 +106,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
   if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
-  return run_combine(params, stream);
+  return run_combine(params, /*room_beside=*/tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

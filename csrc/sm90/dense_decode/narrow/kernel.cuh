@@ -69,8 +69,9 @@ __global__ void __maxnreg__(kRegisters<kRows>)
 template <typename T, int kRows, int kBoxes>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
   return launch(narrow_decode_kernel<T, kRows, kBoxes>,
-                {grid, kThreads + 32, sizeof(SharedStorage<kRows>), /*dependent=*/true}, stream,
-                "dense_decode", args);
+                {grid, kThreads + 32, sizeof(SharedStorage<kRows>), /*dependent=*/true,
+                 /*room_beside=*/true},
+                stream, "dense_decode", args);
 }
 
 }  // namespace flashmla::sm90::narrow

@@ -9,11 +9,10 @@
 
 namespace flashmla::sm90::wide {
 
-// Loads the item that was found last into a slot that nobody uses any more.
-template <int kBoxes>
-__device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage& smem, int slot) {
-  const volatile LoadItem& item = smem.item;
-  if (item.kind == kNothing) return;
+// Loads an item into a slot that nobody uses any more.
+template <int kBoxes, typename Item>
+__device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage& smem,
+                                          const Item& item, int slot) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     load_columns<kBoxes>(args, smem.row_tile.first, item, smem_address(smem.latent[slot][half]),
@@ -21,6 +20,12 @@ __device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage&
   }
   load_columns<kBoxes>(args, smem.row_tile.first, item, smem_address(smem.rope[slot]),
                        smem_address(&smem.rope_full[slot]), 2);
+}
+
+// The same with the item that was found last, if there is one.
+template <int kBoxes>
+__device__ __forceinline__ void load_found(const KernelArgs& args, SharedStorage& smem, int slot) {
+  if (smem.item.kind != kNothing) load_item<kBoxes>(args, smem, smem.item, slot);
 }
 
 template <int kBoxes>
@@ -31,7 +36,7 @@ __device__ __forceinline__ void find_item(const KernelArgs& args, SharedStorage&
 template <int kBoxes>
 __device__ __forceinline__ void fill_slot(const KernelArgs& args, SharedStorage& smem, int slot) {
   find_item<kBoxes>(args, smem);
-  load_item<kBoxes>(args, smem, slot);
+  load_found<kBoxes>(args, smem, slot);
 }
 
 // The first loads: a piece's queries, and usually its first tile. The last slot is left to the
@@ -39,17 +44,19 @@ __device__ __forceinline__ void fill_slot(const KernelArgs& args, SharedStorage&
 template <int kBoxes>
 __device__ __forceinline__ void start_loads(const KernelArgs& args, SharedStorage& smem) {
   smem.stream.start<kBoxes>(args, smem.begin, smem.end);
-#pragma unroll 1
-  for (int slot = 0; slot < kStages - 1; ++slot) {
-    fill_slot<kBoxes>(args, smem, slot);
+  if (smem.stream.open) {  // the queries, without the way through the loader's state
+    const LoadItem queries{.kind = kQueries, .index = {smem.begin.sequence}, .token_group = 0};
+    load_item<kBoxes>(args, smem, queries, 0);
+    smem.stream.query_next = false;
   }
+  fill_slot<kBoxes>(args, smem, 1);
 }
 
 // Refills the slot of a load once all are through with it.
 template <int kBoxes>
 __device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& smem, Ring ring) {
   mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity);
-  load_item<kBoxes>(args, smem, ring.slot);
+  load_found<kBoxes>(args, smem, ring.slot);
 }
 
 }  // namespace flashmla::sm90::wide
