@@ -12,23 +12,24 @@
 namespace flashmla::sm90 {
 namespace {
 
-// That a multiprocessor could hold: so a thread has 80 registers, and one block fits beside the
-// narrow kernel's.
-constexpr int kLeastFitting = 3;
+// That the registers of a multiprocessor must do for: so a thread has 80, and one block fits beside
+// the narrow kernel's.
+constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kMostShares = 8;  // of a row
-// Shared memory that a block asks for to have a multiprocessor to itself and one other: those that
-// finish their part first would get three, and some none.
-constexpr size_t kDistance = 100 * 1024;
+// Shared memory that a block asks for, and does not use, so that no more than two share a
+// multiprocessor: else those that are free first take three, and some get none.
+constexpr size_t kUnusedShared = 100 * 1024;
 
 // Grid: (blocks of a part, num_parts).
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kLeastFitting)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     combine_kernel(DenseDecodeParams params) {
   const Merge merge = find_merge(params);
   const int rows = params.s_q * params.h_q;
   const Team team(merge.pieces, rows, merge.blocks);
   const int items = merge.pieces > 1 ? rows << team.split : 0;
-  // Of a block, which takes neighbouring items: shares of a row have its pieces' weights in common.
+  // Of a block that have something to do. They take neighbouring items: shares of a row have its
+  // pieces' weights in common.
   int teams = 1;
   while (!team.block && teams < kWarps && teams * merge.blocks < items) teams *= 2;
   if (items == 0 || merge.place * teams >= items) {
@@ -40,9 +41,9 @@ __global__ void __launch_bounds__(kThreads, kLeastFitting)
     return;
   }
   Prerequisites prerequisites;
-  const int first = team.block ? 0 : threadIdx.x / 32;
-  if (first >= teams) return;
-  for (int item = merge.place * teams + first; item < items; item += merge.blocks * teams) {
+  const int number = team.block ? 0 : threadIdx.x / 32;  // of the thread's team
+  if (number >= teams) return;
+  for (int item = merge.place * teams + number; item < items; item += merge.blocks * teams) {
     const int row = item >> team.split, share = item & ((1 << team.split) - 1);
     const RowPieces pieces(params, merge.owner, merge.pieces, row);
     const int64_t target = int64_t{merge.sequence} * rows + row;
@@ -72,7 +73,7 @@ Status run_combine(const DenseDecodeParams& params, bool room_beside, cudaStream
   // Beside the other kernel's blocks one each, there before it is needed. Else two, once these end.
   const int all = multiprocessors * (room_beside ? 1 : 2);
   const int of_part = std::clamp(all / params.num_parts, 1, rows * kMostShares);
-  LaunchOptions options{dim3(of_part, params.num_parts), kThreads, room_beside ? 0 : kDistance};
+  LaunchOptions options{dim3(of_part, params.num_parts), kThreads, room_beside ? 0 : kUnusedShared};
   options.dependent = true;
   if (params.dtype == DType::kBFloat16) {
     return launch(combine_kernel<__nv_bfloat16>, options, stream, "dense_decode combine", params);

@@ -27,8 +27,8 @@ __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int ind
   return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
 }
 
-// Called by every thread of a block. Of one piece, or none, if there is nothing to merge. A part
-// that goes on with one sequence and begins another has its blocks merge the first.
+// Called by every thread of a block. Of one piece if there is nothing to merge. A part that goes on
+// with one sequence and begins another has its blocks merge the first.
 __device__ __forceinline__ Merge find_merge(const DenseDecodeParams& params) {
   const int part = blockIdx.y, other = threadIdx.x;
   const Cut begin = load_cut(params, part), end = load_cut(params, part + 1);

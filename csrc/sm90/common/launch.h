@@ -44,9 +44,9 @@ struct LaunchOptions {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool dependent = false;  // may start before the previous kernel of the stream has finished
-  // The shared memory that a multiprocessor's blocks do not take is to be shared memory, not L1, so
-  // that another kernel's block fits beside.
-  bool room_beside = false;
+  // Of a multiprocessor's 256 KB all that can be is to be shared memory: the driver would leave L1
+  // more, and so no room for another kernel's block beside this one's.
+  bool most_shared = false;
 };
 
 template <typename... Params, typename... Args>
@@ -58,7 +58,7 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
                              cudaFuncAttributeMaxDynamicSharedMemorySize, options.shared_bytes);
     if (error != cudaSuccess) return to_status(error, name);
   }
-  if (options.room_beside) {
+  if (options.most_shared) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributePreferredSharedMemoryCarveout,
                                                    cudaSharedmemCarveoutMaxShared);

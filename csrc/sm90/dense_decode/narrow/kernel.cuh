@@ -22,7 +22,7 @@ namespace flashmla::sm90::narrow {
 
 // Of a thread. With 16 rows there must be room beside for a block of the merge (test_sass.py).
 template <int kRows>
-constexpr int kRegisters = kRows == 16 ? 88 : 128;
+constexpr int kRegisters = kRows == kLeastRows ? 88 : 128;
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T, int kRows, int kBoxes>
@@ -66,11 +66,12 @@ __global__ void __maxnreg__(kRegisters<kRows>)
   }
 }
 
+// With most_shared the merge's blocks find room beside 16 rows; beside 32 the registers have none.
 template <typename T, int kRows, int kBoxes>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
   return launch(narrow_decode_kernel<T, kRows, kBoxes>,
                 {grid, kThreads + 32, sizeof(SharedStorage<kRows>), /*dependent=*/true,
-                 /*room_beside=*/true},
+                 /*most_shared=*/true},
                 stream, "dense_decode", args);
 }
 

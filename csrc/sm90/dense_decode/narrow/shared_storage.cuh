@@ -33,7 +33,7 @@ struct alignas(1024) SharedStorage {
   RowTile row_tile;
 };
 // Of the multiprocessor's 228 KB, 1 KB of each block is the system's, and 11 KB are the merge's.
-static_assert(sizeof(SharedStorage<16>) <= (228 - 2 - 11) * 1024);
+static_assert(sizeof(SharedStorage<kLeastRows>) <= (228 - 2 - 11) * 1024);
 static_assert(sizeof(SharedStorage<kNarrowRows>) <= 232448, "Hopper has 227 KB a block");
 
 // Of the rows of a product's N a thread holds 2 (lane % 4) and the next of every eight.
