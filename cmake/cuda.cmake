@@ -21,7 +21,7 @@ set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
-file(GLOB sm90_sources CONFIGURE_DEPENDS csrc/sm90/*.cu csrc/sm90/*/*.cu)
+file(GLOB_RECURSE sm90_sources CONFIGURE_DEPENDS csrc/sm90/*.cu)
 add_library(flashmla_sm90 OBJECT ${sm90_sources})
 target_include_directories(flashmla_sm90 PRIVATE csrc)
 target_compile_options(flashmla_sm90 PRIVATE --expt-relaxed-constexpr -Xptxas=-v)

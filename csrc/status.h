@@ -1,4 +1,4 @@
-// The result of running an operation, free of XLA and of CUDA: ffi/status.h turns it into an FFI
+// The result of running an operation, free of XLA and of CUDA: ffi/error.h turns it into an FFI
 // error.
 #pragma once
 

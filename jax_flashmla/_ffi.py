@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_flashmla import _dims, reference
+from jax_flashmla import _checks, _limits, reference
 from jax_flashmla._num_parts import default_num_parts
 
 TARGETS = {
@@ -173,7 +173,7 @@ def _fold_blocks(
     An id that was out of range stays so: it must not reach into another cache.
     """
     num_blocks = blocks.shape[0 if dim != 0 else 1]
-    if n * num_blocks > _dims.INT32_MAX:
+    if n * num_blocks > _limits.INT32_MAX:
         raise ValueError(
             "blocks under vmap must hold at most 2^31 - 1 blocks over the mapped axis, got "
             f"{n} times {num_blocks}"
@@ -185,10 +185,10 @@ def _fold_blocks(
 
 
 def _check_folded(operation: str, n: int, b: int) -> None:
-    if n * b > _dims.MAX_BATCH:
+    if n * b > _limits.MAX_BATCH:
         raise ValueError(
-            f"{operation} under vmap must have at most {_dims.MAX_BATCH} sequences over the mapped "
-            f"axis (it is folded into b), got {n} times b = {b}"
+            f"{operation} under vmap must have at most {_limits.MAX_BATCH} sequences over the "
+            f"mapped axis (it is folded into b), got {n} times b = {b}"
         )
 
 
@@ -344,7 +344,7 @@ def kernel_refusal(
                 "the CUDA kernels need compute capability 9.0 (Hopper), got "
                 f"{device.compute_capability} ({device.device_kind})"
             )
-    return _dims.sm90_refusal(d_qk, d_v, block_size, dtype)
+    return _checks.sm90_refusal(d_qk, d_v, block_size, dtype)
 
 
 # Lowering.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jax_flashmla import _dims
+from jax_flashmla import _limits
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _TILE_ROWS = 64  # query rows that one multiprocessor takes at a time
@@ -28,10 +28,10 @@ def default_num_parts(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int 
     tiles = row_tiles(_TILE_ROWS)
     small_tiles = row_tiles(_SMALL_TILE_ROWS)
     if max_seqlen is not None and small_tiles <= sm_count:
-        most = b * max(1, -(-max_seqlen // _dims.SPLIT_TILE)) * small_tiles
+        most = b * max(1, -(-max_seqlen // _limits.SPLIT_TILE)) * small_tiles
         if most <= _SMALL_TILES * sm_count:
             tiles = small_tiles
-    return min(max(1, sm_count // tiles), _dims.MAX_PARTS)
+    return min(max(1, sm_count // tiles), _limits.MAX_PARTS)
 
 
 def _sm_count() -> int:

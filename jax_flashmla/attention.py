@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from jax_flashmla import _dims, _ffi
+from jax_flashmla import _checks, _ffi
 from jax_flashmla.schedule import SplitSchedule, make_schedule
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def dense_decode(
         NotImplementedError: implementation is "kernel" and there is none for this platform, device
             or these dimensions; or the kernel is differentiated.
     """
-    _dims.check_dense_decode(
+    _checks.check_dense_decode(
         q, blocks, block_table, cache_seqlens, d_v=d_v, sm_scale=sm_scale, causal=causal
     )
-    _dims.check_implementation(implementation)
+    _checks.check_implementation(implementation)
     b, s_q, h_q, d_qk = q.shape
     if schedule is None:
         schedule = make_schedule(
@@ -77,7 +77,7 @@ def dense_decode(
         raise TypeError(
             f"schedule must be a SplitSchedule from make_schedule, got {type(schedule).__name__}"
         )
-    _dims.check_schedule(schedule.b, schedule.cuts, b)
+    _checks.check_schedule(schedule.b, schedule.cuts, b)
     return _ffi.dense_decode(
         q,
         blocks,

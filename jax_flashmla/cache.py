@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import _dims
+from jax_flashmla import _checks, _limits
 from jax_flashmla.cache_format import CacheFormat
 from jax_flashmla.cache_ops import cache_append, copy_blocks
 
@@ -47,9 +47,9 @@ class BlockTable:
         if cache_seqlens is None:
             cache_seqlens = jnp.zeros(block_table.shape[:1], jnp.int32)
         cache_seqlens = jnp.array(cache_seqlens)
-        block_size = _dims.check_int("block_size", block_size, 1, _dims.INT32_MAX)
-        b = _dims.check_cache_seqlens(cache_seqlens)
-        _dims.check_block_table(block_table, b, block_size)
+        block_size = _checks.check_int("block_size", block_size, 1, _limits.INT32_MAX)
+        b = _checks.check_cache_seqlens(cache_seqlens)
+        _checks.check_block_table(block_table, b, block_size)
         return cls(block_table, cache_seqlens, block_size)
 
     @property
@@ -188,12 +188,12 @@ class PagedCache:
                 f"table must have the format's block_size = {format.block_size}, got "
                 f"{table.block_size}"
             )
-        layers = _dims.check_int("layers", layers, 1, _dims.INT32_MAX)
+        layers = _checks.check_int("layers", layers, 1, _limits.INT32_MAX)
         blocks: jax.Array | tuple[jax.Array, ...]
         if array_per_layer:
             blocks = tuple(format.allocate(num_blocks, device=device) for _ in range(layers))
         else:
-            num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX // layers)
+            num_blocks = _checks.check_int("num_blocks", num_blocks, 1, _limits.INT32_MAX // layers)
             blocks = format.allocate(layers * num_blocks, device=device)
         overflow = jnp.zeros(table.cache_seqlens.shape, jnp.int32)
         return cls(blocks, jax.tree.map(jnp.array, table), overflow, format, layers)
@@ -238,13 +238,13 @@ class PagedCache:
         Returns:
             The cache with its new lengths, and the slots for `write`.
         """
-        s_new = _dims.check_int("s_new", s_new, 1, _dims.INT32_MAX)
+        s_new = _checks.check_int("s_new", s_new, 1, _limits.INT32_MAX)
         seqlens = self.table.cache_seqlens
         if num_new is None:
             num_new = jnp.full(seqlens.shape, s_new, jnp.int32)
         else:
             num_new = jnp.asarray(num_new)
-            _dims.check_per_sequence("num_new", num_new, seqlens.shape[0])
+            _checks.check_per_sequence("num_new", num_new, seqlens.shape[0])
             num_new = jnp.clip(num_new, 0, s_new)
         capacity = self.table.capacity(self.num_blocks)
         positions = jnp.clip(seqlens, 0, capacity)
@@ -349,7 +349,7 @@ class PagedCache:
             layer = 0
         table, num_blocks = self.table, self.num_blocks
         if not isinstance(layer, jax.Array) or isinstance(self.blocks, tuple):
-            layer = _dims.check_int("layer", layer, 0, self.layers - 1)
+            layer = _checks.check_int("layer", layer, 0, self.layers - 1)
         if isinstance(self.blocks, tuple):
             return self.blocks[layer], table.block_table, table.cache_seqlens
         ids = _in_layer(table.block_table, layer, num_blocks)

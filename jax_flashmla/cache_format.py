@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _dims
+from jax_flashmla import _checks, _limits
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -42,13 +42,15 @@ class CacheFormat:
         if self.name != "dense":
             raise ValueError(f'name must be "dense", got {self.name!r}')
         for name in ("d_qk", "d_v", "h_kv", "block_size"):
-            value = _dims.check_int(name, getattr(self, name), 1, _dims.INT32_MAX)
+            value = _checks.check_int(name, getattr(self, name), 1, _limits.INT32_MAX)
             object.__setattr__(self, name, value)
         if self.d_v > self.d_qk:
             raise ValueError(f"d_v must be at most d_qk = {self.d_qk}, got {self.d_v}")
         dtype = jnp.dtype(self.dtype)
-        if dtype not in _dims.CACHE_DTYPES:
-            raise TypeError(f"dtype must be {_dims.dtype_names(_dims.CACHE_DTYPES)}, got {dtype}")
+        if dtype not in _checks.CACHE_DTYPES:
+            raise TypeError(
+                f"dtype must be {_checks.dtype_names(_checks.CACHE_DTYPES)}, got {dtype}"
+            )
         object.__setattr__(self, "dtype", dtype)
 
     @property
@@ -66,6 +68,6 @@ class CacheFormat:
         Raises:
             ValueError, TypeError: `num_blocks` is not an int between 1 and 2^31 - 1.
         """
-        num_blocks = _dims.check_int("num_blocks", num_blocks, 1, _dims.INT32_MAX)
+        num_blocks = _checks.check_int("num_blocks", num_blocks, 1, _limits.INT32_MAX)
         shape = (num_blocks, self.block_size, self.h_kv, self.d_qk)
         return jnp.zeros(shape, self.dtype, device=device)

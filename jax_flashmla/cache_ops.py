@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _dims, _ffi
+from jax_flashmla import _checks, _ffi
 
 
 def cache_append(
@@ -48,8 +48,8 @@ def cache_append(
         ValueError, TypeError: a rank, shape, dtype or option that does not fit.
         NotImplementedError: "kernel" where there is none.
     """
-    _dims.check_implementation(implementation)
-    _dims.check_cache_append(blocks, rows, block_table, positions, num_new)
+    _checks.check_implementation(implementation)
+    _checks.check_cache_append(blocks, rows, block_table, positions, num_new)
     if num_new is None:
         num_new = jnp.full(rows.shape[:1], rows.shape[1], jnp.int32)
     return _ffi.cache_append(
@@ -77,7 +77,7 @@ def copy_blocks(blocks: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     Raises:
         ValueError, TypeError: a rank, shape or dtype that does not fit.
     """
-    _dims.check_copy_blocks(blocks, src, dst)
+    _checks.check_copy_blocks(blocks, src, dst)
     return _copy_blocks(blocks, src, dst)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _dims
+from jax_flashmla import _checks, _limits
 from jax_flashmla.attention import dense_decode
 from jax_flashmla.schedule import SplitSchedule, make_schedule
 
@@ -48,10 +48,12 @@ def get_mla_metadata(
     _refuse(is_fp8_kvcache=is_fp8_kvcache, topk=topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return None, None
-    rows = _dims.check_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1, _dims.INT32_MAX)
-    h_kv = _dims.check_int("num_heads_k", num_heads_k, 1, _dims.INT32_MAX)
+    rows = _checks.check_int(
+        "num_q_tokens_per_head_k", num_q_tokens_per_head_k, 1, _limits.INT32_MAX
+    )
+    h_kv = _checks.check_int("num_heads_k", num_heads_k, 1, _limits.INT32_MAX)
     if num_heads_q is not None:
-        num_heads_q = _dims.check_int("num_heads_q", num_heads_q, 1, _dims.INT32_MAX)
+        num_heads_q = _checks.check_int("num_heads_q", num_heads_q, 1, _limits.INT32_MAX)
         if rows * h_kv % num_heads_q:
             raise ValueError(
                 "num_heads_q must divide num_q_tokens_per_head_k * num_heads_k = s_q * h_q = "
@@ -119,7 +121,7 @@ def flash_mla_with_kvcache(
     )
     schedule = tile_scheduler_metadata
     if schedule is not None and not isinstance(schedule, SplitSchedule):
-        schedule = SplitSchedule(schedule, b=_dims.check_cache_seqlens(cache_seqlens))
+        schedule = SplitSchedule(schedule, b=_checks.check_cache_seqlens(cache_seqlens))
     out, lse = dense_decode(
         q,
         k_cache,

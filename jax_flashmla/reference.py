@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla._dims import CUT_COST, INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
+from jax_flashmla._limits import CUT_COST, INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Num
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def make_schedule(
     cache_seqlens: Int32[Array, "b"], num_parts: int, *, whole: bool = False
 ) -> Int32[Array, "cuts 2"]:
-    """Cuts a ragged batch into parts, by the plans that csrc/split_schedule.h describes.
+    """Cuts a ragged batch into parts, by the plans that csrc/schedule/plan.h describes.
 
     whole: by the one that cuts no sequence, whatever it costs.
     """
@@ -96,7 +96,7 @@ def _least_uniform_stride(tiles: Int32[Array, " b"], num_parts: int) -> Int32[Ar
 
 
 def _least_stride(total_tiles: Int32[Array, ""], num_parts: int) -> Int32[Array, ""]:
-    """Shorter pieces would cost more to merge than to compute: see csrc/split_schedule.h."""
+    """Shorter pieces would cost more to merge than to compute: see csrc/schedule/plan.h."""
     whole, rest = jnp.divmod(total_tiles, num_parts)
     most = INT32_MAX // MERGE_COST - MERGE_COST
     square = jnp.minimum(whole, most) * MERGE_COST + rest * MERGE_COST // num_parts

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jax_flashmla import _dims, _ffi
+from jax_flashmla import _checks, _ffi
 from jax_flashmla._num_parts import default_num_parts
 
 
@@ -74,13 +74,13 @@ def make_schedule(
         TypeError, ValueError: an argument is not as described.
         NotImplementedError: implementation is "kernel" and the platform has none.
     """
-    _dims.check_heads(h_q, h_kv, s_q)
-    b = _dims.check_make_schedule(cache_seqlens, num_parts, batch_invariant, max_seqlen)
+    _checks.check_heads(h_q, h_kv, s_q)
+    b = _checks.check_make_schedule(cache_seqlens, num_parts, batch_invariant, max_seqlen)
     if num_parts is None:
         # Small tiles have other bits, and what is small depends on the batch.
         room = None if batch_invariant else max_seqlen
         num_parts = default_num_parts(b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room)
-    _dims.check_implementation(implementation)
+    _checks.check_implementation(implementation)
     cuts = _ffi.make_schedule(
         cache_seqlens,
         num_parts=int(num_parts),

@@ -74,7 +74,7 @@ small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 memcheck() {
   XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(sanitizer)" --tool memcheck --error-exitcode 9 \
     --report-api-errors no --kernel-name kns=flashmla \
-    "$python" -P -m pytest -q -m gpu tests/test_dense_decode.py tests/test_cache_ops.py \
+    "$python" -P -m pytest -q -m gpu tests/ops/test_dense_decode.py tests/ops/test_cache_append.py \
     -k "$small_subset"
 }
 

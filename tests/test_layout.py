@@ -95,7 +95,7 @@ def test_walker_sees_both_kinds_of_include(tmp_path):
     header = tmp_path / "x.h"
     header.write_text('#include <a/b.h>\n  # include "c.h"\n// #include "no.h"\n')
     assert includes(header) == {"a/b.h", "c.h"}
-    assert "status.h" in includes(CSRC / "ffi" / "status.h")
+    assert "status.h" in includes(CSRC / "ffi" / "error.h")
 
 
 def test_only_ffi_imports_the_extension_modules():
@@ -167,11 +167,22 @@ def test_only_the_plots_import_matplotlib():
     assert importers_of("matplotlib") == {f"cli.bench.{name}" for name in plots}
 
 
-@pytest.mark.parametrize("name", ["params.h", "split_schedule.h", "status.h"])
-def test_shared_headers_are_plain_cpp(name):
-    standard = re.compile(r"[a-z]+")  # no folder, no suffix
-    foreign = {header for header in includes(CSRC / name) if not standard.fullmatch(header)}
-    assert not foreign
+@pytest.mark.parametrize(
+    "path", [CSRC / "status.h", *sources("params", "schedule")], ids=lambda path: path.name
+)
+def test_shared_headers_are_plain_cpp(path):
+    plain = re.compile(r"[a-z]+|params/dtype\.h|schedule/pieces\.h")  # standard ones, or our own
+    assert not {header for header in includes(path) if not plain.fullmatch(header)}
+
+
+@pytest.mark.parametrize(
+    "path", sources("cpu", "ffi", "params", "schedule", "sm90"), ids=lambda path: path.name
+)
+def test_includes_start_at_csrc(path):
+    written = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+    assert not {
+        name for name in written if not name.startswith("xla/") and not (CSRC / name).is_file()
+    }
 
 
 @pytest.mark.parametrize("path", sources("cpu", "sm90"), ids=lambda path: path.name)
@@ -188,9 +199,7 @@ def test_cpu_operations_do_not_know_cuda(path):
 
 @pytest.mark.parametrize("path", sources("ffi"), ids=lambda path: path.name)
 def test_ffi_takes_only_the_entry_points(path):
-    """No PTX wrapper and no kernel: at most `sm90/<op>.h` and `cpu/<op>.h`."""
-    entry_points = re.compile(
-        r"(cpu|sm90)/(make_schedule|dense_decode|cache_append|parallel_for)\.h"
-    )
+    """No PTX wrapper and no kernel: at most `sm90/<op>/launch.h` and `cpu/<op>.h`."""
+    entry_points = re.compile(r"sm90/[a-z_]+/launch\.h|cpu/[a-z_]+\.h")
     inside = {header for header in includes(path) if header.startswith(("cpu/", "sm90/"))}
     assert all(entry_points.fullmatch(header) for header in inside)

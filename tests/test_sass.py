@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
 
 DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel")
-KERNELS = ("make_schedule_kernel", *DECODE_KERNELS, "combine_kernel", "cache_append_kernel")
+KERNELS = ("make_schedule_kernel", *DECODE_KERNELS, "merge_kernel", "cache_append_kernel")
 
 
 def tool(name: str) -> str:
@@ -132,4 +132,4 @@ def test_the_merge_fits_beside_the_narrow_kernel(ptxas_report):
         return 32 * -(-registers(kernel) // 8) * 8
 
     narrow = allocated(r"narrow_decode_kernelI\d+\w+?Li16E")
-    assert 4 * narrow + 2 * allocated("combine_kernel") <= 16384
+    assert 4 * narrow + 2 * allocated("merge_kernel") <= 16384

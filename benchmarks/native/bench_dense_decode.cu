@@ -17,8 +17,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/sm90/dense_decode.h"
-#include "../../csrc/sm90/make_schedule.h"
+#include "sm90/dense_decode/launch.h"
+#include "sm90/make_schedule/launch.h"
 
 #define CHECK(call)                                                                        \
   do {                                                                                     \

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/attend_piece.h"
-#include "cpu/combine.h"
+#include "cpu/attend/attend_piece.h"
 #include "cpu/elements.h"
-#include "split_schedule.h"
+#include "cpu/merge.h"
+#include "schedule/pieces.h"
 
 namespace flashmla::cpu {
 namespace {
@@ -103,7 +103,7 @@ Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& para
     }
   });
 
-  combine(params, cuts, parallel_for);
+  merge(params, cuts, parallel_for);
   return Status::Ok();
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cpu/parallel_for.h"
-#include "params.h"
+#include "params/dense_decode.h"
 #include "status.h"
 
 namespace flashmla::cpu {

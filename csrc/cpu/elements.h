@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "params.h"
+#include "params/dtype.h"
 
 namespace flashmla::cpu {
 

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "split_schedule.h"
+#include "schedule/plan.h"
 
 namespace flashmla::cpu {
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <utility>
 
-#include "../status.h"
+#include "status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace flashmla::ffi {

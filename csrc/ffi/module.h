@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "ffi/status.h"
+#include "ffi/error.h"
 #include "ffi/to_params.h"
 #include "xla/ffi/api/ffi.h"
 

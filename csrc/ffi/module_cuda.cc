@@ -5,9 +5,9 @@
 #include <nanobind/nanobind.h>
 
 #include "ffi/module.h"
-#include "sm90/cache_append.h"
-#include "sm90/dense_decode.h"
-#include "sm90/make_schedule.h"
+#include "sm90/cache_append/launch.h"
+#include "sm90/dense_decode/launch.h"
+#include "sm90/make_schedule/launch.h"
 
 namespace flashmla::ffi {
 namespace {

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <string>
 
-#include "../status.h"
 #include "ffi/attrs.h"
 #include "ffi/bindings.h"
 #include "ffi/extents.h"
-#include "params.h"
-#include "split_schedule.h"
+#include "params/cache_append.h"
+#include "params/dense_decode.h"
+#include "params/make_schedule.h"
+#include "schedule/plan.h"
+#include "status.h"
 
 namespace flashmla::ffi {
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _dims
+from jax_flashmla import _checks, _limits
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.tensor_reader import TensorReader
@@ -58,7 +58,7 @@ def load_attention(
             dtype that is not read.
     """
     reader = checkpoint if isinstance(checkpoint, TensorReader) else TensorReader(checkpoint)
-    layers = [_dims.check_int("layers", layer, 0, _dims.INT32_MAX) for layer in layers]
+    layers = [_checks.check_int("layers", layer, 0, _limits.INT32_MAX) for layer in layers]
     prefixes = _prefixes(reader, layers)
     expected = {
         prefix + name: shape

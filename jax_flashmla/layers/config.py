@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import CacheFormat, _dims
+from jax_flashmla import CacheFormat, _checks, _limits
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -53,8 +53,8 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         _check_positive("yarn.factor", self.factor)
-        _dims.check_int(
-            "yarn.original_max_positions", self.original_max_positions, 1, _dims.INT32_MAX
+        _checks.check_int(
+            "yarn.original_max_positions", self.original_max_positions, 1, _limits.INT32_MAX
         )
         if self.beta_fast < self.beta_slow:
             raise ValueError(
@@ -171,7 +171,7 @@ class MLAConfig:
             value = getattr(self, name)
             if name != "q_lora_rank" or value is not None:
                 least = 0 if name == "qk_rope_head_dim" else 1
-                _dims.check_int(name, value, least, _dims.INT32_MAX)
+                _checks.check_int(name, value, least, _limits.INT32_MAX)
         for name in ("q_scale", "kv_scale", "q_norm_eps", "kv_norm_eps"):
             _check_positive(name, getattr(self, name))
         if not isinstance(self.rope, RopeConfig):

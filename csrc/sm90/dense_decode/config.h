@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../../split_schedule.h"
-#include "../partial.cuh"
+#include "schedule/pieces.h"
+#include "sm90/merge/partial.cuh"
 
 namespace flashmla::sm90 {
 

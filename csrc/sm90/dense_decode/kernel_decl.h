@@ -3,9 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../../params.h"
-#include "../../status.h"
-#include "config.h"
+#include "params/dense_decode.h"
+#include "sm90/dense_decode/config.h"
+#include "status.h"
 
 namespace flashmla::sm90 {
 

@@ -1,4 +1,4 @@
-#include "kernels.cuh"
+#include "sm90/dense_decode/kernels.cuh"
 
 namespace flashmla::sm90 {
 

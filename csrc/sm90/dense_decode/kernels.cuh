@@ -1,9 +1,9 @@
 // Which kernel runs: the wide one for row tiles of up to 64, the narrow one for up to 16 or 32.
 #pragma once
 
-#include "kernel_decl.h"
-#include "narrow/kernel.cuh"
-#include "wide/kernel.cuh"
+#include "sm90/dense_decode/kernel_decl.h"
+#include "sm90/dense_decode/narrow/kernel.cuh"
+#include "sm90/dense_decode/wide/kernel.cuh"
 
 namespace flashmla::sm90 {
 

@@ -3,12 +3,12 @@
 #include <cstdint>
 #include <string>
 
-#include "../combine.h"
-#include "../common/launch.h"
-#include "../common/tma.cuh"
-#include "../dense_decode.h"
-#include "kernel_decl.h"
-#include "tensor_map.h"
+#include "sm90/dense_decode/kernel_decl.h"
+#include "sm90/dense_decode/launch.h"
+#include "sm90/dense_decode/tensor_map.h"
+#include "sm90/host/launch.h"
+#include "sm90/merge/launch.h"
+#include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90 {
 namespace {
@@ -106,7 +106,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
   if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
-  return run_combine(params, /*room_beside=*/tile_rows <= kLeastRows, stream);
+  return run_merge(params, /*room_beside=*/tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -2,10 +2,10 @@
 // spans.
 #pragma once
 
-#include "../common/barrier.cuh"
-#include "../common/smem_desc.cuh"
-#include "../common/tma.cuh"
-#include "config.h"
+#include "sm90/dense_decode/config.h"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90 {
 

@@ -1,9 +1,9 @@
 // What the value warpgroups of both kernels do around their products.
 #pragma once
 
-#include "../common/matrix.cuh"
-#include "../common/smem_desc.cuh"
-#include "config.h"
+#include "sm90/dense_decode/config.h"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/smem_desc.cuh"
 
 namespace flashmla::sm90 {
 

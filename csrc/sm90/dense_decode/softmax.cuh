@@ -1,7 +1,7 @@
 // The online softmax of a row, in base 2.
 #pragma once
 
-#include "../common/math.cuh"
+#include "sm90/ptx/math.cuh"
 
 namespace flashmla::sm90 {
 

@@ -1,11 +1,11 @@
-#include "tensor_map.h"
+#include "sm90/dense_decode/tensor_map.h"
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include <string>
 
-#include "config.h"
+#include "sm90/dense_decode/config.h"
 
 namespace flashmla::sm90 {
 namespace {

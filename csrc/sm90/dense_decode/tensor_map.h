@@ -3,8 +3,8 @@
 
 #include <cuda.h>
 
-#include "../../params.h"
-#include "../../status.h"
+#include "params/dense_decode.h"
+#include "status.h"
 
 namespace flashmla::sm90 {
 

@@ -1,7 +1,7 @@
 // What a thread block has to do: its rows and its part's pieces. And where in its rings it is.
 #pragma once
 
-#include "config.h"
+#include "sm90/dense_decode/config.h"
 
 namespace flashmla::sm90 {
 

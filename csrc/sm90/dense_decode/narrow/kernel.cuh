@@ -13,10 +13,10 @@
 // docs/dense_decode.md tells the whole story.
 #pragma once
 
-#include "../../common/launch.h"
-#include "load.cuh"
-#include "score.cuh"
-#include "values.cuh"
+#include "sm90/dense_decode/narrow/load.cuh"
+#include "sm90/dense_decode/narrow/score.cuh"
+#include "sm90/dense_decode/narrow/values.cuh"
+#include "sm90/host/launch.h"
 
 namespace flashmla::sm90::narrow {
 

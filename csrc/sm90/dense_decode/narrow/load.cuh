@@ -1,7 +1,7 @@
 // The narrow kernel's loading thread: for each piece its queries, then its tiles, into the ring.
 #pragma once
 
-#include "shared_storage.cuh"
+#include "sm90/dense_decode/narrow/shared_storage.cuh"
 
 namespace flashmla::sm90::narrow {
 

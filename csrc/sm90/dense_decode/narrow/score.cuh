@@ -2,12 +2,12 @@
 // and P^T for the value warpgroups. Registers named by `i` belong to a thread's query rows.
 #pragma once
 
-#include "../../common/barrier.cuh"
-#include "../../common/matrix.cuh"
-#include "../../common/smem_desc.cuh"
-#include "../../common/wgmma.cuh"
-#include "../softmax.cuh"
-#include "shared_storage.cuh"
+#include "sm90/dense_decode/narrow/shared_storage.cuh"
+#include "sm90/dense_decode/softmax.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::narrow {
 

@@ -10,9 +10,9 @@
 // docs/dense_decode.md tells the whole story.
 #pragma once
 
-#include "../../common/launch.h"
-#include "score.cuh"
-#include "values.cuh"
+#include "sm90/dense_decode/wide/score.cuh"
+#include "sm90/dense_decode/wide/values.cuh"
+#include "sm90/host/launch.h"
 
 namespace flashmla::sm90::wide {
 

@@ -5,7 +5,7 @@
 // to find the next load, is done while the tensor cores are at work.
 #pragma once
 
-#include "shared_storage.cuh"
+#include "sm90/dense_decode/wide/shared_storage.cuh"
 
 namespace flashmla::sm90::wide {
 

@@ -1,9 +1,9 @@
 // What to load next.
 #pragma once
 
-#include "../../common/smem_desc.cuh"
-#include "../load.cuh"
-#include "../work.cuh"
+#include "sm90/dense_decode/load.cuh"
+#include "sm90/dense_decode/work.cuh"
+#include "sm90/ptx/smem_desc.cuh"
 
 namespace flashmla::sm90::wide {
 

@@ -2,10 +2,10 @@
 // columns in shared memory.
 #pragma once
 
-#include "../../common/barrier.cuh"
-#include "../../common/matrix.cuh"
-#include "../../common/smem_desc.cuh"
-#include "shared_storage.cuh"
+#include "sm90/dense_decode/wide/shared_storage.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/smem_desc.cuh"
 
 namespace flashmla::sm90::wide {
 

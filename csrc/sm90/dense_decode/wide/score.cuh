@@ -2,13 +2,13 @@
 // warpgroups.
 #pragma once
 
-#include "../../common/barrier.cuh"
-#include "../../common/matrix.cuh"
-#include "../../common/smem_desc.cuh"
-#include "../../common/wgmma.cuh"
-#include "../softmax.cuh"
-#include "query.cuh"
-#include "shared_storage.cuh"
+#include "sm90/dense_decode/softmax.cuh"
+#include "sm90/dense_decode/wide/query.cuh"
+#include "sm90/dense_decode/wide/shared_storage.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::wide {
 

@@ -2,14 +2,14 @@
 // thread of the right warpgroup issues all loads.
 #pragma once
 
-#include "../../common/barrier.cuh"
-#include "../../common/matrix.cuh"
-#include "../../common/smem_desc.cuh"
-#include "../../common/wgmma.cuh"
-#include "../../partial.cuh"
-#include "../output.cuh"
-#include "../softmax.cuh"
-#include "load.cuh"
+#include "sm90/dense_decode/output.cuh"
+#include "sm90/dense_decode/softmax.cuh"
+#include "sm90/dense_decode/wide/load.cuh"
+#include "sm90/merge/partial.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::wide {
 

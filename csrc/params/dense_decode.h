@@ -1,0 +1,37 @@
+// What dense_decode is given.
+// All arrays are dense and row-major. Extents have been checked against one another by ffi/;
+// values (block ids, lengths) have not: whoever dereferences them clamps them.
+#pragma once
+
+#include <cstdint>
+
+#include "params/dtype.h"
+
+namespace flashmla {
+
+// out = softmax(sm_scale * q . keys) . values over a paged cache whose rows serve as key and value.
+// Query head h reads KV head h / (h_q / h_kv). The value of a row is its first d_v columns.
+struct DenseDecodeParams {
+  int b, s_q, h_q, h_kv, d_qk, d_v;
+  int64_t num_blocks;
+  int block_size, max_blocks, num_parts;
+  DType dtype;  // of q, blocks and out
+  float sm_scale;
+  bool causal;
+
+  const void* q;                 // [b, s_q, h_q, d_qk]
+  const void* blocks;            // [num_blocks, block_size, h_kv, d_qk]
+  const int32_t* block_table;    // [b, max_blocks] ids; outside [0, num_blocks) reads as zeros
+  const int32_t* cache_seqlens;  // [b] tokens; clamped to [0, max_blocks * block_size]
+  const int32_t* cuts;           // [num_parts + 1, 2] from make_schedule
+
+  void* out;   // [b, s_q, h_q, d_v]
+  float* lse;  // [b, s_q, h_q] natural log; -inf where nothing is attended
+  // Workspace for sequences cut between parts, one slot per piece: part p keeps the piece that it
+  // continues in slot 2p and the piece that it leaves unfinished in slot 2p + 1. Its contents are
+  // the implementation's own business (sm90's is in sm90/partial.cuh).
+  float* out_accum;  // [2 * num_parts, s_q, h_q, d_v]
+  float* lse_accum;  // [2 * num_parts, s_q, h_q] base-2 log
+};
+
+}  // namespace flashmla

@@ -1,0 +1,10 @@
+// Element types of queries, rows and results.
+#pragma once
+
+#include <cstdint>
+
+namespace flashmla {
+
+enum class DType : int32_t { kBFloat16, kFloat16, kFloat32 };
+
+}  // namespace flashmla

@@ -1,0 +1,80 @@
+// Launching kernels and reporting what went wrong.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "status.h"
+
+namespace flashmla::sm90 {
+
+inline Status to_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::FailedPrecondition(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// FailedPrecondition unless the current device is of compute capability 9.0.
+inline Status require_hopper() {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  if (error != cudaSuccess) return to_status(error, "querying the device");
+  if (major == 9 && minor == 0) return Status::Ok();
+  return Status::FailedPrecondition("the kernels need a GPU of compute capability 9.0, got " +
+                                    std::to_string(major) + "." + std::to_string(minor));
+}
+
+// Of the current device.
+inline Status count_multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return to_status(error, "querying the device");
+}
+
+struct LaunchOptions {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  bool dependent = false;  // may start before the previous kernel of the stream has finished
+  // Of a multiprocessor's 256 KB all that can be is to be shared memory: the driver would leave L1
+  // more, and so no room for another kernel's block beside this one's.
+  bool most_shared = false;
+};
+
+template <typename... Params, typename... Args>
+Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStream_t stream,
+              const char* name, Args&&... args) {
+  if (options.shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, options.shared_bytes);
+    if (error != cudaSuccess) return to_status(error, name);
+  }
+  if (options.most_shared) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                   cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return to_status(error, name);
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = options.grid;
+  config.blockDim = options.block;
+  config.dynamicSmemBytes = options.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = options.dependent ? 1 : 0;
+  return to_status(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
+}
+
+}  // namespace flashmla::sm90

@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params/dense_decode.h"
+#include "status.h"
+
+namespace flashmla::sm90 {
+
+// Merges the pieces of cut sequences into out and lse. Meant to follow the kernel that wrote them,
+// as its programmatic dependent. room_beside: that kernel's blocks leave room for one of the
+// merge's on their multiprocessor.
+Status run_merge(const DenseDecodeParams& params, bool room_beside, cudaStream_t stream);
+
+}  // namespace flashmla::sm90
