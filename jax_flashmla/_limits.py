@@ -7,3 +7,15 @@ MERGE_COST = 4  # kMergeCost in csrc/schedule/plan.h
 MAX_BATCH = 16384  # sequences that one schedule can hold; kMaxBatch in csrc/schedule/plan.h
 MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/schedule/plan.h
 INT32_MAX = 2**31 - 1
+TILE_ROWS = 64  # query rows of a tile that a schedule is made for by default
+SMALL_TILE_ROWS = 16  # in a small problem; kLeastRows in csrc/sm90/dense_decode/config.h
+FORMATS = {  # Format in csrc/formats.h
+    "dense": 0,
+    "v32": 1,
+    "v32_nope": 2,
+    "v4": 3,
+    "v41": 4,
+    "v41_fp4": 5,
+    "fp8_row": 6,
+    "fp8_index": 7,
+}

@@ -1,22 +1,25 @@
-"""How many parts a schedule has if its maker does not say."""
+"""How a schedule is split if its maker does not say."""
 
 from __future__ import annotations
 
-import jax
+from typing import NamedTuple
 
 from jax_flashmla import _limits
+from jax_flashmla._xla.dispatch import local_cuda_device
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
-_TILE_ROWS = 64  # query rows that one multiprocessor takes at a time
-_SMALL_TILE_ROWS = 16  # the same in a small problem, one of at most
-_SMALL_TILES = 2  # tiles of tokens and these rows for each multiprocessor
+_SMALL_TILES = 2  # tiles of tokens and SMALL_TILE_ROWS rows for each multiprocessor
 
 
-def default_num_parts(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | None) -> int:
+class Split(NamedTuple):
+    num_parts: int
+    tile_rows: int
+
+
+def default_split(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | None) -> Split:
     """Parts that fill the local CUDA device, or an H100 or H200 where there is none.
 
-    Fewer where `max_seqlen` promises a small problem: the Hopper kernel then takes smaller tiles of
-    query rows (`choose_tile_rows` in csrc/sm90/dense_decode/launch.cu).
+    Smaller tiles of query rows, and so fewer parts, where `max_seqlen` promises a small problem.
     """
 
     def row_tiles(rows: int) -> int:
@@ -25,18 +28,16 @@ def default_num_parts(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int 
         return s_q * h_kv * -(-h_q // h_kv // rows)
 
     sm_count = _sm_count()
-    tiles = row_tiles(_TILE_ROWS)
-    small_tiles = row_tiles(_SMALL_TILE_ROWS)
+    tile_rows, tiles = _limits.TILE_ROWS, row_tiles(_limits.TILE_ROWS)
+    small_tiles = row_tiles(_limits.SMALL_TILE_ROWS)
     if max_seqlen is not None and small_tiles <= sm_count:
         most = b * max(1, -(-max_seqlen // _limits.SPLIT_TILE)) * small_tiles
         if most <= _SMALL_TILES * sm_count:
-            tiles = small_tiles
-    return min(max(1, sm_count // tiles), _limits.MAX_PARTS)
+            tile_rows, tiles = _limits.SMALL_TILE_ROWS, small_tiles
+    return Split(min(max(1, sm_count // tiles), _limits.MAX_PARTS), tile_rows)
 
 
 def _sm_count() -> int:
     """Multiprocessors of the local CUDA device; a Hopper's where there is none."""
-    try:
-        return jax.local_devices(backend="cuda")[0].core_count
-    except RuntimeError:
-        return _HOPPER_SM_COUNT
+    device = local_cuda_device()
+    return _HOPPER_SM_COUNT if device is None else device.core_count

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import _checks, _limits
-from jax_flashmla.attention import dense_decode
-from jax_flashmla.schedule import SplitSchedule, make_schedule
+from jax_flashmla.ops.dense_decode import dense_decode
+from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 
 
 def get_mla_metadata(
@@ -121,7 +121,7 @@ def flash_mla_with_kvcache(
     )
     schedule = tile_scheduler_metadata
     if schedule is not None and not isinstance(schedule, SplitSchedule):
-        schedule = SplitSchedule(schedule, b=_checks.check_cache_seqlens(cache_seqlens))
+        schedule = SplitSchedule(schedule, b=_checks.as_cache_seqlens(cache_seqlens).shape[0])
     out, lse = dense_decode(
         q,
         k_cache,

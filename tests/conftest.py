@@ -25,9 +25,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes in signatures are checked where users do not pass: their own errors stay as we word them.
 # The annotations are imported for type checkers only, hence the patch.
+REFERENCE = [
+    f"jax_flashmla.reference.{name}"
+    for name in ("append", "attention", "gather", "rows", "schedule")
+]
 with (
     mock.patch.object(typing, "TYPE_CHECKING", True),
-    jaxtyping.install_import_hook(["jax_flashmla.reference"], "beartype.beartype"),
+    jaxtyping.install_import_hook(REFERENCE, "beartype.beartype"),
 ):
     import jax_flashmla
 

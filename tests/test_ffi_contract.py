@@ -53,6 +53,7 @@ def dense_decode(**wrong):
         "block_table": i32(b, max_blocks),
         "cache_seqlens": i32(b),
         "cuts": np.array([[0, 0]] * num_parts + [[b, 0]], np.int32),  # all in the last part
+        "kv_scale": np.float32(1),
     }
     results = {
         "out": result(b, s_q, h_q, d_v, dtype=jnp.bfloat16),
@@ -60,7 +61,13 @@ def dense_decode(**wrong):
         "out_accum": result(2 * num_parts, s_q, h_q, d_v),
         "lse_accum": result(2 * num_parts, s_q, h_q),
     }
-    attributes = {"sm_scale": np.float32(0.04), "causal": False}
+    attributes = {
+        "sm_scale": np.float32(0.04),
+        "causal": False,
+        "format": np.int32(0),
+        "block_size": np.int32(block_size),
+        "tile_rows": np.int32(64),
+    }
     return call("dense_decode", *replaced(wrong, operands, results, attributes))
 
 
@@ -71,12 +78,14 @@ def cache_append(aliases=((0, 0),), **wrong):
         "block_table": i32(b, max_blocks),
         "positions": i32(b),
         "num_new": i32(b),
+        "kv_scale": np.float32(1),
     }
+    attributes = {"format": np.int32(0), "block_size": np.int32(block_size)}
     updated = wrong.get("updated", wrong.get("blocks", operands["blocks"]))
     results = {"updated": result(*updated.shape, dtype=updated.dtype)}
     return call(
         "cache_append",
-        *replaced(wrong, operands, results, {}),
+        *replaced(wrong, operands, results, attributes),
         input_output_aliases=dict(aliases),
     )
 
@@ -156,9 +165,9 @@ DENSE_DECODE = {
         {"q": zeros(b, s_q, 3, d_qk)},
         "h_q must be a multiple of h_kv, got h_q=3 and h_kv=2",
     ),
-    "narrow q": (
-        {"q": zeros(b, s_q, h_q, d_qk - 8)},
-        r"blocks must have shape \[.*d_qk=568\], got \[5, 64, 2, 576\]",
+    "wide q": (
+        {"q": zeros(b, s_q, h_q, d_qk + 8)},
+        "blocks must have rows of q's d_qk=584 or wider, got 576",
     ),
     "blocks of rank 3": (
         {"blocks": zeros(num_blocks, block_size, d_qk)},
@@ -220,14 +229,33 @@ DENSE_DECODE = {
         {"lse_accum": result(num_parts, s_q, h_q)},
         r"lse_accum must have shape \[2 \* num_parts=12",
     ),
-    "no sm_scale": ({"sm_scale": None}, "expected 2 attributes but got 1"),
+    "an unknown format": ({"format": np.int32(8)}, "format must be between 0 and 7"),
+    "another format's blocks": ({"format": np.int32(1)}, "blocks must be uint8"),
+    "v32 blocks of other rows": (
+        {
+            "format": np.int32(1),
+            "blocks": zeros(num_blocks, block_size, 1, 655, dtype=jnp.uint8),
+        },
+        r"blocks must have shape \[.*bytes=656\], got \[5, 64, 1, 655\]",
+    ),
+    "another block_size": ({"block_size": np.int32(32)}, r"blocks must have shape .*block_size=32"),
+    "a kv_scale of rank 1": ({"kv_scale": np.ones(1, np.float32)}, "rank: expected 0"),
+    "no sm_scale": ({"sm_scale": None}, "expected 5 attributes but got 4"),
     "sm_scale in double precision": ({"sm_scale": 0.04}, "F32"),
     "causal as an integer": ({"causal": 1}, "(PRED|bool)"),
     "a misspelt attribute": ({"causal": None, "casual": True}, "causal"),
-    "a superfluous attribute": ({"scale": np.float32(1)}, "expected 2 attributes but got 3"),
+    "a superfluous attribute": ({"scale": np.float32(1)}, "expected 5 attributes but got 6"),
 }
 
 CACHE_APPEND = {
+    "v4 blocks without padding": (
+        {
+            "format": np.int32(3),
+            "blocks": zeros(num_blocks, 64 * 584, dtype=jnp.uint8),
+            "rows": zeros(b, s_new, 1, 512),
+        },
+        r"blocks must have shape \[num_blocks=5, block_bytes=37440\], got \[5, 37376\]",
+    ),
     "blocks of rank 2": ({"blocks": zeros(num_blocks, d_qk)}, "blocks must have shape"),
     "blocks in s32": (
         {"blocks": zeros(num_blocks, block_size, h_kv, d_qk, dtype=jnp.int32)},
@@ -236,11 +264,11 @@ CACHE_APPEND = {
     "rows of rank 3": ({"rows": zeros(b, h_kv, d_qk)}, "rows must have shape"),
     "rows for fewer heads": (
         {"rows": zeros(b, s_new, h_kv - 1, d_qk)},
-        r"rows must have shape \[b=2, s_new=2, h_kv=2, row=576\], got \[2, 2, 1, 576\]",
+        r"rows must end in blocks' \[h_kv=2, at most 576\], got \[2, 2, 1, 576\]",
     ),
-    "narrow rows": (
-        {"rows": zeros(b, s_new, h_kv, d_v)},
-        r"rows must have shape .* got \[2, 2, 2, 512\]",
+    "wide rows": (
+        {"rows": zeros(b, s_new, h_kv, d_qk + 8)},
+        r"rows must end in .* got \[2, 2, 2, 584\]",
     ),
     "rows in another type": (
         {"rows": zeros(b, s_new, h_kv, d_qk, dtype=jnp.float16)},
@@ -258,7 +286,7 @@ CACHE_APPEND = {
             "updated": result(num_blocks - 1, block_size, h_kv, d_qk, dtype=jnp.bfloat16),
             "aliases": (),
         },
-        r"the result must have shape \[num_blocks=5.*got \[4",
+        r"the result must have blocks' shape \[5.*got \[4",
     ),
 }
 
@@ -283,6 +311,7 @@ def test_a_table_beyond_31_bits_of_tokens_is_refused(device):
         dense_decode,
         r"max_blocks \* block_size \(tokens\) must be less than 2\^31, got 2147483648",
         blocks=zeros(1, 2**16, h_kv, 8),
+        block_size=np.int32(2**16),
         q=zeros(1, s_q, h_q, 8),
         block_table=i32(1, 2**15),
         cache_seqlens=i32(1),

@@ -1,6 +1,7 @@
 """The walls between the parts: which module imports which, and which header includes which."""
 
 import ast
+import graphlib
 import pathlib
 import re
 import sys
@@ -11,8 +12,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jax_flashmla"
 CSRC = ROOT / "csrc"
 
-CORE = sorted(PACKAGE.glob("*.py"))
-EXTRAS = ("layers", "cli")
+EXTRAS = ("layers", "cli", "bench")
+CORE = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in EXTRAS
+)
 CORE_DEPENDENCIES = {"jax", "jaxlib", "numpy", "jaxtyping", "jax_flashmla"}
 
 
@@ -98,19 +101,42 @@ def test_walker_sees_both_kinds_of_include(tmp_path):
     assert "status.h" in includes(CSRC / "ffi" / "error.h")
 
 
-def test_only_ffi_imports_the_extension_modules():
-    assert importers_of("jax_flashmla._cpu", "jax_flashmla._cuda") <= {"_ffi"}
+def test_only_modules_imports_the_extension_modules():
+    assert importers_of("jax_flashmla._cpu", "jax_flashmla._cuda") <= {"_xla.modules"}
     # A name put together at run time would escape the walker.
     dynamic = {path.name for path in CORE if "import_module(f" in path.read_text()}
-    assert dynamic <= {"_ffi.py"}
+    assert dynamic <= {"modules.py"}
 
 
-def test_only_the_operations_import_ffi():
-    assert importers_of("jax_flashmla._ffi") == {"attention", "schedule", "cache_ops"}
+def test_only_operations_describe_operations():
+    """And nothing below ops/ knows one by name."""
+    importers = importers_of("jax_flashmla._xla.operation") - {"export"}
+    assert importers == {"ops.make_schedule", "ops.dense_decode", "ops.cache_append"}
+    names = ("make_schedule", "dense_decode", "cache_append")
+    for path in sorted((PACKAGE / "_xla").glob("*.py")):
+        assert not [name for name in names if name in path.read_text()], path.name
+
+
+def test_operations_are_listed_once_in_cpp():
+    for path in sources("ffi"):
+        included = {
+            x for x in includes(path) if (PACKAGE / "ops" / x[4:-2]).with_suffix(".py").is_file()
+        }
+        assert not included or path.name == "operations.h"
+
+
+def test_modules_import_each_other_in_no_circle():
+    modules = {module_name(path): path for path in python_files()}
+    graph = {
+        name: {found for found in imports_of(path) if found in modules} - {name, "jax_flashmla"}
+        for name, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one
 
 
 def test_allocator_needs_numpy_at_most():
-    roots = {name.partition(".")[0] for name in imports_of(PACKAGE / "allocator.py")}
+    path = PACKAGE / "cache" / "allocator.py"
+    roots = {name.partition(".")[0] for name in imports_of(path)}
     assert roots - set(sys.stdlib_module_names) <= {"numpy"}
 
 
@@ -134,7 +160,7 @@ def test_layers_need_flax_in_the_modules_alone():
     assert importers_of("safetensors") == {"layers.tensor_reader"}
     # jaxlib brings ml_dtypes; rich is for the progress bar, where there is one.
     optional = {"flax", "safetensors", "ml_dtypes", "rich"}
-    private = {"jax_flashmla._ffi", "jax_flashmla._cpu", "jax_flashmla._cuda"}
+    private = {"jax_flashmla._xla.operation", "jax_flashmla._cpu", "jax_flashmla._cuda"}
     for path in sorted((PACKAGE / "layers").glob("*.py")):
         found = imports_of(path)
         assert not {name for name in found if name in private or name.startswith("jax._src")}
@@ -168,10 +194,14 @@ def test_only_the_plots_import_matplotlib():
 
 
 @pytest.mark.parametrize(
-    "path", [CSRC / "status.h", *sources("params", "schedule")], ids=lambda path: path.name
+    "path",
+    [CSRC / "status.h", CSRC / "formats.h", *sources("params", "schedule")],
+    ids=lambda path: path.name,
 )
 def test_shared_headers_are_plain_cpp(path):
-    plain = re.compile(r"[a-z]+|params/dtype\.h|schedule/pieces\.h")  # standard ones, or our own
+    plain = re.compile(
+        r"[a-z]+|(params/dtype|schedule/pieces|formats)\.h"
+    )  # standard ones, or our own
     assert not {header for header in includes(path) if not plain.fullmatch(header)}
 
 

@@ -23,11 +23,14 @@ int64_t destination(const CacheAppendParams& params, int64_t i, int64_t j) {
 
 Status run_cache_append(const CacheAppendParams& params, const ParallelFor& parallel_for) {
   const int64_t num_rows = int64_t{params.b} * params.s_new;
-  const int64_t rows_per_task = kBytesPerTask / std::min(params.row_bytes, kBytesPerTask);
+  const int64_t itemsize = params.rows_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t head_bytes = params.d * itemsize, stride_bytes = params.row_stride * itemsize;
+  const int64_t row_bytes = params.h_kv * head_bytes;
+  const int64_t rows_per_task = kBytesPerTask / std::min(row_bytes, kBytesPerTask);
   const auto* rows = static_cast<const char*>(params.rows);
   auto* updated = static_cast<char*>(params.updated);
   if (params.updated != params.blocks) {
-    std::memcpy(updated, params.blocks, params.num_blocks * params.block_size * params.row_bytes);
+    std::memcpy(updated, params.blocks, params.num_blocks * params.block_bytes);
   }
 
   const auto num_tasks = static_cast<int>((num_rows + rows_per_task - 1) / rows_per_task);
@@ -37,8 +40,10 @@ Status run_cache_append(const CacheAppendParams& params, const ParallelFor& para
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = destination(params, row / params.s_new, row % params.s_new);
       if (slot < 0) continue;
-      std::memcpy(updated + slot * params.row_bytes, rows + row * params.row_bytes,
-                  params.row_bytes);
+      for (int head = 0; head < params.h_kv; ++head) {
+        std::memcpy(updated + (slot * params.h_kv + head) * stride_bytes,
+                    rows + row * row_bytes + head * head_bytes, head_bytes);
+      }
     }
   });
   return Status::Ok();

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "formats.h"
 #include "params/dtype.h"
 
 namespace flashmla {
@@ -15,15 +16,20 @@ struct DenseDecodeParams {
   int b, s_q, h_q, h_kv, d_qk, d_v;
   int64_t num_blocks;
   int block_size, max_blocks, num_parts;
-  DType dtype;  // of q, blocks and out
+  int tile_rows;        // query rows of a tile that the schedule was made for; advice for sm90
+  DType dtype;          // of q, out and dense blocks
+  Format format;        // of blocks
+  int64_t block_bytes;  // from one block to the next
+  int64_t row_stride;   // dense: elements from one head's row to the next, at least d_qk
   float sm_scale;
   bool causal;
 
   const void* q;                 // [b, s_q, h_q, d_qk]
-  const void* blocks;            // [num_blocks, block_size, h_kv, d_qk]
+  const void* blocks;            // dense: [num_blocks, block_size, h_kv, row_stride]; else bytes
   const int32_t* block_table;    // [b, max_blocks] ids; outside [0, num_blocks) reads as zeros
   const int32_t* cache_seqlens;  // [b] tokens; clamped to [0, max_blocks * block_size]
   const int32_t* cuts;           // [num_parts + 1, 2] from make_schedule
+  const float* kv_scale;         // [] factor of all codes; kFp8Row only
 
   void* out;   // [b, s_q, h_q, d_v]
   float* lse;  // [b, s_q, h_q] natural log; -inf where nothing is attended

@@ -20,8 +20,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-import jax_flashmla.allocator
-from jax_flashmla.allocator import BlockAllocator, OutOfBlocks
+import jax_flashmla.cache.allocator
+from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -279,12 +279,12 @@ def test_bad_pools_are_refused(args, error, message):
 
 
 def test_docstrings():
-    result = doctest.testmod(jax_flashmla.allocator)
+    result = doctest.testmod(jax_flashmla.cache.allocator)
     assert result.attempted > 0
     assert result.failed == 0
 
 
 def test_the_allocator_does_not_import_jax():
-    path = jax_flashmla.allocator.__file__
+    path = jax_flashmla.cache.allocator.__file__
     code = f"import runpy, sys; runpy.run_path({path!r}); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

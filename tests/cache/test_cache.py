@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jax_flashmla.cache
+import jax_flashmla.cache.paged
 from jax_flashmla import (
     BlockAllocator,
     BlockTable,
@@ -422,7 +422,7 @@ def test_check_lists_bad_values(layout, block_table, cache_seqlens, found):
 
 
 def test_docstrings():
-    result = doctest.testmod(jax_flashmla.cache)
+    result = doctest.testmod(jax_flashmla.cache.paged)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -17,13 +17,13 @@ import pytest
 import cases
 import tolerances
 from jax_flashmla import (
-    _ffi,
     cache_append,
     dense_decode,
     export_checks,
     kernel_refusal,
     make_schedule,
 )
+from jax_flashmla._xla import dispatch, operation
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -63,7 +63,7 @@ def lowered(function: Callable, platform: str, *arguments: object) -> str:
 
 def test_lowering_for_cuda_without_a_gpu() -> None:
     text = lowered(layers, "cuda", *hopper_case().arguments)
-    for target in _ffi.TARGETS.values():
+    for target in operation.targets():
         assert text.count(f"@{target}(") == 1
     assert "sm_scale = 0.0416666679 : f32" in text
     assert "causal = false" in text
@@ -72,7 +72,7 @@ def test_lowering_for_cuda_without_a_gpu() -> None:
 
 def test_lowering_for_cuda_of_dimensions_that_the_kernel_does_not_take() -> None:
     inputs = cases.make_inputs(cases.small(2, 1, 30, 4))
-    _ffi._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     message = "pure-JAX reference: the sm90 kernel takes d_qk = 576.* got d_qk = 24"
     with pytest.warns(RuntimeWarning, match=message):
         text = lowered(decode, "cuda", *inputs.arguments)
@@ -88,7 +88,7 @@ def test_lowering_for_cuda_of_dimensions_that_the_kernel_does_not_take() -> None
 def test_lowering_for_cuda_of_a_float32_cache() -> None:
     """cache_append has a kernel for it, dense_decode the reference."""
     inputs = cases.make_inputs(cases.DecodeCase(2, 1, 100, 4, dtype="float32"))
-    _ffi._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     message = "the sm90 kernel takes bfloat16 or float16, got float32"
     with pytest.warns(RuntimeWarning, match=message):
         text = lowered(layers, "cuda", *inputs.arguments)
@@ -158,3 +158,18 @@ jax.config.update("jax_num_cpu_devices", 3)  # an error once there is a backend
 print(len(jax.devices()))
 """
     assert run_python(script).split() == ["3"]
+
+
+def test_symbolic_extents_are_refused_by_name() -> None:
+    b, max_blocks = jax.export.symbolic_shape("b, m")
+    for q_b, table_shape, name in ((b, (b, 3), "q"), (2, (2, max_blocks), "block_table")):
+        arguments = (
+            jax.ShapeDtypeStruct((q_b, 1, 4, 24), jnp.bfloat16),
+            jax.ShapeDtypeStruct((5, 8, 1, 24), jnp.bfloat16),
+            jax.ShapeDtypeStruct(table_shape, jnp.int32),
+            jax.ShapeDtypeStruct((q_b,), jnp.int32),
+        )
+        decode = functools.partial(dense_decode, d_v=16)
+        export = jax.export.export(jax.jit(decode), disabled_checks=export_checks())
+        with pytest.raises(NotImplementedError, match=rf"{name} \[.*must have known extents"):
+            export(*arguments)

@@ -19,7 +19,7 @@ import pytest
 
 import cases
 import tolerances
-from jax_flashmla import SplitSchedule, cache_append, dense_decode, make_schedule
+from jax_flashmla import CacheFormat, SplitSchedule, cache_append, dense_decode, make_schedule
 
 BF16, F16, I32 = ml_dtypes.bfloat16, np.float16, np.int32
 
@@ -68,6 +68,18 @@ def donated() -> jax.Array:
     return blocks
 
 
+class Foreign:
+    """Stands for a tensor of PyTorch's, which has shape, dtype and __dlpack__."""
+
+    shape, dtype = (2, 1, 6, 24), "torch.bfloat16"
+
+    def __dlpack__(self) -> None:
+        raise AssertionError
+
+
+Foreign.__module__, Foreign.__qualname__ = "torch", "Tensor"
+
+
 WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     # q
     (decode, {"q": zeros(2, 6, 24)}, ValueError, "q must have rank 4 [b, s_q, h_q, d_qk], got shape (2, 6, 24)"),
@@ -83,23 +95,23 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (decode, {"blocks": zeros(5, 8, 24)}, ValueError, "blocks must have rank 4 [num_blocks, block_size, h_kv, d_qk], got shape (5, 8, 24)"),
     (decode, {"blocks": zeros(5, 8, 2, 25)}, ValueError, "blocks must have rows of q's d_qk = 24, got 25 in shape (5, 8, 2, 25)"),
     (decode, {"blocks": zeros(5, 8, 2, 24, dtype=F16)}, TypeError, "blocks must have q's dtype bfloat16, got float16"),
-    (decode, {"blocks": zeros(5, 8, 2, 24, dtype=np.uint8)}, TypeError, "blocks must have dtype bfloat16, float16 or float32, got uint8"),
+    (decode, {"blocks": zeros(5, 8, 2, 24, dtype=np.uint8)}, TypeError, "format must be given for blocks of uint8"),
     (decode, {"blocks": zeros(0, 8, 2, 24)}, ValueError, "must have no empty dimension, got shape (0, 8, 2, 24)"),
     (decode, {"blocks": zeros(5, 8, 4, 24)}, ValueError, "q's h_q must be a multiple of blocks' h_kv = 4, got h_q = 6"),
     (decode, {"blocks": donated}, ValueError, "blocks must be a live array, got one that was donated or deleted"),
     # block_table
     (decode, {"block_table": i32(6)}, ValueError, "block_table must have rank 2 [b, max_blocks], got shape (6,)"),
     (decode, {"block_table": i32(3, 3)}, ValueError, "block_table must have one row per sequence, b = 2, got shape (3, 3)"),
-    (decode, {"block_table": zeros(2, 3, dtype=np.int64)}, TypeError, "block_table must have dtype int32, got int64"),
-    (decode, {"block_table": zeros(2, 3, dtype=np.uint32)}, TypeError, "block_table must have dtype int32, got uint32"),
-    (decode, {"block_table": zeros(2, 3, dtype=np.float32)}, TypeError, "block_table must have dtype int32, got float32"),
+    (decode, {"block_table": zeros(2, 3, dtype=np.int64) - 2**31 - 1}, ValueError, "block_table must fit in int32, got -2147483649"),
+    (decode, {"block_table": zeros(2, 3, dtype=np.uint32) + 2**31}, ValueError, "block_table must fit in int32, got 2147483648"),
+    (decode, {"block_table": zeros(2, 3, dtype=np.float32)}, TypeError, "block_table must have dtype int32, or another integer's, got float32"),
     (decode, {"block_table": i32(2, 0)}, ValueError, "block_table [b, max_blocks] must have no empty dimension, got shape (2, 0)"),
     (decode, {"block_table": jax.ShapeDtypeStruct((2, 2**28), I32)}, ValueError, "block_table must hold at most 2^31 - 1 tokens per sequence, got max_blocks = 268435456 of block_size = 8"),
     # cache_seqlens
     (decode, {"cache_seqlens": i32(2, 1)}, ValueError, "cache_seqlens must have rank 1 [b], got shape (2, 1)"),
     (decode, {"cache_seqlens": i32(3)}, ValueError, "cache_seqlens must have one entry per sequence, b = 2, got shape (3,)"),
-    (decode, {"cache_seqlens": zeros(2, dtype=np.int16)}, TypeError, "cache_seqlens must have dtype int32, got int16"),
-    (decode, {"cache_seqlens": [3, 4]}, TypeError, "cache_seqlens must be an array [b], got [3, 4] of type list"),
+    (decode, {"cache_seqlens": zeros(2, dtype=bool)}, TypeError, "cache_seqlens must have dtype int32, or another integer's, got bool"),
+    (decode, {"cache_seqlens": [3, 2**32 + 1]}, ValueError, "cache_seqlens must fit in int32, got 4294967297"),
     (decode, {"q": jax.ShapeDtypeStruct((2, 2**15, 2**15, 24), BF16)}, ValueError, "q must have less than 2^31 rows b * s_q * h_q, got 2 * 32768 * 32768 = 2147483648"),
     # d_v, sm_scale, causal, implementation
     (decode, {"d_v": 25}, ValueError, "d_v must be at most d_qk = 24 (a value is a row's first d_v columns), got 25"),
@@ -127,11 +139,23 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (decode, {"schedule": cuts(4, 5, 2)}, ValueError, "schedule.cuts must have rank 2 [num_parts + 1, 2], got shape (4, 5, 2)"),
     (decode, {"schedule": cuts(5, 2, dtype=np.int64)}, TypeError, "schedule.cuts must have dtype int32, got int64"),
     (decode, {"schedule": SplitSchedule(None, b=2)}, TypeError, "schedule.cuts must be an array [num_parts + 1, 2], got None"),
+    (decode, {"schedule": SplitSchedule(i32(5, 2), b=2, tile_rows=32)}, ValueError, "schedule.tile_rows must be 16 or 64, got 32"),
+    # arrays of others
+    (decode, {"q": np.ma.masked_array(zeros(2, 1, 6, 24), mask=False)}, TypeError, "q must be a JAX or NumPy array [b, s_q, h_q, d_qk] without a mask"),
+    (decode, {"cache_seqlens": np.ma.masked_array([1, 2])}, TypeError, "cache_seqlens must be a JAX or NumPy array [b] without a mask"),
+    (decode, {"q": Foreign()}, TypeError, "q must be a JAX or NumPy array [b, s_q, h_q, d_qk], got torch.Tensor: convert it with jax.dlpack.from_dlpack"),
+    (append, {"positions": Foreign()}, TypeError, "positions must be a JAX or NumPy array [b], got torch.Tensor: convert it"),
+    # formats
+    (decode, {"format": "v32"}, TypeError, "format must be a CacheFormat or None, got 'v32' of type str"),
+    (decode, {"format": CacheFormat(d_qk=24, d_v=16, h_kv=2, block_size=8, row_stride=32)}, ValueError, "blocks must be [num_blocks, 8, 2, 32] in the given format, got shape (5, 8, 2, 24)"),
+    (decode, {"format": CacheFormat(name="v4"), "blocks": zeros(5, 37440, dtype=np.uint8)}, ValueError, "format must be dense, v32 or fp8_row for dense_decode, got v4"),
+    (decode, {"format": CacheFormat(name="v32"), "blocks": zeros(5, 64, 1, 656)}, TypeError, "blocks must have dtype uint8, got bfloat16"),
+    (decode, {"kv_scale": 2.0}, ValueError, 'kv_scale must be None but in format "fp8_row", got one for "dense"'),
     # make_schedule
     (schedule, {"cache_seqlens": i32(2, 2)}, ValueError, "cache_seqlens must have rank 1 [b], got shape (2, 2)"),
     (schedule, {"cache_seqlens": i32(0)}, ValueError, "cache_seqlens [b] must have no empty dimension, got shape (0,)"),
     (schedule, {"cache_seqlens": i32(16385)}, ValueError, "cache_seqlens must have at most b = 16384 sequences, got 16385"),
-    (schedule, {"cache_seqlens": zeros(2, dtype=np.float32)}, TypeError, "cache_seqlens must have dtype int32, got float32"),
+    (schedule, {"cache_seqlens": zeros(2, dtype=np.float32)}, TypeError, "cache_seqlens must have dtype int32, or another integer's, got float32"),
     (schedule, {"num_parts": 0}, ValueError, "num_parts must be between 1 and 256, got 0"),
     (schedule, {"batch_invariant": 1}, TypeError, "batch_invariant must be a Python bool (it is compiled in), got 1 of type int"),
     (schedule, {"max_seqlen": -1}, ValueError, "max_seqlen must be between 0 and 2147483647, got -1"),
@@ -142,19 +166,19 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (schedule, {"s_q": -1}, ValueError, "s_q must be between 1 and 2147483647, got -1"),
     (schedule, {"implementation": "gpu"}, ValueError, "implementation must be None, \"kernel\" or \"xla\", got 'gpu'"),
     # cache_append
-    (append, {"blocks": zeros(5, 8, 2)}, ValueError, "blocks must have rank 4 [num_blocks, block_size, h_kv, row], got shape (5, 8, 2)"),
+    (append, {"blocks": zeros(5, 8, 2)}, ValueError, "blocks must have rank 4 [num_blocks, block_size, h_kv, d_qk], got shape (5, 8, 2)"),
     (append, {"blocks": zeros(5, 8, 2, 24, dtype=np.float64)}, TypeError, "blocks must have dtype bfloat16, float16 or float32, got float64"),
     (append, {"blocks": donated}, ValueError, "blocks must be a live array, got one that was donated or deleted"),
-    (append, {"rows": zeros(2, 2, 24)}, ValueError, "rows must have rank 4 [b, s_new, h_kv, row], got shape (2, 2, 24)"),
-    (append, {"rows": zeros(2, 3, 2, 23)}, ValueError, "rows must end in blocks' [h_kv, row] = [2, 24], got shape (2, 3, 2, 23)"),
-    (append, {"rows": zeros(2, 3, 1, 24)}, ValueError, "rows must end in blocks' [h_kv, row] = [2, 24], got shape (2, 3, 1, 24)"),
+    (append, {"rows": zeros(2, 2, 24)}, ValueError, "rows must have rank 4 [b, s_new, h_kv, d_qk], got shape (2, 2, 24)"),
+    (append, {"rows": zeros(2, 3, 2, 23)}, ValueError, "rows must end in blocks' [h_kv, d_qk] = [2, 24], got shape (2, 3, 2, 23)"),
+    (append, {"rows": zeros(2, 3, 1, 24)}, ValueError, "rows must end in blocks' [h_kv, d_qk] = [2, 24], got shape (2, 3, 1, 24)"),
     (append, {"rows": zeros(2, 3, 2, 24, dtype=F16)}, TypeError, "rows must have blocks' dtype bfloat16, got float16"),
     (append, {"block_table": i32(3, 3)}, ValueError, "block_table must have one row per sequence, b = 2, got shape (3, 3)"),
     (append, {"positions": i32(3)}, ValueError, "positions must have one entry per sequence, b = 2, got shape (3,)"),
-    (append, {"positions": zeros(2, dtype=np.int64)}, TypeError, "positions must have dtype int32, got int64"),
-    (append, {"positions": 0}, TypeError, "positions must be an array [b], got 0 of type int"),
+    (append, {"positions": zeros(2, dtype=np.int64) + 2**40}, ValueError, "positions must fit in int32, got 1099511627776"),
+    (append, {"positions": 0}, ValueError, "positions must have rank 1 [b], got shape ()"),
     (append, {"num_new": i32(1)}, ValueError, "num_new must have one entry per sequence, b = 2, got shape (1,)"),
-    (append, {"num_new": 1}, TypeError, "num_new must be an array [b], got 1 of type int"),
+    (append, {"num_new": True}, TypeError, "num_new must be an array [b], got True of type bool"),
     (append, {"implementation": "cpu"}, ValueError, "implementation must be None, \"kernel\" or \"xla\", got 'cpu'"),
 ]  # fmt: skip
 

@@ -336,9 +336,13 @@ def append_with(**changes):
         ({"rows": np.zeros((3, 5, 2, 8), jnp.bfloat16)}, ValueError, r"rows must end in blocks'"),
         ({"rows": np.zeros((3, 5, 1, 9), jnp.bfloat16)}, ValueError, r"rows must end in blocks'"),
         ({"block_table": np.zeros((2, 4), np.int32)}, ValueError, "block_table must have one row"),
-        ({"block_table": np.zeros((3, 4), np.int64)}, TypeError, "block_table must have dtype"),
+        (
+            {"block_table": np.full((3, 4), 2**31)},
+            ValueError,
+            "block_table must fit in int32",
+        ),
         ({"positions": np.zeros(2, np.int32)}, ValueError, "positions must have one entry"),
-        ({"positions": np.zeros(3, np.uint32)}, TypeError, "positions must have dtype int32"),
+        ({"positions": np.zeros(3, bool)}, TypeError, "positions must have dtype int32.* got bool"),
         ({"num_new": np.zeros((3, 1), np.int32)}, ValueError, r"num_new must have rank 1"),
     ],
 )
@@ -357,7 +361,7 @@ def test_unknown_implementation():
     [
         ((2, 3, 4), [0], [1], ValueError, r"blocks must have rank 4 .* got shape \(2, 3, 4\)"),
         ((2, 3, 1, 4), [[0]], [1], ValueError, r"src must have rank 1 \[n\], got shape \(1, 1\)"),
-        ((2, 3, 1, 4), [0], [0.5], TypeError, "dst must have dtype int32, got float32"),
+        ((2, 3, 1, 4), [0], [0.5], TypeError, "dst must have dtype int32, or .* got float32"),
         ((2, 3, 1, 4), [0], [1, 1], ValueError, r"dst must have src's shape \(1,\), got \(2,\)"),
     ],
 )
@@ -368,10 +372,10 @@ def test_wrong_arguments_of_copy_are_named(blocks, src, dst, error, message):
 
 def test_more_wrong_arguments_of_copy():
     ids = np.zeros(1, np.int32)
-    with pytest.raises(TypeError, match=r"src must be an array \[n\], got \[0\] of type list"):
-        copy_blocks(jnp.zeros(BLOCKS, jnp.bfloat16), [0], ids)
+    with pytest.raises(TypeError, match=r"src must have dtype int32, or .* got float64"):
+        copy_blocks(jnp.zeros(BLOCKS, jnp.bfloat16), [0.5], ids)
     with pytest.raises(
-        TypeError, match="blocks must have dtype bfloat16, float16 or float32, got int32"
+        TypeError, match="blocks must have dtype bfloat16, float16, float32 or uint8, got int32"
     ):
         copy_blocks(jnp.zeros(BLOCKS, jnp.int32), ids, ids)
     blocks = jnp.zeros(BLOCKS, jnp.bfloat16)

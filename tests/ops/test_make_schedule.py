@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import cases
 import jax_flashmla
 from jax_flashmla import SplitSchedule, make_schedule
-from jax_flashmla._num_parts import default_num_parts
+from jax_flashmla._num_parts import default_split
 
 TILE = 64
 OVERHEAD = 2  # tiles
@@ -184,7 +184,8 @@ def test_small_problems_have_few_parts_by_default() -> None:
     """At most two tiles of 64 tokens and 16 query rows a multiprocessor, of 132."""
 
     def parts(b: int, max_seqlen: int | None, **heads: int) -> int:
-        return default_num_parts(b=b, max_seqlen=max_seqlen, **{"s_q": 1, "h_kv": 1, **heads})
+        split = default_split(b=b, max_seqlen=max_seqlen, **{"s_q": 1, "h_kv": 1, **heads})
+        return split.num_parts
 
     assert parts(1, 33 * 64, h_q=128) == 132 // 8
     assert parts(1, 33 * 64 + 1, h_q=128) == parts(1, None, h_q=128) == 132 // 2
@@ -199,20 +200,23 @@ def test_small_problems_have_few_parts_by_default() -> None:
 
 def test_max_seqlen_reaches_the_default() -> None:
     seqlens = jnp.zeros(1, jnp.int32)
-    some = {h: make_schedule(seqlens, h_q=h, max_seqlen=64).num_parts for h in (16, 128)}
-    assert some == {
-        h: default_num_parts(b=1, s_q=1, h_q=h, h_kv=1, max_seqlen=64) for h in (16, 128)
-    }
-    assert make_schedule(seqlens, h_q=128, max_seqlen=64, num_parts=5).num_parts == 5
+    for h_q in (16, 128):
+        schedule = make_schedule(seqlens, h_q=h_q, max_seqlen=64)
+        expected = default_split(b=1, s_q=1, h_q=h_q, h_kv=1, max_seqlen=64)
+        assert (schedule.num_parts, schedule.tile_rows) == expected
+        assert schedule.tile_rows == 16
+    given = make_schedule(seqlens, h_q=128, max_seqlen=64, num_parts=5)
+    assert (given.num_parts, given.tile_rows) == (5, 64)
 
 
 def test_batch_invariant_schedules_have_as_many_parts_in_any_batch() -> None:
-    """The kernel's tiles, and with them its bits, follow from the number of parts."""
+    """And the same tiles: the kernel's bits depend on them."""
     one, many = (
         make_schedule(jnp.zeros(b, jnp.int32), h_q=128, max_seqlen=64, batch_invariant=True)
         for b in (1, 100)
     )
     assert one.num_parts == many.num_parts
+    assert one.tile_rows == many.tile_rows == 64
 
 
 def test_schedule_is_a_pytree_with_one_leaf() -> None:

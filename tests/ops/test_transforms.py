@@ -13,7 +13,7 @@ import pytest
 import cases
 import tolerances
 from jax_flashmla import cache_append, dense_decode, make_schedule
-from jax_flashmla._num_parts import default_num_parts
+from jax_flashmla._num_parts import default_split
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -146,12 +146,14 @@ def test_vmap_of_small_problems_is_split_as_the_large_one_that_they_make(
     )
     jaxpr = str(jax.make_jaxpr(jax.vmap(one, in_axes=(0, None, 0, 0)))(*shapes))
     small, large = (
-        default_num_parts(b=b, s_q=1, h_q=h_q, h_kv=1, max_seqlen=max_blocks * block_size)
+        default_split(b=b, s_q=1, h_q=h_q, h_kv=1, max_seqlen=max_blocks * block_size)
         for b in (1, n)
     )
-    assert small < large
+    assert small.num_parts < large.num_parts
+    assert (small.tile_rows, large.tile_rows) == (16, 64)
     found = re.findall(r"flashmla_make_schedule\[[^\]]*num_parts=(\d+)", jaxpr)
-    assert found == [str(num_parts or large)]
+    assert found == [str(large.num_parts)]
+    assert re.findall(r"tile_rows=(\d+)", jaxpr) == ["64"]
 
 
 def test_vmap_over_nothing_but_the_schedule() -> None:

@@ -121,7 +121,7 @@ FLASHMLA_TARGET const Element* find_key(const DenseDecodeParams& params, const P
   if (block < 0 || block >= params.num_blocks) return nullptr;
   const int64_t slot = block * params.block_size + token % params.block_size;
   return static_cast<const Element*>(params.blocks) +
-         (slot * params.h_kv + task.kv_head) * params.d_qk;
+         (slot * params.h_kv + task.kv_head) * params.row_stride;
 }
 
 // keys[0 : kKeys] = the keys from `token` on, with zeros past the piece's end. Meanwhile those

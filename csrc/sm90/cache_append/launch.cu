@@ -10,10 +10,14 @@ namespace {
 
 constexpr int kThreads = 128;
 
+__host__ __device__ int64_t token_bytes(const CacheAppendParams& params) {
+  return int64_t{params.h_kv} * params.d * (params.rows_dtype == DType::kFloat32 ? 4 : 2);
+}
+
 // One block a row at a time; Word is the widest type that divides a row.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads) cache_append_kernel(CacheAppendParams params) {
-  const int words = static_cast<int>(params.row_bytes / sizeof(Word));
+  const int words = static_cast<int>(token_bytes(params) / sizeof(Word));
   const int64_t num_rows = int64_t{params.b} * params.s_new;
   for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
     const int sequence = static_cast<int>(row / params.s_new);
@@ -42,14 +46,15 @@ Status launch_append(const CacheAppendParams& params, cudaStream_t stream) {
 
 Status run_cache_append(const CacheAppendParams& params, cudaStream_t stream) {
   if (params.updated != params.blocks) {
-    const int64_t bytes = params.num_blocks * params.block_size * params.row_bytes;
+    const int64_t bytes = params.num_blocks * params.block_bytes;
     const cudaError_t error =
         cudaMemcpyAsync(params.updated, params.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
     if (error != cudaSuccess) return to_status(error, "cache_append");
   }
-  if (int64_t{params.b} * params.s_new == 0 || params.row_bytes == 0) return Status::Ok();
-  if (params.row_bytes % sizeof(uint4) == 0) return launch_append<uint4>(params, stream);
-  if (params.row_bytes % sizeof(uint32_t) == 0) return launch_append<uint32_t>(params, stream);
+  const int64_t row_bytes = token_bytes(params);
+  if (int64_t{params.b} * params.s_new == 0 || row_bytes == 0) return Status::Ok();
+  if (row_bytes % sizeof(uint4) == 0) return launch_append<uint4>(params, stream);
+  if (row_bytes % sizeof(uint32_t) == 0) return launch_append<uint32_t>(params, stream);
   return launch_append<uint16_t>(params, stream);
 }
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def merge_lse(
-    outs: Float[Array, "..."] | Sequence[Float[Array, "..."]],
-    lses: Float32[Array, "..."] | Sequence[Float32[Array, "..."]],
+    outs: Float[Array, ...] | Sequence[Float[Array, ...]],
+    lses: Float32[Array, ...] | Sequence[Float32[Array, ...]],
     axis: int = 0,
-) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
+) -> tuple[Float[Array, ...], Float32[Array, ...]]:
     """Merges partial attentions, each over its own keys, as if over all the keys at once.
 
     A part with nothing to attend (lse = -inf) has no influence, whatever its out holds. Merging is

@@ -1,7 +1,4 @@
-"""Pure-JAX twins of the operations: the same semantics, differentiable, on any platform.
-
-They are what runs where there is no kernel, and the tests' second opinion where there is one.
-"""
+"""make_schedule in pure JAX: the same cuts as the handlers'."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import jax.numpy as jnp
 from jax_flashmla._limits import CUT_COST, INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Float32, Int32, Num
+    from jaxtyping import Array, Int32
 
 
 def make_schedule(
@@ -105,83 +102,3 @@ def _least_stride(total_tiles: Int32[Array, ""], num_parts: int) -> Int32[Array,
         larger = root + (1 << bit)
         root = jnp.where(larger <= square // larger, larger, root)
     return jnp.maximum(root, 1)
-
-
-def dense_decode(
-    q: Float[Array, "b s_q h_q d_qk"],
-    blocks: Float[Array, "num_blocks block_size h_kv d_qk"],
-    block_table: Int32[Array, "b max_blocks"],
-    cache_seqlens: Int32[Array, "b"],
-    *,
-    d_v: int,
-    sm_scale: float,
-    causal: bool,
-) -> tuple[Float[Array, "b s_q h_q {d_v}"], Float32[Array, "b s_q h_q"]]:
-    b, s_q, h_q, d_qk = q.shape
-    h_kv = blocks.shape[2]
-    keys = _gather_rows(blocks, block_table, cache_seqlens)  # [b, tokens, h_kv, d_qk]
-    tokens = keys.shape[1]
-    scores = jnp.einsum(
-        "bihgd,bthd->bhgit",
-        q.reshape(b, s_q, h_kv, h_q // h_kv, d_qk),
-        keys,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    # Query i sees keys below seen[b, i]; a causal query ends s_q - 1 - i keys before the last.
-    before_last = (
-        jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
-    )
-    seen = jnp.clip(cache_seqlens, 0, tokens)[:, None] - before_last[None, :]
-    mask = jnp.arange(tokens, dtype=jnp.int32)[None, None, :] < seen[:, :, None]
-    scores = jnp.where(mask[:, None, None], scores * sm_scale, -jnp.inf)
-
-    # A row with nothing to attend has top = -inf and total = 0.
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))  # [b, h_kv, group, s_q, 1]
-    out = jnp.einsum(
-        "bhgit,bthd->bihgd",
-        weights / total,
-        keys[..., :d_v].astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    lse = jnp.transpose(lse[..., 0], (0, 3, 1, 2))
-    return out.reshape(b, s_q, h_q, d_v).astype(q.dtype), lse.reshape(b, s_q, h_q)
-
-
-def cache_append(
-    blocks: Num[Array, "num_blocks block_size h_kv row"],
-    rows: Num[Array, "b s_new h_kv row"],
-    block_table: Int32[Array, "b max_blocks"],
-    positions: Int32[Array, "b"],
-    num_new: Int32[Array, "b"],
-) -> Num[Array, "num_blocks block_size h_kv row"]:
-    num_blocks, block_size = blocks.shape[:2]
-    max_blocks = block_table.shape[1]
-    step = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
-    token = positions[:, None] + step  # [b, s_new]; past 2^31 - 1 it wraps to below 0
-    slot = token // block_size
-    block = jnp.take_along_axis(block_table, jnp.clip(slot, 0, max_blocks - 1), axis=1)
-    fits = (token >= 0) & (slot < max_blocks) & (block >= 0) & (block < num_blocks)
-    block = jnp.where(fits & (step < num_new[:, None]), block, num_blocks)
-    return blocks.at[block, token % block_size].set(rows, mode="drop")
-
-
-def _gather_rows(
-    blocks: Float[Array, "num_blocks block_size h_kv d_qk"],
-    block_table: Int32[Array, "b max_blocks"],
-    cache_seqlens: Int32[Array, "b"],
-) -> Float[Array, "b tokens h_kv d_qk"]:
-    """Each sequence's rows in order; zeros past its length and for block ids out of range."""
-    num_blocks, block_size, h_kv, d_qk = blocks.shape
-    b, max_blocks = block_table.shape
-    in_range = (block_table >= 0) & (block_table < num_blocks)
-    rows = blocks[jnp.where(in_range, block_table, 0)]
-    rows = rows.reshape(b, max_blocks * block_size, h_kv, d_qk)
-    token = jnp.arange(max_blocks * block_size, dtype=jnp.int32)[None, :]
-    keep = (token < cache_seqlens[:, None]) & jnp.repeat(in_range, block_size, axis=1)
-    return jnp.where(keep[:, :, None, None], rows, jnp.zeros((), rows.dtype))

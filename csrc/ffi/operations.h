@@ -1,0 +1,5 @@
+// The only list of operations. Each header ends in FLASHMLA_OPERATION, which the module that
+// includes this has defined: see module_cpu.cc and module_cuda.cc.
+#include "ffi/cache_append.h"
+#include "ffi/dense_decode.h"
+#include "ffi/make_schedule.h"

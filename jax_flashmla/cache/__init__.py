@@ -1,0 +1,1 @@
+"""A model's paged cache: formats, tables, pools, and who owns which block."""

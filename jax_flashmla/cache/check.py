@@ -1,0 +1,73 @@
+"""What can be wrong with the values of a block table: a debugging aid on the host."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jax_flashmla.cache.table import BlockTable
+
+
+def check_table(table: BlockTable, overflow: jax.Array, num_blocks: int) -> list[str]:
+    """What is wrong, a sentence each: see `PagedCache.check`. num_blocks: of a layer.
+
+    Where the table is split over devices by sequences, block ids count from the device's own first
+    block, of which there are num_blocks / devices: each device's sequences are checked apart.
+    """
+    shards = _batch_slices(table.block_table)
+    found = []
+    for rows in shards:
+        found += _check_shard(
+            np.asarray(table.block_table)[rows],
+            np.asarray(table.cache_seqlens)[rows],
+            np.asarray(overflow)[rows],
+            table.block_size,
+            num_blocks // len(shards),
+            rows.start,
+        )
+    return found
+
+
+def _batch_slices(block_table: jax.Array) -> list[slice]:
+    """The sequences of each shard of a table [b, max_blocks]."""
+    indices = block_table.sharding.devices_indices_map(block_table.shape).values()
+    b = block_table.shape[0]
+    return [slice(*x) for x in sorted({index[0].indices(b)[:2] for index in indices})]
+
+
+def _check_shard(
+    ids: np.ndarray,
+    seqlens: np.ndarray,
+    overflow: np.ndarray,
+    size: int,
+    num_blocks: int,
+    first: int,
+) -> list[str]:
+    max_blocks = ids.shape[1]
+    in_range = (ids >= 0) & (ids < num_blocks)
+    found = []
+    for i in np.flatnonzero((seqlens < 0) | (seqlens > max_blocks * size)):
+        found.append(
+            f"sequence {first + i} has {seqlens[i]} tokens, its table holds 0 to "
+            f"{max_blocks * size}"
+        )
+    covered = np.clip(-(-seqlens.astype(np.int64) // size), 0, max_blocks)
+    column = np.arange(max_blocks)
+    for i, j in np.argwhere(~in_range & (column < covered[:, None])):
+        found.append(
+            f"sequence {first + i} reads block {ids[i, j]} at entry {j}, the cache has blocks 0 to "
+            f"{num_blocks - 1}"
+        )
+    # Appends write to entries from length // block_size on, and only read those before.
+    written = in_range & (column >= np.clip(seqlens // size, 0, max_blocks)[:, None])
+    holders = np.bincount(ids[in_range], minlength=num_blocks)
+    for i, j in np.argwhere(written):
+        if holders[ids[i, j]] > 1:
+            others = sorted({first + int(k) for k in np.argwhere(ids == ids[i, j])[:, 0] if k != i})
+            found.append(
+                f"sequence {first + i} writes block {ids[i, j]} at entry {j}, "
+                + (f"which sequences {others} hold" if others else "which it holds twice")
+            )
+    for i in np.flatnonzero(overflow):
+        found.append(f"sequence {first + i} dropped {overflow[i]} rows")
+    return found

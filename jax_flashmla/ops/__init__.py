@@ -1,0 +1,1 @@
+"""The operations, a file each, as users call them."""

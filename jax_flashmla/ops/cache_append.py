@@ -1,0 +1,142 @@
+"""Writing new rows to a paged cache, in place where it is donated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import _checks, _limits
+from jax_flashmla._xla import vmap
+from jax_flashmla._xla.operation import Operation
+from jax_flashmla.cache.format import CacheFormat, format_of_blocks
+from jax_flashmla.reference.append import cache_append as reference
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
+
+def cache_append(
+    blocks: jax.Array,
+    rows: jax.Array,
+    block_table: jax.Array,
+    positions: jax.Array,
+    *,
+    num_new: ArrayLike | None = None,
+    format: CacheFormat | None = None,
+    kv_scale: ArrayLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Writes each sequence's new rows into its blocks, from a token position on.
+
+    Row j of sequence i goes to token position `p = positions[i] + j`: slot `p % block_size` of
+    block `block_table[i, p // block_size]`. It is dropped, and nothing written, where p is negative
+    or past the table, or where the block's id is outside [0, num_blocks). Two sequences must not be
+    given the same slot: which of their rows it then holds is not defined.
+
+    The update is in place inside a jitted function whose caller donates `blocks`, loops included.
+    Otherwise XLA copies the whole cache first. Under `jax.vmap` it does so even where the cache is
+    donated; where `blocks` is not mapped, the result is a cache for each index. To write to one
+    cache in place, make the mapped axis part of b instead.
+
+    Args:
+        blocks: the cache [num_blocks, block_size, h_kv, d_qk], bfloat16, float16 or float32. With a
+            format [num_blocks, *format.block_shape] in its storage_dtype.
+        rows: new rows [b, s_new, h_kv, d_qk], of the same dtype; for formats other than "dense"
+            bfloat16, float16 or float32, which are quantised as `quantise` does.
+        block_table: block ids [b, max_blocks], int32.
+        positions: token position [b] of each sequence's first new row, int32.
+        num_new: how many of the s_new rows to write [b], int32, clamped to [0, s_new]; by default
+            all.
+        format: how blocks are stored; by default dense, as the array is.
+        kv_scale: [] float32, what the codes of an "fp8_row" cache are multiplied with; by default
+            1.
+        implementation: None picks the platform's best; "kernel" insists on the handler; "xla" is
+            the pure-JAX reference.
+
+    Returns:
+        The updated blocks.
+
+    Raises:
+        ValueError, TypeError: a rank, shape, dtype or option that does not fit.
+        NotImplementedError: "kernel" where there is none.
+    """
+    _checks.check_implementation(implementation)
+    b, s_new, h_kv, d_qk = _checks.check_array(
+        "rows", rows, "[b, s_new, h_kv, d_qk]", _checks.CACHE_DTYPES
+    )
+    _checks.check_batch("rows", b)
+    format = format_of_blocks(format, blocks)
+    if format.name == "dense" and rows.dtype != format.dtype:
+        raise TypeError(f"rows must have blocks' dtype {format.dtype}, got {rows.dtype}")
+    if (h_kv, d_qk) != (format.h_kv, format.d_qk):
+        raise ValueError(
+            f"rows must end in blocks' [h_kv, d_qk] = [{format.h_kv}, {format.d_qk}], got shape "
+            f"{rows.shape}"
+        )
+    block_table = _checks.as_block_table(block_table, b, format.block_size)
+    positions = _checks.as_per_sequence("positions", positions, b)
+    if num_new is None:
+        num_new = jnp.full(b, s_new, jnp.int32)
+    num_new = _checks.as_per_sequence("num_new", num_new, b)
+    kv_scale = _checks.as_kv_scale(kv_scale, format.name)
+    (updated,) = append_op(
+        blocks,
+        rows,
+        block_table,
+        positions,
+        num_new,
+        kv_scale,
+        format=format,
+        implementation=implementation,
+    )
+    return updated
+
+
+def _batch(
+    operands: tuple[jax.Array, ...],
+    dims: vmap.Dims,
+    *,
+    format: CacheFormat,
+    implementation: str | None,
+) -> tuple[list[jax.Array], list[int | None]]:
+    blocks, *per_sequence, kv_scale = operands
+    if dims[-1] is not None:
+        raise NotImplementedError(
+            "cache_append under vmap must have one kv_scale for the mapped axis, got one for each "
+            "index"
+        )
+    n = vmap.mapped_size(operands, dims)
+    rows, block_table, positions, num_new = (
+        vmap.fold(x, d, n) for x, d in zip(per_sequence, dims[1:-1], strict=True)
+    )
+    vmap.check_folded("cache_append", n, rows.shape[0] // n)
+    blocks, block_table = vmap.fold_blocks(blocks, dims[0], block_table, n)
+    (blocks,) = append_op.bind(
+        blocks,
+        rows,
+        block_table,
+        positions,
+        num_new,
+        kv_scale,
+        format=format,
+        implementation=implementation,
+    )
+    return [vmap.unfold(blocks, n)], [0]
+
+
+append_op = Operation(
+    "cache_append",
+    static=("format",),
+    results=lambda blocks, *_, format: [(blocks.shape, blocks.dtype)],
+    num_results=1,
+    reference=lambda *operands, format: [reference(*operands, format=format)],
+    batch=_batch,
+    attributes=lambda *, format: {
+        "format": np.int32(_limits.FORMATS[format.name]),
+        "block_size": np.int32(format.block_size),
+    },
+    aliases={0: 0},
+)

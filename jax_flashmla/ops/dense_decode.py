@@ -1,0 +1,293 @@
+"""Attention over a paged latent cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import _checks, _limits
+from jax_flashmla._num_parts import default_split
+from jax_flashmla._xla import vmap
+from jax_flashmla._xla.dispatch import platform_refusal
+from jax_flashmla._xla.operation import Operation
+from jax_flashmla.cache.format import CacheFormat, format_of_blocks
+from jax_flashmla.ops.make_schedule import (
+    SplitSchedule,
+    check_schedule,
+    make_schedule,
+    schedule_op,
+)
+from jax_flashmla.reference.attention import dense_decode as reference
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike, DTypeLike
+
+
+def dense_decode(
+    q: jax.Array,
+    blocks: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    d_v: int = 512,
+    sm_scale: float | None = None,
+    causal: bool = False,
+    format: CacheFormat | None = None,
+    kv_scale: ArrayLike | None = None,
+    schedule: SplitSchedule | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Multi-head latent attention of a few queries per sequence over a paged cache.
+
+    `out = softmax(sm_scale * q . keys) . values` with float32 accumulation. A cache row is a key,
+    and its first d_v columns are the value; query head h reads cache head h // (h_q // h_kv). The
+    same inputs give the same bits on the same device. Where the schedule cuts a sequence, the
+    Hopper kernel rounds each piece's result to 11 bits before it merges them; a bfloat16 has 8.
+
+    Args:
+        q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32; b at most 16384, and b * s_q * h_q
+            below 2^31. The Hopper kernel takes no float32.
+        blocks: [num_blocks, block_size, h_kv, d_qk] in q's dtype; h_kv divides h_q. With a format
+            [num_blocks, *format.block_shape] in its storage_dtype.
+        block_table: [b, max_blocks] int32, each sequence's blocks in order. Entries past a
+            sequence's length are never used; a block id outside [0, num_blocks) reads as zeros.
+        cache_seqlens: [b] int32, tokens valid in each sequence's cache, the new ones included;
+            clamped to [0, max_blocks * block_size]. Slots past the length may hold anything.
+        d_v: columns of a value, at most d_qk.
+        sm_scale: scale of the scores, finite and positive; by default d_qk ** -0.5.
+        causal: query i sees keys below cache_seqlens - (s_q - 1 - i).
+        format: how blocks are stored: "dense" (also with rows wider than d_qk), "v32" or "fp8_row";
+            by default dense, as the array is.
+        kv_scale: [] float32, what the codes of an "fp8_row" cache are multiplied with; by default
+            1.
+        schedule: the step's schedule from `make_schedule`; made here by default (and once only
+            in a jitted step: XLA merges equal ones).
+        implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
+            pure JAX, which can be differentiated.
+
+    Returns:
+        out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend.
+        lse: [b, s_q, h_q] float32, natural log; -inf in a row with nothing to attend.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        NotImplementedError: implementation is "kernel" and there is none for this platform, device
+            or these dimensions; or the kernel is differentiated.
+    """
+    b, s_q, h_q, d_qk = _check_query(q)
+    d_v = _checks.check_int("d_v", d_v, 1, _limits.INT32_MAX)
+    if d_v > d_qk:
+        raise ValueError(
+            f"d_v must be at most d_qk = {d_qk} (a value is a row's first d_v columns), got {d_v}"
+        )
+    format = format_of_blocks(format, blocks)
+    if format.name not in DECODE_FORMATS:
+        raise ValueError(
+            f"format must be {_checks.one_of(DECODE_FORMATS)} for dense_decode, got {format.name}"
+        )
+    if q.dtype != format.dtype:
+        raise TypeError(f"blocks must have q's dtype {q.dtype}, got {format.dtype}")
+    if d_qk != format.d_qk:
+        raise ValueError(
+            f"blocks must have rows of q's d_qk = {d_qk}, got {format.d_qk} in shape {blocks.shape}"
+        )
+    if h_q % format.h_kv:
+        raise ValueError(
+            f"q's h_q must be a multiple of blocks' h_kv = {format.h_kv}, got h_q = {h_q}"
+        )
+    block_table = _checks.as_block_table(block_table, b, format.block_size)
+    cache_seqlens = _checks.as_per_sequence("cache_seqlens", cache_seqlens, b)
+    _checks.check_bool("causal", causal)
+    if sm_scale is not None:
+        _checks.check_scale(sm_scale)
+    kv_scale = _checks.as_kv_scale(kv_scale, format.name)
+    _checks.check_implementation(implementation)
+    if schedule is None:
+        schedule = make_schedule(
+            cache_seqlens,
+            h_q=h_q,
+            h_kv=format.h_kv,
+            s_q=s_q,
+            max_seqlen=block_table.shape[1] * format.block_size,
+            implementation=implementation,
+        )
+    schedule = check_schedule(schedule, b)
+    out, lse = decode_op(
+        q,
+        blocks,
+        block_table,
+        cache_seqlens,
+        schedule.cuts,
+        kv_scale,
+        format=format,
+        d_v=d_v,
+        sm_scale=float(d_qk**-0.5 if sm_scale is None else sm_scale),
+        causal=bool(causal),
+        tile_rows=schedule.tile_rows,
+        implementation=implementation,
+    )
+    return out, lse
+
+
+DECODE_FORMATS = ("dense", "v32", "fp8_row")
+_SM90_DTYPES = _checks.CACHE_DTYPES[:2]
+_SM90_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def kernel_refusal(
+    platform: str,
+    *,
+    d_qk: int = 576,
+    d_v: int = 512,
+    block_size: int = 64,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> str | None:
+    """Why this installation does not run dense_decode's kernels on a platform; None where it does.
+
+    Where there is no CUDA device, "cuda" is answered for a machine that has the right one: code can
+    be lowered here to run there.
+
+    Args:
+        platform: as JAX names it: "cpu", "cuda" or another; "gpu" is taken as "cuda".
+        d_qk: columns of a key.
+        d_v: columns of a value.
+        block_size: tokens of a block.
+        dtype: of queries and cache.
+    """
+    platform = "cuda" if platform == "gpu" else platform
+    refusal = platform_refusal(platform)
+    if refusal is not None or platform == "cpu":
+        return refusal
+    return _sm90_refusal(d_qk, d_v, block_size, jnp.dtype(dtype))
+
+
+def _sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None:
+    """Why the Hopper kernel does not take these dimensions or dtype; None where it does."""
+    if dtype not in _SM90_DTYPES:
+        return f"the sm90 kernel takes {_checks.dtype_names(_SM90_DTYPES)}, got {dtype}"
+    if (d_qk, d_v) == (576, 512) and block_size in _SM90_BLOCK_SIZES:
+        return None
+    return (
+        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = "
+        f"{_checks.one_of(_SM90_BLOCK_SIZES)}, got d_qk = {d_qk}, d_v = {d_v} and block_size = "
+        f"{block_size}"
+    )
+
+
+def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str | None:
+    if format.name != "dense":
+        return f"the sm90 kernel of dense_decode takes dense caches, got format {format.name}"
+    return _sm90_refusal(q.shape[-1], d_v, format.block_size, q.dtype)
+
+
+def _check_query(q: Any) -> tuple[int, ...]:
+    b, s_q, h_q, d_qk = _checks.check_array("q", q, "[b, s_q, h_q, d_qk]", _checks.CACHE_DTYPES)
+    _checks.check_batch("q", b)
+    if b * s_q * h_q > _limits.INT32_MAX:
+        raise ValueError(
+            "q must have less than 2^31 rows b * s_q * h_q, got "
+            f"{b} * {s_q} * {h_q} = {b * s_q * h_q}"
+        )
+    return b, s_q, h_q, d_qk
+
+
+def _results(
+    q: Any, _blocks: Any, _table: Any, _seqlens: Any, cuts: Any, _scale: Any, *, d_v: int, **_: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    rows = q.shape[:-1]
+    pieces = (2 * (cuts.shape[0] - 1), *rows[1:])
+    return [
+        ((*rows, d_v), q.dtype),
+        (rows, jnp.float32),
+        ((*pieces, d_v), jnp.float32),  # workspace
+        (pieces, jnp.float32),  # workspace
+    ]
+
+
+def _reference(
+    q: jax.Array,
+    blocks: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    cuts: jax.Array,
+    kv_scale: jax.Array,
+    *,
+    tile_rows: int,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    del cuts, tile_rows  # how work is divided changes nothing
+    return reference(q, blocks, block_table, cache_seqlens, kv_scale, **params)
+
+
+def _batch(
+    operands: tuple[jax.Array, ...],
+    dims: vmap.Dims,
+    *,
+    format: CacheFormat,
+    tile_rows: int,
+    implementation: str | None,
+    **params: Any,
+) -> tuple[list[jax.Array], list[int | None]]:
+    q, blocks, block_table, cache_seqlens, cuts, kv_scale = operands
+    q_dim, blocks_dim, table_dim, seqlens_dim, cuts_dim, scale_dim = dims
+    params = {"format": format, "implementation": implementation, **params}
+    if scale_dim is not None:
+        raise NotImplementedError(
+            "dense_decode under vmap must have one kv_scale for the mapped axis, got one for each "
+            "index: map over the caller's own loop instead"
+        )
+    n = vmap.mapped_size(operands, dims)
+    if all(d is None for d in dims[:4]):  # no schedule changes what is computed
+        assert cuts_dim is not None
+        cuts = jax.lax.index_in_dim(cuts, 0, cuts_dim, keepdims=False)
+        results = decode_op.bind(*operands[:4], cuts, kv_scale, tile_rows=tile_rows, **params)
+        return results, [None] * 4
+    q, block_table, cache_seqlens = (
+        vmap.fold(q, q_dim, n),
+        vmap.fold(block_table, table_dim, n),
+        vmap.fold(cache_seqlens, seqlens_dim, n),
+    )
+    b = q.shape[0] // n
+    vmap.check_folded("dense_decode", n, b)
+    if blocks_dim is not None:
+        blocks, block_table = vmap.fold_blocks(blocks, blocks_dim, block_table, n)
+    # n small problems may be a large one, which wants a schedule of its own.
+    num_parts, tile_rows = default_split(
+        b=n * b,
+        s_q=q.shape[1],
+        h_q=q.shape[2],
+        h_kv=format.h_kv,
+        max_seqlen=block_table.shape[1] * format.block_size,
+    )
+    (cuts,) = schedule_op.bind(cache_seqlens, num_parts=num_parts, implementation=implementation)
+    out, lse, *workspace = decode_op.bind(
+        q, blocks, block_table, cache_seqlens, cuts, kv_scale, tile_rows=tile_rows, **params
+    )
+    return [vmap.unfold(out, n), vmap.unfold(lse, n), *workspace], [0, 0, None, None]
+
+
+def _attributes(
+    *, sm_scale: float, causal: bool, format: CacheFormat, tile_rows: int, **_: Any
+) -> dict[str, Any]:
+    return {
+        "sm_scale": np.float32(sm_scale),
+        "causal": bool(causal),
+        "format": np.int32(_limits.FORMATS[format.name]),
+        "block_size": np.int32(format.block_size),
+        "tile_rows": np.int32(tile_rows),
+    }
+
+
+decode_op = Operation(
+    "dense_decode",
+    static=("d_v", "sm_scale", "causal", "format", "tile_rows"),
+    results=_results,
+    num_results=2,
+    reference=_reference,
+    batch=_batch,
+    attributes=_attributes,
+    refusal=_refusal,
+)
