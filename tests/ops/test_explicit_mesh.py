@@ -46,10 +46,10 @@ def test_sharded_operands_outside_shard_map_are_refused(jit: bool) -> None:
     q = jnp.ones((4, 1, 4, 24), jnp.float32)
     decode = wrap(functools.partial(dense_decode, d_v=16))
     heads = sharded(mesh, q, PartitionSpec(None, None, "model"))
-    with pytest.raises(ValueError, match="dense_decode must be called inside jax.shard_map"):
+    with pytest.raises(ValueError, match=r"dense_decode must be called inside jax\.shard_map"):
         decode(heads, *cache.layer())
     blocks = sharded(mesh, cache.blocks, PartitionSpec("data"))
-    with pytest.raises(ValueError, match="cache_append must be called inside.*decode_specs"):
+    with pytest.raises(ValueError, match=r"cache_append must be called inside.*decode_specs"):
         wrap(cache_append)(blocks, q[:, :, :1], cache.table.block_table, np.zeros(4, np.int32))
 
 

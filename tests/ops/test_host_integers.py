@@ -66,12 +66,9 @@ def test_what_does_not_fit_is_refused(value: int, x64: bool) -> None:
             for call in (CALLS["dense_decode"], CALLS["BlockTable"]):
                 with pytest.raises(ValueError, match=f"must fit in int32, got {value}"):
                     call(*map(np.array, arguments))
+        format, table = jax_flashmla.CacheFormat(d_qk=24, d_v=16), BlockTable.create(TABLE)
+        cache = jax_flashmla.PagedCache.create(format, table, num_blocks=4)
         with pytest.raises(ValueError, match="num_new must fit in int32"):
-            cache = jax_flashmla.PagedCache.create(
-                jax_flashmla.CacheFormat(d_qk=24, d_v=16),
-                BlockTable.create(TABLE, block_size=64),
-                num_blocks=4,
-            )
             cache.advance(1, [value, 1])
 
 
