@@ -127,7 +127,7 @@ def as_int32(name: str, x: Any, dims: str, *, may_be_empty: bool = False) -> jax
     limits = np.iinfo(np.int32)
     if isinstance(x, int | list | tuple) and not isinstance(x, bool):
         x = np.asarray(x, None if np.size(x) else np.int32)
-    _refuse_foreign(name, x, dims)
+    refuse_foreign(name, x, dims)
     _refuse_deleted(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must have dtype int32, or another integer's, got {x.dtype}")
@@ -149,14 +149,14 @@ def as_int32(name: str, x: Any, dims: str, *, may_be_empty: bool = False) -> jax
                 raise ValueError(f"{name} must fit in int32, got {worst}")
             x = x.astype(np.int32)
     check_array(name, x, dims, INT32, may_be_empty=may_be_empty)
-    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)  # type: ignore[return-value]
 
 
 def check_array(
     name: str, x: Any, dims: str, dtypes: tuple[np.dtype, ...], *, may_be_empty: bool = False
 ) -> tuple[int, ...]:
     """The shape of x, an array with the named dimensions."""
-    _refuse_foreign(name, x, dims)
+    refuse_foreign(name, x, dims)
     rank = 0 if dims == "[]" else dims.count(",") + 1
     if len(x.shape) != rank:
         raise ValueError(f"{name} must have rank {rank} {dims}, got shape {tuple(x.shape)}")
@@ -173,7 +173,8 @@ def check_array(
     return tuple(x.shape)
 
 
-def _refuse_foreign(name: str, x: Any, dims: str) -> None:
+def refuse_foreign(name: str, x: Any, dims: str) -> None:
+    """What is neither JAX's nor NumPy's array."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
             f"{name} must be a JAX or NumPy array {dims} without a mask, got a masked array: fill "

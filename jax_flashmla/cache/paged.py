@@ -182,7 +182,8 @@ class PagedCache:
         if cache_seqlens is None:
             cache_seqlens = self.table.cache_seqlens
         else:
-            overflow = jnp.zeros(jnp.shape(cache_seqlens), jnp.int32)
+            cache_seqlens = _checks.as_cache_seqlens(cache_seqlens)
+            overflow = jnp.zeros(cache_seqlens.shape, jnp.int32)
         table = BlockTable.create(block_table, cache_seqlens, block_size=self.table.block_size)
         return dataclasses.replace(self, table=table, overflow=overflow)
 
@@ -250,7 +251,8 @@ class PagedCache:
         Raises:
             ValueError, TypeError: rows that do not fit the cache.
         """
-        shape = jnp.shape(rows)
+        _checks.refuse_foreign("rows", rows, "[layers, b, s_new, h_kv, d_qk]")
+        shape = rows.shape
         if self.layers == 1 and len(shape) == 4:
             rows, shape = rows[None], (1, *shape)
         if len(shape) != 5 or shape[0] != self.layers:

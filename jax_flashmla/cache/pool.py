@@ -112,10 +112,11 @@ def write(
         raise TypeError(
             f"slots must be the Slots of the step's advance(), got {_checks.describe(slots)}"
         )
-    if len(jnp.shape(rows)) == 4 and jnp.shape(rows)[1] != slots.s_new:
+    _checks.refuse_foreign("rows", rows, "[b, s_new, h_kv, d_qk]")
+    if len(rows.shape) == 4 and rows.shape[1] != slots.s_new:
         raise ValueError(
             f"rows must have the s_new = {slots.s_new} of the step's advance(), got shape "
-            f"{jnp.shape(rows)}"
+            f"{rows.shape}"
         )
     of = view(blocks, format, layers, table, layer)
     new = cache_append(
