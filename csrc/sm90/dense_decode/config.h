@@ -61,6 +61,7 @@ struct KernelArgs {
   int s_q, h_q;
   int query_box;  // rows loaded for a tile: at least the rows it has
   int heads_per_kv;
+  int head_chunks;  // chunks from one KV head's row to the next one's
   int max_blocks, max_tokens;
   int block_shift;      // a cache block is 2^block_shift tiles; 0 also if less than one
   float scale_log2;     // sm_scale * log2(e)

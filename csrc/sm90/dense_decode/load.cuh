@@ -40,7 +40,8 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, int first_r
   const CUtensorMap* map = rope ? (query ? &args.query_rope_map : &args.cache_rope_map)
                                 : (query ? &args.query_half_map : &args.cache_half_map);
   const int index = item.index[0];
-  const int chunk = static_cast<int>(part) * kHalfChunks + (query ? 0 : blockIdx.y * kChunks);
+  const int chunk =
+      static_cast<int>(part) * kHalfChunks + (query ? 0 : blockIdx.y * args.head_chunks);
   tma_load_5d(target, map, full, 0, query ? index * args.rows + first_row : 0, chunk,
               query ? 0 : item.token_group, query ? 0 : index, args.cache_hint);
   if (query) return;

@@ -11,6 +11,9 @@ namespace flashmla::sm90::dense_decode {
 // Both maps have boxes of `rows` rows by `chunks` chunks of 64 columns, written to shared memory in
 // the 128-byte swizzle. What is out of bounds reads as zeros.
 
+// Chunks from one KV head's row to the next one's.
+inline uint64_t head_chunks(const DenseDecodeParams& params) { return params.row_stride / 64; }
+
 // Eight rows' chunks, then the next eight rows'. Coordinates: 0, token within eight, chunk (all KV
 // heads' in a row), eight tokens of the block, block.
 Status make_cache_map(const DenseDecodeParams& params, int rows, int chunks, CUtensorMap* map);
