@@ -111,8 +111,8 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
     if (!__any_sync(~0u, valid)) break;
     const volatile Cut& begin = smem.begin;
     const volatile Cut& end = smem.end;
-    const bool continued = is_continued(begin, sequence);
-    const bool unfinished = is_unfinished(end, sequence);
+    const bool continued = sequence == begin.sequence && begin.tile > 0;
+    const bool unfinished = sequence == end.sequence && end.tile > 0;
     const bool partial = continued || unfinished;
     if (empty) {
       const int index = partial ? piece_slot(blockIdx.z, continued) : sequence;
