@@ -101,6 +101,13 @@ struct Row {
   double best_us, limit_us;  // best_us 0: no peer is recorded
   std::string label;
   std::vector<int> lengths;
+
+  // As jax_flashmla chooses: 16 if that many tiles are at work at once on 132 multiprocessors.
+  int tile_rows() const {
+    const int together = h_kv == 1 ? s_q * h_q : h_q / h_kv;
+    const int tiles = (together + 15) / 16 * (h_kv == 1 ? 1 : s_q) * h_kv;
+    return tiles * num_parts <= 132 ? 16 : 64;
+  }
 };
 
 struct Bench {
@@ -137,6 +144,8 @@ struct Bench {
     const int longest = *std::max_element(row.lengths.begin(), row.lengths.end());
     p.max_blocks = (longest + kBlock - 1) / kBlock + 3;
     p.num_parts = row.num_parts;
+    p.tile_rows = row.tile_rows(), p.row_stride = kDqk;
+    p.block_bytes = int64_t(2) * kBlock * p.h_kv * kDqk;
     p.sm_scale = 1 / std::sqrt(576.0f), p.causal = causal, p.dtype = flashmla::DType::kBFloat16;
     x.tokens = std::accumulate(row.lengths.begin(), row.lengths.end(), int64_t{0});
 

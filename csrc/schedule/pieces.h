@@ -28,6 +28,8 @@ struct Piece {
   int32_t tile_begin, tile_end;  // of the sequence; tile_end is clamped to its length
   bool continued;                // begins inside the sequence: slot 2 * part
   bool unfinished;  // ends inside the sequence: slot 2 * part + 1, or 2 * part if continued
+
+  FLASHMLA_HOST_DEVICE constexpr bool partial() const { return continued || unfinished; }
 };
 
 FLASHMLA_HOST_DEVICE inline bool owns_work(Cut begin, Cut end, int sequence) {

@@ -11,6 +11,7 @@
 #include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90 {
+namespace dense_decode {
 namespace {
 
 bool takes_block_size(int tokens) {
@@ -23,19 +24,43 @@ int rows_together(const DenseDecodeParams& params) {
   return params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
 }
 
-int count_row_tiles(const DenseDecodeParams& params, int tile_rows) {
-  const int tiles = (rows_together(params) + tile_rows - 1) / tile_rows;
-  return params.h_kv == 1 ? tiles : params.s_q * tiles;
+// How the query rows of a sequence are tiled: rows of a tile at most, and tiles of one KV head.
+struct RowTiles {
+  int rows, count;
+};
+
+// The schedule says which tiles it was made for: 16 where the problem is small, since small tiles
+// take less time each but read the cache for each of them; else as many rows as there are, up
+// to 64.
+RowTiles choose_row_tiles(const DenseDecodeParams& params) {
+  const int together = rows_together(params);
+  const int rows = params.tile_rows == kLeastRows ? kLeastRows : std::min(together, kTileRows);
+  const int count = (together + rows - 1) / rows;
+  return {rows, params.h_kv == 1 ? count : params.s_q * count};
 }
 
-// Rows of a thread block's tile: as many as there are, up to 64; but 16 if the schedule has so few
-// parts that the multiprocessors take all such tiles at once, as schedules of small problems do
-// (jax_flashmla/_num_parts.py). Small tiles take less time each; but each reads the cache for
-// itself, which only a small problem can afford.
-int choose_tile_rows(const DenseDecodeParams& params, int multiprocessors) {
-  const int64_t narrowest_tiles = int64_t{count_row_tiles(params, kLeastRows)} * params.h_kv;
-  if (narrowest_tiles * params.num_parts <= multiprocessors) return kLeastRows;
-  return std::min(rows_together(params), kTileRows);
+Status check_cache(const DenseDecodeParams& params) {
+  constexpr const char* kNames[kNumFormats] = {"dense", "v32",     "v32_nope", "v4",
+                                               "v41",   "v41_fp4", "fp8_row",  "fp8_index"};
+  const auto format = static_cast<unsigned>(params.format);
+  if (params.format != Format::kDense) {
+    return Status::InvalidArgument(
+        std::string("the Hopper dense_decode kernel takes dense caches, ") + "got format " +
+        (format < kNumFormats ? kNames[format] : "?"));
+  }
+  if (params.num_blocks < 1) {
+    return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
+  }
+  // TMA takes strides of 16 bytes, and a map with several heads has them in steps of a chunk.
+  const int unit = params.h_kv == 1 ? 8 : 64;
+  if (params.row_stride < kHeadDim || params.row_stride % unit != 0) {
+    return Status::InvalidArgument(
+        "the Hopper dense_decode kernel takes cache rows (row_stride) of "
+        "at least 576 elements and a multiple of " +
+        std::to_string(unit) + " with h_kv = " + std::to_string(params.h_kv) + ", got " +
+        std::to_string(params.row_stride));
+  }
+  return Status::Ok();
 }
 
 Status check_supported(const DenseDecodeParams& params) {
@@ -49,9 +74,12 @@ Status check_supported(const DenseDecodeParams& params) {
   if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
   }
-  if (params.num_blocks < 1) {
-    return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
+  if (params.tile_rows != kLeastRows && params.tile_rows != kTileRows) {
+    return Status::InvalidArgument(
+        "the Hopper dense_decode kernel takes tile_rows = 16 or 64, got " +
+        std::to_string(params.tile_rows));
   }
+  if (Status status = check_cache(params); !status.ok()) return status;
   if (int64_t{params.b} * params.s_q * params.h_q > INT32_MAX) {
     return Status::InvalidArgument("dense_decode takes less than 2^31 query rows (b * s_q * h_q)");
   }
@@ -59,8 +87,10 @@ Status check_supported(const DenseDecodeParams& params) {
 }
 
 }  // namespace
+}  // namespace dense_decode
 
 Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
+  using namespace dense_decode;
   if (params.b == 0 || params.s_q * params.h_q == 0) return Status::Ok();
   if (Status status = check_supported(params); !status.ok()) return status;
 
@@ -71,10 +101,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   if (!s.ok()) return s;
   s = make_cache_map(params, box_tokens, 1, &args.cache_rope_map);
   if (!s.ok()) return s;
-  int multiprocessors = 0;
-  s = count_multiprocessors(&multiprocessors);
-  if (!s.ok()) return s;
-  const int tile_rows = choose_tile_rows(params, multiprocessors);
+  const auto [tile_rows, row_tiles] = choose_row_tiles(params);
   // The narrow kernel multiplies with all rows of a box; the wide one needs whole swizzle groups.
   const int row_unit = tile_rows <= kNarrowRows ? 16 : 8;
   args.query_box = (tile_rows + row_unit - 1) / row_unit * row_unit;
@@ -93,20 +120,32 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.s_q = params.s_q;
   args.h_q = params.h_q;
   args.rows = params.s_q * params.h_q;
-  args.group = params.h_q / params.h_kv;
+  args.heads_per_kv = params.h_q / params.h_kv;
+  args.head_chunks = static_cast<int>(head_chunks(params));
   args.max_blocks = params.max_blocks;
   args.max_tokens = params.max_blocks * params.block_size;
   args.block_shift = std::countr_zero(unsigned(params.block_size / box_tokens));
   args.scale_log2 = params.sm_scale * 1.4426950408889634f;
   args.causal = params.causal;
 
-  const int row_tiles = count_row_tiles(params, tile_rows);
   // A tile that several blocks read must stay in L2 until the last has read it.
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
   if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
-  return run_merge(params, /*room_beside=*/tile_rows <= kLeastRows, stream);
+  const MergeParams merge{.b = params.b,
+                          .rows = args.rows,
+                          .h_q = params.h_q,
+                          .d_v = params.d_v,
+                          .num_parts = params.num_parts,
+                          .dtype = params.dtype,
+                          .cuts = params.cuts,
+                          .out_accum = params.out_accum,
+                          .lse_accum = params.lse_accum,
+                          .attn_sink = nullptr,
+                          .out = params.out,
+                          .lse = params.lse};
+  return run_merge(merge, /*shares_sm=*/tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -4,12 +4,12 @@
 // instructions. So all that can be computed before it waits for the results is.
 #pragma once
 
-#include "params/dense_decode.h"
+#include "params/merge.h"
 #include "schedule/pieces.h"
-#include "sm90/merge/partial.cuh"
+#include "sm90/attention/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::merge {
 
 // Waits for the kernel whose results are merged, once.
 struct Prerequisites {
@@ -25,23 +25,23 @@ struct Prerequisites {
 
 // Keeps the compiler from computing an address where it is used, past the wait.
 template <typename V>
-__device__ __forceinline__ void compute_here(V*& address) {
+__device__ __forceinline__ void pin_address(V*& address) {
   asm volatile("" : "+l"(address));
   __builtin_assume(__isGlobal(address));
 }
 
 // A row to merge: where its pieces are in the workspace. Piece 0 is the owner's, the others are the
 // next parts'.
+template <int kColumns>
 struct RowPieces {
   const float *columns, *lse;  // of the owner's first slot
   int count;
   uint32_t slot_rows;  // rows of a slot
 
-  __device__ __forceinline__ RowPieces(const DenseDecodeParams& params, int owner, int pieces,
-                                       int row)
-      : count(pieces), slot_rows(params.s_q * params.h_q) {
+  __device__ __forceinline__ RowPieces(const MergeParams& params, int owner, int pieces, int row)
+      : count(pieces), slot_rows(params.rows) {
     const int64_t first = int64_t{piece_slot(owner, /*continued=*/true)} * slot_rows + row;
-    columns = params.out_accum + first * kValueDim;
+    columns = params.out_accum + first * kColumns;
     lse = params.lse_accum + first;
   }
 
@@ -51,7 +51,7 @@ struct RowPieces {
   }
 
   __device__ __forceinline__ const float* row(int piece) const {
-    return columns + uint64_t{offset(piece)} * kValueDim;
+    return columns + uint64_t{offset(piece)} * kColumns;
   }
 };
 
@@ -61,16 +61,18 @@ struct PieceLoads {
   int64_t first_step, step;  // floats; the owner's piece is not in its part's first slot
   int left, turns;
 
-  __device__ __forceinline__ PieceLoads(const RowPieces& pieces, int piece, int turns, int column)
+  template <int kColumns>
+  __device__ __forceinline__ PieceLoads(const RowPieces<kColumns>& pieces, int piece, int turns,
+                                        int column)
       : next(pieces.row(piece) + column * 4),
-        step(int64_t{pieces.offset(turns)} * kValueDim),
+        step(int64_t{pieces.offset(turns)} * kColumns),
         left(pieces.count - piece),
         turns(turns) {
-    first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kValueDim : 0);
-    compute_here(next);
+    first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kColumns : 0);
+    pin_address(next);
   }
 
-  // The next ones; zeros past the last piece.
+  // Loads the next kCount; zeros past the last piece.
   template <int kCount>
   __device__ __forceinline__ void load(uint4 (&v)[kCount]) {
 #pragma unroll
@@ -84,4 +86,4 @@ struct PieceLoads {
   }
 };
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::merge

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "sm90/dense_decode/load.cuh"
-#include "sm90/dense_decode/work.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
 // by the one thread that uses it (the value warpgroups have no registers to spare), with what comes
@@ -13,11 +12,11 @@ namespace flashmla::sm90::wide {
 struct LoadStream {
   Cut end;
   int sequence, tile, tile_end;
-  bool open;        // not past the part's end
-  bool query_next;  // the queries of `sequence` come next, else its `tile`
-  bool entered;     // tile_end is known
-  // Of `sequence` and `tile`, copied asynchronously.
-  int seqlen, blocks[kMaxBoxes];
+  bool open;              // not past the part's end
+  bool query_next;        // the queries of `sequence` come next, else its `tile`
+  bool entered;           // tile_end is known
+  int seqlen;             // of `sequence`, copied asynchronously,
+  int blocks[kMaxBoxes];  // and so are the ids of `tile`
 
   template <int kBoxes>
   __device__ void start(const KernelArgs& args, Cut begin, Cut end_cut) {
@@ -33,7 +32,7 @@ struct LoadStream {
     if (!query_next) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       if (!entered) {
-        const int tiles = num_tiles(clamp_seqlen(args, *const_cast<volatile int*>(&seqlen)));
+        const int tiles = num_tiles(args.clamp_seqlen(*const_cast<volatile int*>(&seqlen)));
         tile_end = sequence == end.sequence ? min(end.tile, tiles) : tiles;
         entered = true;
         if (tile >= tile_end) {
@@ -93,4 +92,4 @@ struct LoadStream {
   }
 };
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

@@ -10,7 +10,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
 struct SoftmaxRows {
@@ -148,8 +148,8 @@ __device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& ro
   }
 }
 
-// Log-sum-exp of the rows, from their finished sums. index: sequence or, if partial, workspace
-// slot.
+// Stores the rows' log-sum-exps, from their finished sums. index: the sequence or, if partial, the
+// workspace slot.
 __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
                                           const SoftmaxRows& rows, bool partial, int index) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
@@ -176,10 +176,11 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     SoftmaxRows rows;
 
     take_query(smem, ring, args.query_box, kScoreBarrier, q);
-    const int seqlen = clamp_seqlen(args, length);
+    const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
-    if (warp_leader) {  // no one waits for the first three: their phases keep step with the loads
+    if (warp_leader) {
+      // Nobody waits for the first three here: arriving keeps their parity aligned with the ring.
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
@@ -196,7 +197,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
-      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, load_seqlen(args, sequence));
+      if (tile >= unmasked_tiles)
+        mask_tile(args, smem, s, tile, args.clamp_seqlen(args.cache_seqlens[sequence]));
       update_references(smem, s, rows, args.scale_log2, ring.slot);
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
                              scores_done, ring.parity);
@@ -221,10 +223,9 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       wgmma_wait<0>();
     }
     odd_piece ^= piece.tile_begin < piece.tile_end;
-    const bool partial = piece.continued || piece.unfinished;
-    store_lse(args, smem.row_tile, rows, partial,
-              partial ? piece_slot(blockIdx.z, piece.continued) : sequence);
+    store_lse(args, smem.row_tile, rows, piece.partial(),
+              piece.partial() ? piece_slot(blockIdx.z, piece.continued) : sequence);
   }
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

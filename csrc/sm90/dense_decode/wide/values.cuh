@@ -2,16 +2,16 @@
 // thread of the right warpgroup issues all loads.
 #pragma once
 
+#include "sm90/attention/partial.cuh"
 #include "sm90/dense_decode/output.cuh"
 #include "sm90/dense_decode/softmax.cuh"
 #include "sm90/dense_decode/wide/load.cuh"
-#include "sm90/merge/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Transposes a 4x4 of words between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
 __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_row(const KernelArgs& args, const float (&
   }
 }
 
-// The same for a partial piece: see partial.cuh.
+// Writes the half row of a partial piece to the workspace (partial.cuh).
 __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128],
                                                   int r, int half, float inverse_sum, int slot,
                                                   int row, bool valid) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const 
     target[half * 32 + i + quad_lane] = uint4{v[0], v[1], v[2], v[3]};
   }
   if (quad_lane == 0) {
-    reinterpret_cast<float*>(target)[kPartialScale + half] = power_of_two(exponent);
+    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = power_of_two(exponent);
   }
 }
 
@@ -91,7 +91,8 @@ __device__ __forceinline__ void store_zero_row(uint4* target, bool partial, int 
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll 1
   for (int i = 0; i < 32; i += 4) target[half * 32 + i + quad_lane] = uint4{};
-  if (partial && quad_lane == 0) reinterpret_cast<float*>(target)[kPartialScale + half] = 1.0f;
+  if (partial && quad_lane == 0)
+    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = 1.0f;
 }
 
 // Writes what a piece has accumulated. All but o is read and derived anew: registers are short
@@ -142,12 +143,12 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   Ring ring;
   bool odd_piece = false;  // counting pieces that are not empty
   if (loads) fill_slot<kBoxes>(args, smem, kStages - 1);
-  // Here and below, so that no lane runs ahead of the loading thread: without this, the next wgmma
-  // can wait for ever.
+  // Keeps lanes from running ahead of the loading thread, here and below: without this, the next
+  // wgmma can wait for ever.
   __syncwarp();
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
-    const int seqlen = load_seqlen(args, sequence);
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     bool fresh = true;  // nothing accumulated yet
     // The queries are not for this warpgroup. But it must not run ahead of the score warpgroup, as
@@ -206,4 +207,4 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   }
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide
