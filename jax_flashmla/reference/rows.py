@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from jax_flashmla.cache import quantise
 from jax_flashmla.cache.format import CacheFormat
+from jax_flashmla.cache.quantise import dequantise_f32, quantise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Num, UInt8
@@ -65,7 +65,7 @@ def store_rows(
         if blocks.shape[-1] == rows.shape[-1]:
             return blocks.at[block, offset].set(rows, mode="drop")
         return blocks.at[block, offset, :, : rows.shape[-1]].set(rows, mode="drop")
-    planes = quantise.quantise(format, rows[..., 0, :], kv_scale=kv_scale)
+    planes = quantise(format, rows[..., 0, :], kv_scale=kv_scale)
     if len(planes) == 1:
         return blocks.at[block, offset, 0].set(planes[0], mode="drop")
     for plane, stored in enumerate(planes):
@@ -77,7 +77,7 @@ def store_rows(
 def _values(
     format: CacheFormat, planes: tuple[UInt8[Array, "*n bytes"], ...], kv_scale: Float32[Array, ""]
 ) -> Float[Array, "*n 1 d_qk"]:
-    values = quantise.dequantise_f32(format, planes)
+    values = dequantise_f32(format, planes)
     rows = values * kv_scale if format.name == "fp8_row" else values.astype(format.dtype)
     return rows[..., None, :]
 
