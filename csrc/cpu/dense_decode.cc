@@ -5,9 +5,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/attend/attend_piece.h"
-#include "cpu/elements.h"
+#include "cpu/attend/attend.h"
+#include "cpu/attend/rows.h"
 #include "cpu/merge.h"
+#include "elements.h"
 #include "schedule/pieces.h"
 
 namespace flashmla::cpu {
@@ -42,6 +43,71 @@ std::vector<Cut> choose_cuts(const DenseDecodeParams& params) {
   return cuts;
 }
 
+// Rows are those that read one KV head of one sequence: row r is query r / group, head
+// kv_head * group + r % group, where group = h_q / h_kv.
+struct PieceTask {
+  int sequence, kv_head;
+  int row_begin, num_rows;         // num_rows <= kMaxRows
+  int32_t seqlen;                  // clamped to the table
+  int64_t token_begin, token_end;  // token_end <= seqlen
+};
+
+// Index of the row's query in q, out (times d_qk, d_v) and lse, all [b, s_q, h_q, ...].
+int64_t query_index(const DenseDecodeParams& params, const PieceTask& task, int row) {
+  const int group = params.h_q / params.h_kv;
+  const int r = task.row_begin + row;
+  return (int64_t{task.sequence} * params.s_q + r / group) * params.h_q + task.kv_head * group +
+         r % group;
+}
+
+// How many of the sequence's tokens, from its first on, the row attends to.
+int64_t visible_tokens(const DenseDecodeParams& params, const PieceTask& task, int row) {
+  const int query = (task.row_begin + row) / (params.h_q / params.h_kv);
+  return int64_t{task.seqlen} - (params.causal ? params.s_q - 1 - query : 0);
+}
+
+CacheRows cache_rows(const DenseDecodeParams& params, int kv_head) {
+  if (params.format == Format::kDense) {
+    return CacheRows::dense(params.blocks, params.num_blocks, params.block_bytes, params.dtype,
+                            params.d_qk, params.h_kv, kv_head, params.row_stride);
+  }
+  return CacheRows::coded(params.blocks, params.num_blocks, params.block_bytes, params.block_size,
+                          params.format, params.dtype);
+}
+
+// What values are multiplied by that attend_tile leaves as codes: 1 but for kFp8Row.
+float value_scale(const DenseDecodeParams& params) {
+  return params.format == Format::kFp8Row ? *params.kv_scale : 1.0f;
+}
+
+// Leaves row_max, row_sum and acc of the piece in `state`.
+void attend_piece(const DenseDecodeParams& params, const PieceTask& task, AttendState& state) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const float scale = params.sm_scale * kLog2E * value_scale(params);
+  state.begin(task.num_rows, params.d_qk, params.d_v);
+  for (int row = 0; row < task.num_rows; ++row) {
+    const int64_t q = query_index(params, task, row) * params.d_qk * itemsize(params.dtype);
+    state.load_query(row, static_cast<const char*>(params.q) + q, params.dtype, scale);
+  }
+  const CacheRows rows = cache_rows(params, task.kv_head);
+  const int32_t* table = params.block_table + int64_t{task.sequence} * params.max_blocks;
+  Tile tile;
+  for (int64_t token = task.token_begin; token < task.token_end; token += kSplitTile) {
+    const int64_t left = task.token_end - token;
+    tile.n = static_cast<int>(std::min<int64_t>(kSplitTile, left));
+    tile.num_known = static_cast<int>(std::min<int64_t>(kSplitTile + kPrefetchRows, left));
+    for (int t = 0; t < tile.num_known; ++t) {
+      tile.rows[t] =
+          rows.row(table[(token + t) / params.block_size], (token + t) % params.block_size);
+    }
+    for (int row = 0; row < task.num_rows; ++row) {
+      const int64_t visible = visible_tokens(params, task, row) - token;
+      tile.visible[row] = static_cast<int>(std::clamp<int64_t>(visible, 0, tile.n));
+    }
+    attend_tile(rows.format, tile, state);
+  }
+}
+
 template <class Element>
 void store_row(const float* acc, float scale, int n, void* to, int64_t row) {
   Element* out = static_cast<Element*>(to) + row * n;
@@ -50,11 +116,11 @@ void store_row(const float* acc, float scale, int n, void* to, int64_t row) {
 
 // Writes what attend_piece left: to out and lse if the piece is a whole sequence, else to its slot.
 void store_piece(const DenseDecodeParams& params, const PieceTask& task, const Piece& piece,
-                 int part, const PieceState& state) {
+                 int part, const AttendState& state) {
   for (int row = 0; row < task.num_rows; ++row) {
     const float* acc = state.acc + row * state.acc_stride;
     const float sum = state.row_sum[row];
-    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float scale = sum == 0.0f ? 0.0f : value_scale(params) / sum;
     const float lse_log2 = state.row_max[row] + std::log2(sum);  // -inf where the sum is 0
     const int64_t index = query_index(params, task, row);
     if (piece.continued || piece.unfinished) {
@@ -82,8 +148,7 @@ Status run_dense_decode(const DenseDecodeParams& params, const ParallelFor& para
   const int rows = params.s_q * (params.h_q / params.h_kv);
   const int groups = (rows + kMaxRows - 1) / kMaxRows;
   parallel_for(num_parts * params.h_kv * groups, [&](int index) {
-    static thread_local PieceState state;
-    state.resize(params.d_qk, params.d_v);
+    static thread_local AttendState state;
     const int part = index / (params.h_kv * groups);
     PieceTask task;
     task.kv_head = index / groups % params.h_kv;

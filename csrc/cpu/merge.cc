@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/elements.h"
+#include "elements.h"
 
 namespace flashmla::cpu {
 namespace {

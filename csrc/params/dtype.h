@@ -7,4 +7,6 @@ namespace flashmla {
 
 enum class DType : int32_t { kBFloat16, kFloat16, kFloat32 };
 
+constexpr int itemsize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 }  // namespace flashmla

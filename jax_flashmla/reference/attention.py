@@ -32,7 +32,7 @@ def dense_decode(
     tokens = keys.shape[1]
     scores = jnp.einsum(
         "bihgd,bthd->bhgit",
-        q.reshape(b, s_q, h_kv, h_q // h_kv, d_qk),
+        q.reshape(b, s_q, h_kv, h_q // h_kv, d_qk).astype(keys.dtype),
         keys,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,

@@ -1,4 +1,4 @@
-// attend_piece for one instruction set. attend_piece.cc includes this once for each, having defined
+// attend_tile for one instruction set. attend.cc includes this once for each, having defined
 //   FLASHMLA_ISA        namespace
 //   FLASHMLA_TARGET     function attribute that turns the instruction set on
 //   FLASHMLA_LANES      floats in a register
@@ -6,33 +6,16 @@
 // It uses the compilers' vector extensions only. Functions from elsewhere stay outside the
 // target attribute, so no function that needs a newer CPU can stand in for an ordinary one.
 
-namespace flashmla::cpu::FLASHMLA_ISA {
+#include "cpu/attend/load_simd.h"
 
-constexpr int kLanes = FLASHMLA_LANES;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef float Quad __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+namespace flashmla::cpu::FLASHMLA_ISA {
 
 // Blocks of sums that stay in registers, with room left for their operands.
 constexpr int kScoreTokens = FLASHMLA_REGISTERS / 8;   // x 4 rows
 constexpr int kValueVectors = FLASHMLA_REGISTERS / 8;  // x 4 rows
 
-constexpr int kKeys = 8;        // converted and used at a time, so in the first cache
-constexpr int kCacheLine = 64;  // bytes
+constexpr int kKeys = 8;  // converted and used at a time, so in the first cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <class Vector, class T>
-FLASHMLA_TARGET inline Vector load(const T* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-template <class Vector, class T>
-FLASHMLA_TARGET inline void store(T* to, const Vector& vector) {
-  std::memcpy(to, &vector, sizeof(vector));
-}
 
 FLASHMLA_TARGET inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
@@ -71,82 +54,6 @@ FLASHMLA_TARGET inline Floats exp2(Floats x) {
   return x == x ? y : x;
 }
 
-FLASHMLA_TARGET inline Floats to_float(Halves from, BFloat16) {
-  return (Floats)(__builtin_convertvector(from, Words) << 16);
-}
-
-FLASHMLA_TARGET inline Floats to_float(Halves from, Float16) {  // as Float16::to_float
-  const Words bits = __builtin_convertvector(from, Words);
-  const Words sign = (bits & 0x8000u) << 16;
-  const Words magnitude = (bits & 0x7fffu) << 13;
-  const Words denormal = (Words)((Floats)(magnitude + 0x38800000u) - 0x1p-14f);
-  Words result = magnitude + 0x38000000u;
-  result = magnitude < 0x00800000u ? denormal : result;
-  result = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : result;
-  return (Floats)(sign | result);
-}
-
-template <class Element>
-FLASHMLA_TARGET inline Floats load_floats(const Element* from) {
-  return to_float(load<Halves>(from), Element{});
-}
-
-FLASHMLA_TARGET inline Floats load_floats(const Float32* from) { return load<Floats>(from); }
-
-template <class Element>
-FLASHMLA_TARGET void convert(const Element* from, int n, float* to) {
-  int k = 0;
-  for (; k + kLanes <= n; k += kLanes) store(to + k, load_floats(from + k));
-  for (; k < n; ++k) to[k] = Element::to_float(from[k]);
-}
-
-template <class Element>
-FLASHMLA_TARGET void load_query(const DenseDecodeParams& params, const PieceTask& task,
-                                PieceState& state) {
-  const float scale = params.sm_scale * 1.44269504088896341f;
-  const auto* q = static_cast<const Element*>(params.q);
-  for (int row = 0; row < task.num_rows; ++row) {
-    float* to = state.query + row * state.key_stride;
-    convert(q + query_index(params, task, row) * params.d_qk, params.d_qk, to);
-    for (int k = 0; k < params.d_qk; ++k) to[k] *= scale;
-  }
-}
-
-// The key of a token in the cache; null for a block id out of range.
-template <class Element>
-FLASHMLA_TARGET const Element* find_key(const DenseDecodeParams& params, const PieceTask& task,
-                                        int64_t token) {
-  const int64_t block =
-      params.block_table[int64_t{task.sequence} * params.max_blocks + token / params.block_size];
-  if (block < 0 || block >= params.num_blocks) return nullptr;
-  const int64_t slot = block * params.block_size + token % params.block_size;
-  return static_cast<const Element*>(params.blocks) +
-         (slot * params.h_kv + task.kv_head) * params.row_stride;
-}
-
-// keys[0 : kKeys] = the keys from `token` on, with zeros past the piece's end. Meanwhile those
-// after them are on their way from memory.
-template <class Element>
-FLASHMLA_TARGET void load_keys(const DenseDecodeParams& params, const PieceTask& task,
-                               int64_t token, int key_stride, float* keys) {
-  for (int t = 0; t < kKeys; ++t) {
-    float* to = keys + t * key_stride;
-    const Element* key =
-        token + t < task.token_end ? find_key<Element>(params, task, token + t) : nullptr;
-    if (key == nullptr) {
-      std::fill_n(to, params.d_qk, 0.0f);
-    } else {
-      convert(key, params.d_qk, to);
-    }
-    const int64_t later = token + t + kKeys;
-    if (later >= task.token_end) continue;
-    const Element* next = find_key<Element>(params, task, later);
-    if (next == nullptr) continue;
-    for (int k = 0; k < params.d_qk; k += kCacheLine / sizeof(Element))
-      __builtin_prefetch(next + k);
-  }
-}
-
 // weights[r, t] = query[r] . keys[t] for kKeys keys, kTokens of them at a time.
 template <int kRows, int kTokens>
 FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stride,
@@ -172,18 +79,32 @@ FLASHMLA_TARGET void score_block(const float* query, const float* keys, int stri
   }
 }
 
-template <class Element>
-FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask& task,
-                                int64_t token, int n, PieceState& state) {
+// Converts kKeys rows from `first` on, with zeros past the tile's end, while those after them are
+// on their way from memory.
+FLASHMLA_TARGET inline void load_keys(const RowLoader& loader, const Tile& tile, int first,
+                                      AttendState& state) {
+  for (int t = first; t < first + kKeys; ++t) {
+    float* to = state.tile + t * state.key_stride;
+    if (t < tile.n && tile.rows[t].plane[0] != nullptr) {
+      loader.load(tile.rows[t], state.d_qk, to);
+    } else {
+      std::fill_n(to, state.d_qk, 0.0f);
+    }
+    if (t + kPrefetchRows < tile.num_known) loader.prefetch(tile.rows[t + kPrefetchRows]);
+  }
+}
+
+FLASHMLA_TARGET inline void score_tile(const RowLoader& loader, const Tile& tile,
+                                       AttendState& state) {
   const int stride = state.key_stride;
-  for (int t = 0; t < n; t += kKeys) {
-    float* keys = state.tile + t * stride;
-    load_keys<Element>(params, task, token + t, stride, keys);
+  for (int t = 0; t < tile.n; t += kKeys) {
+    load_keys(loader, tile, t, state);
+    const float* keys = state.tile + t * stride;
     int row = 0;
-    while (row < task.num_rows) {
+    while (row < state.num_rows) {
       const float* query = state.query + row * stride;
       float* weights = state.weights + row * kSplitTile + t;
-      const int left = task.num_rows - row;
+      const int left = state.num_rows - row;
       if (left >= 4) {
         score_block<4, kScoreTokens>(query, keys, stride, weights);
         row += 4;
@@ -198,10 +119,10 @@ FLASHMLA_TARGET void score_tile(const DenseDecodeParams& params, const PieceTask
   }
 }
 
-// Scores to weights for one row, which sees the first `limit` of the tile's tokens.
-FLASHMLA_TARGET void softmax_row(int row, int64_t limit, PieceState& state) {
+// Scores to weights for one row, which sees the first `visible` of the tile's tokens.
+FLASHMLA_TARGET void softmax_row(int row, int visible, AttendState& state) {
   float* weights = state.weights + row * kSplitTile;
-  for (int64_t t = std::max<int64_t>(limit, 0); t < kSplitTile; ++t) weights[t] = -kInfinity;
+  std::fill(weights + visible, weights + kSplitTile, -kInfinity);
   Floats tile_max = load<Floats>(weights);
   for (int t = kLanes; t < kSplitTile; t += kLanes) {
     tile_max = max(load<Floats>(weights + t), tile_max);
@@ -251,7 +172,7 @@ FLASHMLA_TARGET void value_block(const float* weights, const float* decay, const
 }
 
 template <int kVectors>
-FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, PieceState& state) {
+FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, AttendState& state) {
   const float* tile = state.tile + column;
   int rows;
   for (int row = 0; row < num_rows; row += rows) {
@@ -266,7 +187,7 @@ FLASHMLA_TARGET void value_columns(int column, int num_rows, int n, PieceState& 
 }
 
 // Columns outside, rows inside: the tile's columns stay in the first cache while all rows use them.
-FLASHMLA_TARGET void value_tile(int num_rows, int n, PieceState& state) {
+FLASHMLA_TARGET void value_tile(int num_rows, int n, AttendState& state) {
   int column = 0;
   for (; column + kValueVectors * kLanes <= state.acc_stride; column += kValueVectors * kLanes) {
     value_columns<kValueVectors>(column, num_rows, n, state);
@@ -274,34 +195,10 @@ FLASHMLA_TARGET void value_tile(int num_rows, int n, PieceState& state) {
   for (; column < state.acc_stride; column += kLanes) value_columns<1>(column, num_rows, n, state);
 }
 
-template <class Element>
-FLASHMLA_TARGET void attend(const DenseDecodeParams& params, const PieceTask& task,
-                            PieceState& state) {
-  load_query<Element>(params, task, state);
-  std::fill_n(state.row_max, task.num_rows, -kInfinity);
-  std::fill_n(state.row_sum, task.num_rows, 0.0f);
-  std::fill_n(state.acc, int64_t{task.num_rows} * state.acc_stride, 0.0f);
-
-  for (int64_t token = task.token_begin; token < task.token_end; token += kSplitTile) {
-    const int n = static_cast<int>(std::min<int64_t>(kSplitTile, task.token_end - token));
-    score_tile<Element>(params, task, token, n, state);
-    for (int row = 0; row < task.num_rows; ++row) {
-      softmax_row(row, visible_tokens(params, task, row) - token, state);
-    }
-    value_tile(task.num_rows, n, state);
-  }
-}
-
-FLASHMLA_TARGET void attend_piece(const DenseDecodeParams& params, const PieceTask& task,
-                                  PieceState& state) {
-  switch (params.dtype) {  // with_element's lambda would be outside the target attribute
-    case DType::kBFloat16:
-      return attend<BFloat16>(params, task, state);
-    case DType::kFloat16:
-      return attend<Float16>(params, task, state);
-    case DType::kFloat32:
-      return attend<Float32>(params, task, state);
-  }
+FLASHMLA_TARGET void attend_tile(const RowFormat& format, const Tile& tile, AttendState& state) {
+  score_tile(find_loader(format), tile, state);
+  for (int row = 0; row < state.num_rows; ++row) softmax_row(row, tile.visible[row], state);
+  value_tile(state.num_rows, tile.n, state);
 }
 
 }  // namespace flashmla::cpu::FLASHMLA_ISA

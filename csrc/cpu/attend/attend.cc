@@ -1,11 +1,14 @@
-#include "cpu/attend/attend_piece.h"
+#include "cpu/attend/attend.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
-#include "cpu/elements.h"
+#include "elements.h"
+#include "formats.h"
+#include "quantise.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FLASHMLA_X86_DISPATCH 1
@@ -25,13 +28,13 @@
 #define FLASHMLA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define FLASHMLA_LANES 16
 #define FLASHMLA_REGISTERS 32
-#include "cpu/attend/attend_piece_simd.h"
+#include "cpu/attend/attend_simd.h"
 
 #define FLASHMLA_ISA avx2
 #define FLASHMLA_TARGET __attribute__((target("avx2,fma")))
 #define FLASHMLA_LANES 8
 #define FLASHMLA_REGISTERS 16
-#include "cpu/attend/attend_piece_simd.h"
+#include "cpu/attend/attend_simd.h"
 
 #endif
 
@@ -43,7 +46,7 @@
 #else
 #define FLASHMLA_REGISTERS 16
 #endif
-#include "cpu/attend/attend_piece_simd.h"
+#include "cpu/attend/attend_simd.h"
 
 namespace flashmla::cpu {
 namespace {
@@ -52,7 +55,7 @@ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multip
 
 }  // namespace
 
-void PieceState::resize(int d_qk, int d_v) {
+void AttendState::resize(int d_qk, int d_v) {
   const int stride = round_up(d_qk, kAlignment) + kAlignment;  // one more: no power of two
   if (stride == key_stride && round_up(d_v, kAlignment) == acc_stride) return;
   key_stride = stride;
@@ -74,16 +77,38 @@ void PieceState::resize(int d_qk, int d_v) {
   acc = take(size_t{kMaxRows} * acc_stride);
 }
 
-void attend_piece(const DenseDecodeParams& params, const PieceTask& task, PieceState& state) {
+void AttendState::begin(int rows, int row_d_qk, int d_v) {
+  resize(row_d_qk, d_v);
+  num_rows = rows;
+  d_qk = row_d_qk;
+  for (int t = 0; t < kSplitTile; ++t) {
+    std::fill(tile + t * key_stride + d_qk, tile + (t + 1) * key_stride, 0.0f);
+  }
+  std::fill_n(row_max, num_rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(row_sum, num_rows, 0.0f);
+  std::fill_n(acc, int64_t{num_rows} * acc_stride, 0.0f);
+}
+
+void AttendState::load_query(int row, const void* q, DType dtype, float scale) {
+  float* to = query + row * key_stride;
+  with_element(dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto* from = static_cast<const Element*>(q);
+    for (int k = 0; k < d_qk; ++k) to[k] = Element::to_float(from[k]) * scale;
+  });
+  std::fill(to + d_qk, to + key_stride, 0.0f);
+}
+
+void attend_tile(const RowFormat& format, const Tile& tile, AttendState& state) {
 #if FLASHMLA_X86_DISPATCH
   static const bool has_avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return avx512::attend_piece(params, task, state);
-  if (has_avx2) return avx2::attend_piece(params, task, state);
+  if (has_avx512) return avx512::attend_tile(format, tile, state);
+  if (has_avx2) return avx2::attend_tile(format, tile, state);
 #endif
-  baseline::attend_piece(params, task, state);
+  baseline::attend_tile(format, tile, state);
 }
 
 }  // namespace flashmla::cpu
