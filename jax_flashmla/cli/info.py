@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jax_flashmla
-from jax_flashmla.cli.device import describe_decode, describe_device, platform_of
+from jax_flashmla.bench.device import describe_decode, describe_device, platform_of
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
 

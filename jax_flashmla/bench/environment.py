@@ -36,7 +36,7 @@ def _checkout() -> Path | None:
     for start in (Path.cwd(), Path(__file__).parent):
         top = _output("git", "rev-parse", "--show-toplevel", cwd=start)
         # Not the checkout of a project that merely uses this one.
-        if top and (Path(top) / "jax_flashmla" / "cli" / "bench").is_dir():
+        if top and (Path(top) / "jax_flashmla" / "bench").is_dir():
             return Path(top)
     return None
 

@@ -24,14 +24,14 @@ def describe_device(device: jax.Device) -> str:
     return f"{device.device_kind} ({platform_of(device)}:{device.id}{suffix})"
 
 
-def count_decode_calls(compiled: jax.stages.Compiled) -> int:
-    """How many custom calls of dense_decode are in a compiled program's HLO."""
-    return (compiled.as_text() or "").count(f'custom_call_target="{DECODE_TARGET}"')
+def count_calls(compiled: jax.stages.Compiled, target: str = DECODE_TARGET) -> int:
+    """How many custom calls of a target are in a compiled program's HLO."""
+    return (compiled.as_text() or "").count(f'custom_call_target="{target}"')
 
 
 def describe_decode(compiled: jax.stages.Compiled, device: jax.Device) -> str:
     """Which implementation of dense_decode is in a compiled program's HLO."""
-    calls = count_decode_calls(compiled)
+    calls = count_calls(compiled)
     if calls:
         return f"{platform_of(device)} kernel, custom call {DECODE_TARGET} x {calls}"
     reason = kernel_refusal(platform_of(device)) or "the kernel was not asked for"
