@@ -2,9 +2,10 @@
 
     python examples/generate.py --checkpoint DIR --prompt "The capital of France is"
 
-DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json, or Kimi K2's
-tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures: deepseek_v2, deepseek_v3 (R1,
-V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a Hopper GPU.
+DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json, or Kimi
+K2's tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures:
+deepseek_v2, deepseek_v3 (R1, V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a
+Hopper GPU.
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
 a time. Text is printed as it comes, in the prompts' order; speeds go to standard error.

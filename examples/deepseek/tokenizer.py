@@ -61,8 +61,9 @@ def load_tokenizer(directory: pathlib.Path, kind: str, vocab_size: int) -> Token
         return TiktokenTokenizer(path, vocab_size)
     if vocab_size < 256 or (kind == "auto" and vocab_size != 256):
         raise ValueError(
-            f"{directory} has neither tokenizer.json nor tiktoken.model, and its vocabulary of {vocab_size} tokens is not "
-            "that of bytes" + (" (--tokenizer bytes forces it)" if vocab_size > 256 else "")
+            f"{directory} has neither tokenizer.json nor tiktoken.model, and its vocabulary of "
+            f"{vocab_size} tokens is not that of bytes"
+            + (" (--tokenizer bytes forces it)" if vocab_size > 256 else "")
         )
     return ByteTokenizer()
 

@@ -37,9 +37,20 @@ GENERATE = (
 )
 
 
-def start(*arguments: str, **options: object) -> subprocess.Popen:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([sys.executable, *arguments], text=True, **streams)
+@pytest.fixture
+def start():
+    """Starts Python; what still runs at the end of the test is killed."""
+    processes = []
+
+    def start(*arguments: str, **options: object) -> subprocess.Popen:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        processes.append(subprocess.Popen([sys.executable, *arguments], text=True, **streams))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def interrupt(process: subprocess.Popen) -> tuple[str, str]:
@@ -57,7 +68,7 @@ def interrupt(process: subprocess.Popen) -> tuple[str, str]:
 
 # Seconds: before JAX, while it is imported, the prompts' compilation, decoding.
 @pytest.mark.parametrize("delay", [0.15, 0.5, 1.5, 2.5, 4.0])
-def test_demo(delay):
+def test_demo(start, delay):
     process = start(*DEMO)
     time.sleep(delay)
     _, err = interrupt(process)
@@ -65,7 +76,7 @@ def test_demo(delay):
     assert err.splitlines() == ["interrupted"]
 
 
-def test_installed_script_and_example():
+def test_installed_script_and_example(start):
     processes = {"interrupted": start("-P", "-c", SCRIPT, *DEMO[3:])}
     processes["generate: interrupted"] = start(*GENERATE)
     time.sleep(0.4)
@@ -75,7 +86,7 @@ def test_installed_script_and_example():
         assert err.split("\n") in ([line, ""], ["", line, ""])
 
 
-def test_info_and_saved_results():
+def test_info_and_saved_results(start):
     for arguments in (("info",), ("bench", "--from", "benchmarks/results/h200/targets.json")):
         process = start(*CLI, *arguments, cwd=ROOT)
         time.sleep(0.3)
@@ -83,7 +94,7 @@ def test_info_and_saved_results():
         assert (process.returncode, err) == (130, "interrupted\n")
 
 
-def test_the_cursor_is_shown_again_on_a_terminal():
+def test_the_cursor_is_shown_again_on_a_terminal(start):
     """A progress bar hides it."""
     ours, its = pty.openpty()
     process = start(*DEMO, stderr=its)
@@ -95,7 +106,7 @@ def test_the_cursor_is_shown_again_on_a_terminal():
     os.close(ours)
 
 
-def test_bench_keeps_what_was_measured(tmp_path):
+def test_bench_keeps_what_was_measured(start, tmp_path):
     file = tmp_path / "results.json"
     process = start(*BENCH, "--json", str(file))
     while not file.exists():
@@ -127,7 +138,7 @@ with _interrupt.keeping():
 """
 
 
-def test_a_second_ctrl_c_ends_a_command_that_keeps_its_results():
+def test_a_second_ctrl_c_ends_a_command_that_keeps_its_results(start):
     process = start("-P", "-c", SECOND)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
