@@ -128,8 +128,8 @@ sys.argv = ["-m"]
 sys.orig_argv = ["python", "-m", "jax_flashmla.cli"]
 from jax_flashmla import _interrupt
 with _interrupt.keeping():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         for _ in range(600):
             time.sleep(0.1)
     except KeyboardInterrupt:
