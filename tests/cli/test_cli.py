@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_flashmla
 import naive
 from jax_flashmla import PagedCache, __version__
 from jax_flashmla.bench.naive import step_errors
@@ -184,6 +185,23 @@ def test_info_says_what_runs_here(capsys, monkeypatch):
         assert expected in said
     assert "WRONG" not in said
     assert "fails" not in said
+
+
+def test_info_notices_a_wrong_result_and_a_failure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    real = jax_flashmla.dense_decode
+
+    def wrong(*arguments):
+        out, lse = real(*arguments)
+        return out * 2, lse
+
+    def fails(*arguments):
+        raise RuntimeError("[no] such thing")
+
+    for decode, said in ((wrong, "WRONG RESULT"), (fails, "fails: RuntimeError: [no] such thing")):
+        monkeypatch.setattr(jax_flashmla, "dense_decode", decode)
+        assert main(["info"]) == 1
+        assert said in capsys.readouterr().out
 
 
 def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
