@@ -101,6 +101,7 @@ struct Shape {
   double best_us, limit_us;  // best_us 0: no peer is recorded
   std::string label;
   std::vector<int> lengths;
+  int tile_rows = 64;  // of the schedule, as num_parts
 };
 
 struct Bench {
@@ -136,7 +137,7 @@ struct Bench {
     p.num_blocks = pool_blocks / shape.h_kv, p.block_size = kBlock;
     const int longest = *std::max_element(shape.lengths.begin(), shape.lengths.end());
     p.max_blocks = (longest + kBlock - 1) / kBlock + 3;
-    p.num_parts = shape.num_parts;
+    p.num_parts = shape.num_parts, p.tile_rows = shape.tile_rows;
     p.sm_scale = 1 / std::sqrt(576.0f), p.causal = causal, p.dtype = flashmla::DType::kBFloat16;
     x.tokens = std::accumulate(shape.lengths.begin(), shape.lengths.end(), int64_t{0});
 
@@ -328,9 +329,9 @@ int main(int argc, char** argv) {
       {1, 16, 1, 132, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
       {1, 16, 1, 132, 0, 0, "b3000 h16 mostly empty", mostly_empty},
       {1, 128, 1, 66, 0, 0, "b3000 h128 mostly empty", mostly_empty},
-      {1, 128, 1, 16, 0, 0, "b1 h128 500, small tiles", {500}},
-      {1, 100, 1, 18, 0, 0, "b4 h100, small tiles", {500, 0, 64, 130}},
-      {2, 64, 2, 16, 0, 0, "b2 s2 h64 kv2, small tiles", {300, 70}},
+      {1, 128, 1, 16, 0, 0, "b1 h128 500, small tiles", {500}, 16},
+      {1, 100, 1, 18, 0, 0, "b4 h100, small tiles", {500, 0, 64, 130}, 16},
+      {2, 64, 2, 16, 0, 0, "b2 s2 h64 kv2, small tiles", {300, 70}, 16},
   };
   for (const Shape& shape : checks)
     for (bool causal : {false, true}) ok &= bench.check(shape, causal);
@@ -343,8 +344,8 @@ int main(int argc, char** argv) {
   while (std::getline(file, line)) {
     std::istringstream in(line);
     Shape shape;
-    in >> shape.label >> shape.s_q >> shape.h_q >> shape.h_kv >> shape.num_parts >> shape.best_us >>
-        shape.limit_us;
+    in >> shape.label >> shape.s_q >> shape.h_q >> shape.h_kv >> shape.num_parts >>
+        shape.tile_rows >> shape.best_us >> shape.limit_us;
     for (int n; in >> n;) shape.lengths.push_back(n);
     int64_t tokens;
     const double us = bench.time(shape, layers, tokens);

@@ -2,8 +2,8 @@
 
     python benchmarks/native/shapes.py targets --shapes h_q=16 > shapes.txt
 
-A line of the file: label s_q h_q h_kv num_parts best_us limit_us length..., the lengths of all b
-sequences.
+A line of the file: label s_q h_q h_kv num_parts tile_rows best_us limit_us length..., the
+lengths of all b sequences.
 best_us is the fastest recorded peer, 0 where none is recorded; limit_us is the H200's limit.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jax_flashmla._num_parts import default_num_parts
+from jax_flashmla._num_parts import default_split
 from jax_flashmla.bench.dense_decode import peers
 from jax_flashmla.bench.dense_decode.grids import GRIDS
 from jax_flashmla.bench.dense_decode.shapes import Shape
@@ -25,11 +25,11 @@ def line(shape: Shape) -> str:
     best_us = peers.recorded().get(shape, {}).get("best_us", 0)
     label = f"b{shape.b}_s{shape.s_q}_h{shape.h_q}_k{shape.s_k}_{shape.lengths}"
     seqlens = shape.seqlens()
-    num_parts = default_num_parts(
+    split = default_split(
         b=shape.b, s_q=shape.s_q, h_q=shape.h_q, h_kv=1, max_seqlen=int(seqlens.max())
     )
     limit_us = round(H200.us(shape), 2)
-    numbers = (shape.s_q, shape.h_q, 1, num_parts, best_us, limit_us, *seqlens)
+    numbers = (shape.s_q, shape.h_q, 1, *split, best_us, limit_us, *seqlens)
     return " ".join((label, *map(str, numbers)))
 
 

@@ -343,10 +343,11 @@ def test_native_shapes_are_the_grid():
         shape for shape in GRIDS["targets"].shapes() if (shape.lengths, shape.b) == ("normal", 8)
     ]
     assert len(lines) == len(expected) > 1
-    for (_, s_q, h_q, h_kv, num_parts, best_us, _, *lengths), shape in zip(
+    for (_, s_q, h_q, h_kv, num_parts, tile_rows, best_us, _, *lengths), shape in zip(
         lines, expected, strict=True
     ):
         assert (int(s_q), int(h_q), h_kv) == (shape.s_q, shape.h_q, "1")
+        assert int(tile_rows) in (16, 64)
         assert 0 < int(num_parts) * math.ceil(int(s_q) * int(h_q) / 64) <= 132
         assert list(map(int, lengths)) == shape.seqlens().tolist()
         assert float(best_us) == peers.recorded()[shape]["best_us"]
