@@ -11,7 +11,7 @@ tokens), so that nothing stays in L2 from one layer to the next.
 The step is one jitted function with a donated cache: the new tokens' rows are appended, all layers
 attend; it is run again and again on caches of the same lengths. The kernels are one jitted function
 too, of as many `dense_decode` calls over the same cache with one schedule. Both are timed as
-`jax-flashmla bench` times its rows. Beside them: the least time that reading the weights and the
+`jax-flashmla bench` times its shapes. Beside them: the least time that reading the weights and the
 cache once takes, at the bandwidth that a plain XLA sum reaches in the same run.
 """
 
@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import BlockTable, PagedCache, dense_decode, kernel_refusal, make_schedule
-from jax_flashmla.cli.bench import document, environment
-from jax_flashmla.cli.bench.measure import METHODS, Method, measure_ceilings, time_calls
-from jax_flashmla.cli.device import platform_of
+from jax_flashmla.bench import document, environment
+from jax_flashmla.bench.device import platform_of
+from jax_flashmla.bench.measure import METHODS, Method, measure_ceilings, time_calls
 from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig, YarnConfig, decode
 
 BLOCK_SIZE = 64
@@ -172,27 +172,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "warm_seconds": method.warm_seconds,
         },
         "ceilings": dataclasses.asdict(measure_ceilings(device, method)),
-        "rows": [],
+        "steps": [],
     }
     print(json.dumps({**result["hardware"], **result["versions"]}), flush=True)
     read_gbs = result["ceilings"]["read_gbs"]
     for heads in arguments.heads:
-        row = measure_heads(heads, arguments, method)
-        row["read_once_us"] = (row["weight_bytes"] + row["cache_bytes"]) / read_gbs / 1e3
-        result["rows"].append(row)
+        step = measure_heads(heads, arguments, method)
+        step["read_once_us"] = (step["weight_bytes"] + step["cache_bytes"]) / read_gbs / 1e3
+        result["steps"].append(step)
         print(
-            f"h_q={heads}: step {row['step']['us']:,.0f} us, its kernels alone "
-            f"{row['kernels']['us']:,.0f} us ({row['kernels_share']:.0%}), weights and cache read "
-            f"once {row['read_once_us']:,.0f} us",
+            f"h_q={heads}: step {step['step']['us']:,.0f} us, its kernels alone "
+            f"{step['kernels']['us']:,.0f} us ({step['kernels_share']:.0%}), weights and cache "
+            f"read once {step['read_once_us']:,.0f} us",
             flush=True,
         )
-        if arguments.json:  # after every row, so that a crash costs one row
+        if arguments.json:  # after every head count, so that a crash costs one
             document.write(result, arguments.json)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    run(parse_arguments(argv))
+    arguments = parse_arguments(argv)
+    if arguments.json:
+        try:
+            document.check_folder(arguments.json)
+        except OSError as error:
+            raise SystemExit(f"bench_mla_step: {error}") from None
+    run(arguments)
     return 0
 
 

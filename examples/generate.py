@@ -2,14 +2,15 @@
 
     python examples/generate.py --checkpoint DIR --prompt "The capital of France is"
 
-DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json; without the
-latter, and with a vocabulary of 256, tokens are bytes. Architectures: deepseek_v2, deepseek_v3 (R1,
-V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a Hopper GPU.
+DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json, or Kimi
+K2's tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures:
+deepseek_v2, deepseek_v3 (R1, V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a
+Hopper GPU.
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
 a time. Text is printed as it comes, in the prompts' order; speeds go to standard error.
 
-Needs: pip install 'jax-flashmla[flax,hf]'
+Needs: pip install 'jax-flashmla[flax,hf]'; for tiktoken.model, tiktoken
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
+
+from deepseek.interrupt import exit_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c("generate")
 
 import jax.numpy as jnp
 
@@ -61,10 +67,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file:
-        prompts += arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+        prompts += read_lines(arguments.prompts_file)
     if not prompts:
         raise ValueError("there must be a prompt: --prompt TEXT or --prompts-file FILE")
     return prompts
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+    """A file's lines. Only a line feed ends one: other separators may be part of a prompt."""
+    try:
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be in UTF-8: {error}") from None
+    lines = [line.removesuffix("\r") for line in lines]
+    if "" in lines:
+        raise ValueError(
+            f"{path} must have a prompt on each line, line {lines.index('') + 1} is empty"
+        )
+    return lines
 
 
 def print_in_order(
@@ -109,9 +129,17 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(
         temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed
     )
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     prompts = read_prompts(arguments)
     tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, tokens in enumerate(prompt_tokens):
+        if tokens and max(tokens) >= config.vocab_size:
+            raise ValueError(
+                f"prompt {prompt} has the token {max(tokens)}, the model's vocabulary only "
+                f"{config.vocab_size} tokens"
+            )
     dtype = jnp.dtype(arguments.dtype)
     stop_tokens = config.stop_tokens | set(arguments.stop_token)
     model = load_model(arguments.checkpoint, config, dtype=dtype, progress=sys.stderr.isatty())

@@ -1,5 +1,6 @@
 """Paged multi-head latent attention (MLA) decoding for JAX, on CPUs and on Hopper GPUs."""
 
+from jax_flashmla import _interrupt as _interrupt  # isort: skip (first: JAX takes a second to import)
 from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks
 from jax_flashmla.cache.copy import copy_blocks
 from jax_flashmla.cache.format import CacheFormat

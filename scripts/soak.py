@@ -35,7 +35,7 @@ from jax_flashmla import (
     dense_decode,
     make_schedule,
 )
-from jax_flashmla.cli.naive import step_errors
+from jax_flashmla.bench.naive import step_errors
 
 QUERY_GAIN = 3.0  # standard deviation of the scores: attention is peaked, as in trained models
 FORKED = 0.25  # of restarted sequences begin with another one's tokens

@@ -168,29 +168,43 @@ def test_layers_need_flax_in_the_modules_alone():
         assert roots <= CORE_DEPENDENCIES | optional
 
 
-def test_nothing_imports_cli_tests_or_benchmarks():
-    outside = {
-        name
-        for name in importers_of("jax_flashmla.cli", "tests", "benchmarks", "cases", "tolerances")
-        if not name.startswith("cli")
-    }
-    assert not outside
+def test_nothing_imports_cli_bench_tests_or_benchmarks():
+    """But cli, which may import bench; bench does not import cli."""
+
+    def outside(*targets: str, allowed: tuple[str, ...]) -> set[str]:
+        return {n for n in importers_of(*targets) if n.partition(".")[0] not in allowed}
+
+    assert not outside("jax_flashmla.cli", allowed=("cli",))
+    assert not outside("jax_flashmla.bench", allowed=("cli", "bench"))
+    assert not importers_of("tests", "benchmarks", "cases", "naive", "tolerances")
+
+
+def test_the_machinery_of_the_bench_knows_no_operation():
+    """A new one is a folder, and a line in `operations`."""
+    folders = {path.parent.name for path in (PACKAGE / "bench").glob("*/__init__.py")}
+    assert "dense_decode" in folders
+    for folder in folders:
+        target = f"jax_flashmla.bench.{folder}"
+        outside = {n for n in importers_of(target) if not n.startswith(f"bench.{folder}")}
+        assert outside == {"bench.operations"}
 
 
 @pytest.mark.parametrize(
-    "name", ["options", "grids", "shapes", "peers", "limits", "summary", "document"]
+    "name",
+    [
+        *("options", "operation", "operations", "shape", "limits", "summary", "document", "units"),
+        *(f"dense_decode/{name}" for name in ("__init__", "grids", "shapes", "peers")),
+    ],
 )
 def test_what_the_bench_says_without_measuring_needs_numpy_at_most(name):
     """So that its options answer, and saved results are read, without JAX or matplotlib."""
-    roots = {
-        name.partition(".")[0] for name in imports_of(PACKAGE / "cli" / "bench" / f"{name}.py")
-    }
+    roots = {name.partition(".")[0] for name in imports_of(PACKAGE / "bench" / f"{name}.py")}
     assert roots - set(sys.stdlib_module_names) <= {"numpy", "jax_flashmla"}
 
 
 def test_only_the_plots_import_matplotlib():
-    plots = {"plots", "latency_plot", "roofline_plot"}
-    assert importers_of("matplotlib") == {f"cli.bench.{name}" for name in plots}
+    plots = {"plots", "time_plot", "roofline_plot"}
+    assert importers_of("matplotlib") == {f"bench.{name}" for name in plots}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 // Times the Hopper kernels without JAX, in a CUDA graph captured by hand, and checks them against a
-// naive kernel first. Rows come from a file that rows.py writes; see README.md beside this.
+// naive kernel first. Shapes come from a file that shapes.py writes; see README.md beside this.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -96,25 +96,19 @@ __global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_toke
   if (threadIdx.x == 0) lse[row] = length > 0 ? peak + logf(sum) : -INFINITY;
 }
 
-struct Row {
+struct Shape {
   int s_q, h_q, h_kv, num_parts;
   double best_us, limit_us;  // best_us 0: no peer is recorded
   std::string label;
   std::vector<int> lengths;
-
-  // As jax_flashmla chooses: 16 if that many tiles are at work at once on 132 multiprocessors.
-  int tile_rows() const {
-    const int together = h_kv == 1 ? s_q * h_q : h_q / h_kv;
-    const int tiles = (together + 15) / 16 * (h_kv == 1 ? 1 : s_q) * h_kv;
-    return tiles * num_parts <= 132 ? 16 : 64;
-  }
+  int tile_rows = 64;  // of the schedule, as num_parts
 };
 
 struct Bench {
   T* pool;
   int64_t pool_blocks;
   float query_scale = 10;    // scores then have standard deviation 1
-  int rest_ms = 100;         // before a row: a hot GPU's clock is low
+  int rest_ms = 100;         // before a shape: a hot GPU's clock is low
   bool call_graphs = false;  // each call a child graph, as XLA makes them
   std::mt19937 random{7};
 
@@ -135,19 +129,19 @@ struct Bench {
   };
 
   // poison: NaN cache past the lengths, junk table entries.
-  Problem make(const Row& row, int layers, bool causal) {
+  Problem make(const Shape& shape, int layers, bool causal) {
     Problem x;
     auto& p = x.params;
-    p.b = row.lengths.size(), p.s_q = row.s_q, p.h_q = row.h_q, p.h_kv = row.h_kv, p.d_qk = kDqk,
-    p.d_v = kDv;
-    p.num_blocks = pool_blocks / row.h_kv, p.block_size = kBlock;
-    const int longest = *std::max_element(row.lengths.begin(), row.lengths.end());
+    p.b = shape.lengths.size(), p.s_q = shape.s_q, p.h_q = shape.h_q, p.h_kv = shape.h_kv,
+    p.d_qk = kDqk, p.d_v = kDv;
+    p.num_blocks = pool_blocks / shape.h_kv, p.block_size = kBlock;
+    const int longest = *std::max_element(shape.lengths.begin(), shape.lengths.end());
     p.max_blocks = (longest + kBlock - 1) / kBlock + 3;
-    p.num_parts = row.num_parts;
-    p.tile_rows = row.tile_rows(), p.row_stride = kDqk;
-    p.block_bytes = int64_t(2) * kBlock * p.h_kv * kDqk;
+    p.num_parts = shape.num_parts, p.tile_rows = shape.tile_rows;
+    p.format = flashmla::Format::kDense, p.row_stride = kDqk;
+    p.block_bytes = int64_t{2} * kBlock * p.h_kv * kDqk;
     p.sm_scale = 1 / std::sqrt(576.0f), p.causal = causal, p.dtype = flashmla::DType::kBFloat16;
-    x.tokens = std::accumulate(row.lengths.begin(), row.lengths.end(), int64_t{0});
+    x.tokens = std::accumulate(shape.lengths.begin(), shape.lengths.end(), int64_t{0});
 
     std::vector<int32_t> ids(p.num_blocks);
     std::iota(ids.begin(), ids.end(), 0);
@@ -156,7 +150,7 @@ struct Bench {
     for (int layer = 0; layer < layers; ++layer) {
       std::vector<int32_t> table(size_t(p.b) * p.max_blocks, 2147480000);
       for (int i = 0; i < p.b; ++i)
-        for (int t = 0; t < (row.lengths[i] + kBlock - 1) / kBlock; ++t) {
+        for (int t = 0; t < (shape.lengths[i] + kBlock - 1) / kBlock; ++t) {
           if (next == ids.size()) next = 0;
           table[size_t(i) * p.max_blocks + t] = ids[next++];
         }
@@ -174,7 +168,7 @@ struct Bench {
                  slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
     p.q = alloc(rows * kDqk * 2);
     fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
-    p.cache_seqlens = upload(row.lengths);
+    p.cache_seqlens = upload(shape.lengths);
     x.allocations.push_back((void*)p.cache_seqlens);
     p.cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
@@ -188,8 +182,8 @@ struct Bench {
     for (void* d : x.allocations) CHECK(cudaFree(d));
   }
 
-  bool check(const Row& row, bool causal) {
-    Problem x = make(row, 1, causal);
+  bool check(const Shape& shape, bool causal) {
+    Problem x = make(shape, 1, causal);
     const auto& p = x.params;
     CHECK_STATUS(flashmla::sm90::run_make_schedule(x.schedule, 0));
     CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
@@ -230,8 +224,8 @@ struct Bench {
     std::printf(
         "%s %-34s causal %d: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine %.1e, lse "
         "%.1e, reruns differing %d\n",
-        ok ? "ok  " : "FAIL", row.label.c_str(), causal, worst, worst_at / kDv, worst_at % kDv, bad,
-        got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse, differing);
+        ok ? "ok  " : "FAIL", shape.label.c_str(), causal, worst, worst_at / kDv, worst_at % kDv,
+        bad, got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse, differing);
     CHECK(cudaFree(scores));
     CHECK(cudaFree(out));
     CHECK(cudaFree(lse));
@@ -240,11 +234,11 @@ struct Bench {
   }
 
   // Microseconds a call. layers: calls in the graph, a cache each; 0 takes as many as reach 256 MB.
-  double time(const Row& row, int layers, int64_t& tokens) {
-    tokens = std::accumulate(row.lengths.begin(), row.lengths.end(), int64_t{0});
+  double time(const Shape& shape, int layers, int64_t& tokens) {
+    tokens = std::accumulate(shape.lengths.begin(), shape.lengths.end(), int64_t{0});
     if (layers == 0)
       layers = std::clamp<int64_t>((int64_t{256} << 20) / (tokens * kDqk * 2) + 1, 8, 128);
-    Problem x = make(row, layers, true);
+    Problem x = make(shape, layers, true);
     CHECK_STATUS(flashmla::sm90::run_make_schedule(x.schedule, 0));
     cudaStream_t stream;
     cudaGraph_t graph;
@@ -297,7 +291,7 @@ struct Bench {
 };
 
 int main(int argc, char** argv) {
-  const std::string rows_path = argc > 1 ? argv[1] : "";
+  const std::string shapes_path = argc > 1 ? argv[1] : "";
   Bench bench;
   bench.pool_blocks = argc > 2 ? std::atoll(argv[2]) : 140000;
   if (argc > 3) bench.query_scale = std::atof(argv[3]);
@@ -316,7 +310,7 @@ int main(int argc, char** argv) {
   };
   std::vector<int> mostly_empty(3000);
   for (size_t i = 40; i < mostly_empty.size(); i += 70) mostly_empty[i] = 3 * i % 1000;
-  const std::vector<Row> checks = {
+  const std::vector<Shape> checks = {
       {1, 64, 1, 132, 0, 0, "b1 h64 64", {64}},
       {1, 64, 1, 132, 0, 0, "b1 h64 20", {20}},
       {1, 64, 1, 132, 0, 0, "b1 h64 1000", {1000}},
@@ -337,42 +331,42 @@ int main(int argc, char** argv) {
       {1, 16, 1, 132, 0, 0, "b300 h16 ragged 200", ragged(300, 200)},
       {1, 16, 1, 132, 0, 0, "b3000 h16 mostly empty", mostly_empty},
       {1, 128, 1, 66, 0, 0, "b3000 h128 mostly empty", mostly_empty},
-      {1, 128, 1, 16, 0, 0, "b1 h128 500, small tiles", {500}},
-      {1, 100, 1, 18, 0, 0, "b4 h100, small tiles", {500, 0, 64, 130}},
-      {2, 64, 2, 16, 0, 0, "b2 s2 h64 kv2, small tiles", {300, 70}},
+      {1, 128, 1, 16, 0, 0, "b1 h128 500, small tiles", {500}, 16},
+      {1, 100, 1, 18, 0, 0, "b4 h100, small tiles", {500, 0, 64, 130}, 16},
+      {2, 64, 2, 16, 0, 0, "b2 s2 h64 kv2, small tiles", {300, 70}, 16},
   };
-  for (const Row& row : checks)
-    for (bool causal : {false, true}) ok &= bench.check(row, causal);
+  for (const Shape& shape : checks)
+    for (bool causal : {false, true}) ok &= bench.check(shape, causal);
   if (!ok) std::printf("CHECKS FAILED\n");
 
-  std::ifstream file(rows_path);
+  std::ifstream file(shapes_path);
   std::string line;
   double log_ratio = 0, log_limit = 0;
   int count = 0, compared = 0;
   while (std::getline(file, line)) {
     std::istringstream in(line);
-    Row row;
-    in >> row.label >> row.s_q >> row.h_q >> row.h_kv >> row.num_parts >> row.best_us >>
-        row.limit_us;
-    for (int n; in >> n;) row.lengths.push_back(n);
+    Shape shape;
+    in >> shape.label >> shape.s_q >> shape.h_q >> shape.h_kv >> shape.num_parts >>
+        shape.tile_rows >> shape.best_us >> shape.limit_us;
+    for (int n; in >> n;) shape.lengths.push_back(n);
     int64_t tokens;
-    const double us = bench.time(row, layers, tokens);
-    const double flops = 2.0 * tokens * row.s_q * row.h_q * (kDqk + kDv),
+    const double us = bench.time(shape, layers, tokens);
+    const double flops = 2.0 * tokens * shape.s_q * shape.h_q * (kDqk + kDv),
                  bytes = 2.0 * tokens * kDqk;
-    std::printf("%-28s %9.2f us  limit %9.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", row.label.c_str(),
-                us, row.limit_us, us / row.limit_us, flops / us * 1e-6, bytes / us * 1e-3);
-    log_limit += std::log(us / row.limit_us), ++count;
-    if (row.best_us > 0) {
-      std::printf("  best peer %9.2f, speed x%.3f", row.best_us, row.best_us / us);
-      log_ratio += std::log(row.best_us / us), ++compared;
+    std::printf("%-28s %9.2f us  limit %9.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", shape.label.c_str(),
+                us, shape.limit_us, us / shape.limit_us, flops / us * 1e-6, bytes / us * 1e-3);
+    log_limit += std::log(us / shape.limit_us), ++count;
+    if (shape.best_us > 0) {
+      std::printf("  best peer %9.2f, speed x%.3f", shape.best_us, shape.best_us / us);
+      log_ratio += std::log(shape.best_us / us), ++compared;
     }
     std::printf("\n");
   }
   if (count)
-    std::printf("geometric mean: %.3f of the limit's time over %d rows\n",
+    std::printf("geometric mean: %.3f of the limit's time over %d shapes\n",
                 std::exp(log_limit / count), count);
   if (compared)
-    std::printf("geometric mean: x%.3f the speed of the best peer over %d rows\n",
+    std::printf("geometric mean: x%.3f the speed of the best peer over %d shapes\n",
                 std::exp(log_ratio / compared), compared);
   return ok ? 0 : 1;
 }

@@ -92,29 +92,52 @@ class ModelConfig:
             )
         if hf.get("hidden_act", "silu") != "silu":
             raise NotImplementedError(f"hidden_act must be silu, got {hf['hidden_act']!r}")
-        generation = directory / "generation_config.json"
-        stop = (_read(generation) if generation.is_file() else hf).get("eos_token_id")
+        if hf.get("mlp_bias"):
+            raise NotImplementedError(f"mlp_bias must be false, got {hf['mlp_bias']!r}")
         moe = _read_moe(hf)
         return cls(
             attention=MLAConfig.from_hf(hf),
             moe=tuple(moe if is_sparse else None for is_sparse in _sparse_layers(hf)),
-            vocab_size=_required(hf, "vocab_size"),
-            intermediate_size=_required(hf, "intermediate_size"),
-            rms_norm_eps=_required(hf, "rms_norm_eps"),
-            tied_embeddings=hf.get("tie_word_embeddings", False),
-            max_positions=_required(hf, "max_position_embeddings"),
-            stop_tokens=frozenset(
-                [] if stop is None else stop if isinstance(stop, list) else [stop]
-            ),
+            vocab_size=_integer(hf, "vocab_size"),
+            intermediate_size=_integer(hf, "intermediate_size"),
+            rms_norm_eps=_number(hf, "rms_norm_eps"),
+            tied_embeddings=_boolean(hf, "tie_word_embeddings"),
+            max_positions=_integer(hf, "max_position_embeddings"),
+            stop_tokens=_stop_tokens(directory, hf),
         )
+
+
+def _stop_tokens(directory: pathlib.Path, hf: dict[str, Any]) -> frozenset[int]:
+    """Those of generation_config.json, or config.json's where the former names none."""
+    generation = directory / "generation_config.json"
+    stop = _read(generation).get("eos_token_id") if generation.is_file() else None
+    stop = hf.get("eos_token_id") if stop is None else stop
+    ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id must be a token's id or a list of ids, got {stop!r}")
+    return frozenset(ids)
 
 
 def _sparse_layers(hf: dict[str, Any]) -> list[bool]:
     """Which layers have experts."""
-    layers = _required(hf, "num_hidden_layers")
-    if hf.get("mlp_layer_types"):
-        return [kind == "sparse" for kind in hf["mlp_layer_types"][:layers]]
-    first, every = _required(hf, "first_k_dense_replace"), hf.get("moe_layer_freq", 1)
+    layers = _integer(hf, "num_hidden_layers")
+    kinds = hf.get("mlp_layer_types")
+    if kinds is not None:
+        known = isinstance(kinds, list) and all(kind in ("dense", "sparse") for kind in kinds)
+        if not known or len(kinds) < layers:
+            raise ValueError(
+                f"mlp_layer_types must be 'dense' or 'sparse' for each of num_hidden_layers = "
+                f"{layers} layers, got {kinds!r}"
+            )
+        return [kind == "sparse" for kind in kinds[:layers]]
+    first, every = _integer(hf, "first_k_dense_replace", least=0), hf.get("moe_layer_freq", 1)
+    if isinstance(every, list) and len(every) >= layers and all(x in (0, 1) for x in every):
+        return [i >= first and bool(every[i]) for i in range(layers)]
+    if type(every) is not int or every < 1:
+        raise ValueError(
+            "moe_layer_freq must be an integer of at least 1, or a list of 0 or 1 for each of "
+            f"num_hidden_layers = {layers} layers, got {every!r}"
+        )
     return [i >= first and i % every == 0 for i in range(layers)]
 
 
@@ -125,35 +148,62 @@ def _read_moe(hf: dict[str, Any]) -> MoEConfig:
         raise NotImplementedError(f"{hf['model_type']} has no topk_method {method!r}")
     if hf.get("scoring_func", scoring) != scoring:
         raise NotImplementedError(f"scoring_func must be {scoring}, got {hf['scoring_func']!r}")
-    normalise = bool(hf.get("norm_topk_prob"))
+    normalise = _boolean(hf, "norm_topk_prob")
     if normalise and scoring == "softmax":
         raise NotImplementedError(
             "norm_topk_prob must be false with softmax scores: implementations disagree on it, and "
             "no published model sets it"
         )
     limited = _GROUP_LIMITS[method]
-    width = _required(hf, "moe_intermediate_size")
+    width = _integer(hf, "moe_intermediate_size")
+    shared = hf.get("n_shared_experts")
     return MoEConfig(
-        num_experts=_required(hf, "n_routed_experts"),
-        experts_per_token=_required(hf, "num_experts_per_tok"),
+        num_experts=_integer(hf, "n_routed_experts"),
+        experts_per_token=_integer(hf, "num_experts_per_tok"),
         intermediate_size=width,
-        shared_size=width * (hf.get("n_shared_experts") or 0),
+        shared_size=width * (0 if shared is None else _integer(hf, "n_shared_experts", least=0)),
         scoring=scoring,
-        num_groups=_required(hf, "n_group") if limited else 1,
-        groups_per_token=_required(hf, "topk_group") if limited else 1,
+        num_groups=_integer(hf, "n_group") if limited else 1,
+        groups_per_token=_integer(hf, "topk_group") if limited else 1,
         normalise=normalise,
-        scale=_required(hf, "routed_scaling_factor"),
+        scale=_number(hf, "routed_scaling_factor"),
     )
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object, got a {type(found).__name__}")
+    return found
 
 
 def _required(hf: dict[str, Any], key: str) -> Any:
     if hf.get(key) is None:
         raise ValueError(f"config.json must have the key {key}, got only {sorted(hf)}")
     return hf[key]
+
+
+def _integer(hf: dict[str, Any], key: str, *, least: int = 1) -> int:
+    value = _required(hf, key)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _number(hf: dict[str, Any], key: str) -> float:
+    """A positive one."""
+    value = _required(hf, key)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(f"{key} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _boolean(hf: dict[str, Any], key: str) -> bool:
+    """False where it is absent or null."""
+    value = hf.get(key)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return bool(value)

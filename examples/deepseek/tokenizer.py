@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
+from deepseek.tiktoken_vocabulary import TiktokenTokenizer
+
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
@@ -42,21 +44,26 @@ def load_tokenizer(directory: pathlib.Path, kind: str, vocab_size: int) -> Token
 
     Args:
         directory: of the checkpoint.
-        kind: "bytes"; or "auto" for tokenizer.json where there is one, else for bytes if the
-            model's vocabulary is that of bytes.
+        kind: "bytes"; or "auto" for tokenizer.json or Kimi K2's tiktoken.model where there is one,
+            else for bytes if the model's vocabulary is that of bytes.
         vocab_size: of the model.
 
     Raises:
-        ValueError: there is no tokenizer.json and the vocabulary is not of 256 tokens, or is
-            smaller.
+        ImportError: the package that reads the file is missing.
+        ValueError: there is neither file and the vocabulary is not of 256 tokens, or is smaller; or
+            a file is not what it should be.
     """
     path = directory / "tokenizer.json"
     if kind == "auto" and path.is_file():
         return FileTokenizer(path)
+    path = directory / "tiktoken.model"
+    if kind == "auto" and path.is_file():
+        return TiktokenTokenizer(path, vocab_size)
     if vocab_size < 256 or (kind == "auto" and vocab_size != 256):
         raise ValueError(
-            f"{directory} has no tokenizer.json, and its vocabulary of {vocab_size} tokens is not "
-            "that of bytes" + (" (--tokenizer bytes forces it)" if vocab_size > 256 else "")
+            f"{directory} has neither tokenizer.json nor tiktoken.model, and its vocabulary of "
+            f"{vocab_size} tokens is not that of bytes"
+            + (" (--tokenizer bytes forces it)" if vocab_size > 256 else "")
         )
     return ByteTokenizer()
 

@@ -7,9 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+import jax_flashmla
+from jax_flashmla import _interrupt
+from jax_flashmla.bench import document
+from jax_flashmla.bench import options as bench_options
 from jax_flashmla.cli import workload
-from jax_flashmla.cli.bench import document
-from jax_flashmla.cli.bench import options as bench_options
 
 BAD_USAGE = 2
 NEEDS = {  # packages of the extra `cli` that a command needs
@@ -22,10 +24,23 @@ NEEDS = {  # packages of the extra `cli` that a command needs
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    0: all went well; 1: a demo step did not match, or a row could not be measured; 2: bad arguments
-    or a missing dependency; 130: interrupted while measuring.
+    0: all went well; 1: a demo step did not match, or a shape could not be measured; 2: bad
+    arguments or a missing dependency; 130: interrupted.
     """
+    try:
+        status = _run(argv)
+    except KeyboardInterrupt:  # outside the part of `bench` that keeps what was measured
+        print("interrupted", file=sys.stderr)
+        status = _interrupt.STATUS
+    if status == _interrupt.STATUS:
+        _interrupt.leave()
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="jax-flashmla", description="Paged MLA decoding in JAX.")
+    version = f"jax-flashmla {jax_flashmla.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     demo_parser = commands.add_parser(
         "demo",
@@ -36,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload.add_arguments(demo_parser)
     bench_parser = commands.add_parser(
         "bench",
-        help="time dense_decode over a grid of shapes",
-        description="Times dense_decode over a grid of shapes: N calls over N separate caches in "
-        "one jitted function, random data, random block order, causal, d_qk 576, d_v 512. Compares "
-        "with the limit model, plain XLA and, on an H200, the recorded peers; on a CPU with the "
-        "pure-JAX reference. A row that fails is reported and the others still run.",
+        help="time an operation over a grid of shapes",
+        description="Times an operation over a grid of shapes: N calls over N separate caches in "
+        "one jitted function. Compares with the limit model, plain XLA and, on an H200, the "
+        "recorded peers; on a CPU with the pure-JAX reference. A shape that fails is reported and "
+        "the others still run. Ctrl-C keeps what was measured.",
     )
     bench_options.add_arguments(bench_parser)
-    commands.add_parser("info", help="say what this installation can do here")
+    commands.add_parser("info", help="list which kernels work on this machine, and why not others")
     arguments = parser.parse_args(argv)
 
     missing = [name for name in NEEDS[arguments.command] if not importlib.util.find_spec(name)]
@@ -69,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             bench_parser.error(str(error))
         if saved is not None:
-            from jax_flashmla.cli.bench import report
+            from jax_flashmla.bench import report
 
             return report.show_saved(saved, options.plots, console)
-        from jax_flashmla.cli.bench import run
+        from jax_flashmla.bench import run
 
         return run.run(options, console)
     try:

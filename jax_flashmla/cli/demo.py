@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jax_flashmla import BlockAllocator, BlockTable, CacheFormat, PagedCache
-from jax_flashmla.cli.device import describe_decode, describe_device
+from jax_flashmla.bench.device import describe_decode, describe_device
+from jax_flashmla.bench.naive import Errors, step_errors
 from jax_flashmla.cli.model import VOCABULARY, init_weights, make_step
-from jax_flashmla.cli.naive import Errors, add_rows, step_errors
 from jax_flashmla.cli.workload import Workload
 
 PREFILL_CHUNK = 256  # tokens of each sequence that one prefill call appends
@@ -125,6 +125,24 @@ def _append_prompt(
     shape = (cache.layers, num_new.shape[0], PREFILL_CHUNK, 1, cache.format.d_qk)
     rows = jax.random.normal(key, shape, cache.format.dtype)
     return cache.append(rows, num_new=num_new), rows[:, :, :, 0]
+
+
+@partial(jax.jit, donate_argnames="history")
+def add_rows(
+    history: jax.Array, rows: jax.Array, positions: jax.Array, num_new: jax.Array
+) -> jax.Array:
+    """Adds cache rows to a plain array of all rows so far.
+
+    Args:
+        history: [layers, b, max_tokens, d_qk].
+        rows: [layers, b, s_new, d_qk].
+        positions: [b] int32, token position of each sequence's first new row.
+        num_new: [b] int32, how many of the s_new rows to add.
+    """
+    b, s_new = rows.shape[1:3]
+    step = jnp.arange(s_new)[None]
+    token = jnp.where(step < num_new[:, None], positions[:, None] + step, history.shape[2])
+    return history.at[:, jnp.arange(b)[:, None], token].set(rows, mode="drop")
 
 
 def _table(workload: Workload, format: CacheFormat, report: Report) -> Table:

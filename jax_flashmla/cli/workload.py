@@ -11,6 +11,7 @@ import numpy as np
 
 DEFAULT_BATCH = 8
 MAX_DRAWN_LENGTH = 1024  # tokens
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths-file",
         type=Path,
         metavar="FILE",
-        help="prompt lengths, separated by commas or white space",
+        help="prompt lengths, separated by commas or white space; # begins a comment",
     )
     parser.add_argument("--heads", type=int, default=Workload.heads, help="default %(default)s")
     parser.add_argument("--layers", type=int, default=Workload.layers, help="default %(default)s")
     parser.add_argument("--steps", type=int, default=Workload.steps, help="default %(default)s")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default=Workload.dtype)
+    parser.add_argument("--dtype", choices=DTYPES, default=Workload.dtype)
     parser.add_argument("--seed", type=_seed, default=Workload.seed, help="default %(default)s")
 
 
@@ -100,7 +101,8 @@ def from_arguments(arguments: argparse.Namespace) -> Workload:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Integers separated by commas or white space."""
+    """Integers separated by commas or white space; what follows a # in its line is a comment."""
+    text = re.sub(r"#.*", "", text)
     words = [word for word in re.split(r"[\s,]+", text) if word]
     for word in words:
         if not re.fullmatch(r"-?\d+", word):

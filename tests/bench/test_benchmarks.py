@@ -14,16 +14,16 @@ import jax
 import pytest
 
 from jax_flashmla import kernel_refusal
+from jax_flashmla.bench import command_buffers, document, measure, run, summary
+from jax_flashmla.bench.dense_decode import OPERATION, calls, peers
+from jax_flashmla.bench.dense_decode.calls import make_q, make_tables, package_decode, random_blocks
+from jax_flashmla.bench.dense_decode.grids import GRIDS
+from jax_flashmla.bench.dense_decode.shapes import Shape
+from jax_flashmla.bench.device import count_calls
+from jax_flashmla.bench.limits import H200, Limits, limits_of
+from jax_flashmla.bench.measure import METHODS, Ceilings, time_calls
+from jax_flashmla.bench.setup import Setup
 from jax_flashmla.cli import main
-from jax_flashmla.cli.bench import command_buffers, document, measure, peers, rows, run, summary
-from jax_flashmla.cli.bench.decode_calls import make_pool, make_q, make_tables, package_decode
-from jax_flashmla.cli.bench.grids import GRIDS
-from jax_flashmla.cli.bench.limits import Limits, h200_limits, limits_of
-from jax_flashmla.cli.bench.measure import METHODS, Ceilings, time_calls
-from jax_flashmla.cli.bench.options import BLOCK_SIZES
-from jax_flashmla.cli.bench.rows import Setup
-from jax_flashmla.cli.bench.shapes import Row
-from jax_flashmla.cli.device import count_decode_calls
 
 ROOT = pathlib.Path(__file__).parents[2]
 CEILINGS = Ceilings(3000.0, 2800.0, 650.0, 8192, "bfloat16")
@@ -68,13 +68,13 @@ def test_short_calls_read_their_caches_several_times(cache_bytes, limit_us, cach
 
 @pytest.mark.usefixtures("on_cpu")
 def test_xla_keeps_calls_over_the_same_cache_apart():
-    row = Row(2, 1, 4, 96)
+    shape = Shape(2, 1, 4, 96)
     device = jax.devices("cpu")[0]
-    tables = make_tables(row, 1, 16) * 3
-    pool = make_pool(row.num_blocks(16), 16, "bfloat16", device)
-    arguments = (make_q(row, "bfloat16", device), pool, tables, row.seqlens())
-    decode = package_decode(row, "kernel")
-    assert count_decode_calls(decode.lower(*arguments).compile()) == 3
+    tables = make_tables(shape, 1, 16) * 3
+    pool = random_blocks(shape.num_blocks(16), 16, "bfloat16", device)
+    arguments = (make_q(shape, "bfloat16", device), pool, tables, shape.seqlens())
+    decode = package_decode(shape, "kernel")
+    assert count_calls(decode.lower(*arguments).compile()) == 3
 
 
 def test_what_a_sample_takes_to_start_is_not_in_it(monkeypatch):
@@ -96,7 +96,7 @@ def test_what_a_sample_takes_to_start_is_not_in_it(monkeypatch):
 
 
 def test_the_hopper_kernel_takes_every_block_size_on_offer():
-    refusals = [kernel_refusal("cuda", block_size=size) for size in BLOCK_SIZES]
+    refusals = [kernel_refusal("cuda", block_size=size) for size in OPERATION.block_sizes]
     assert not any("block_size" in refusal for refusal in refusals if refusal)
 
 
@@ -106,10 +106,12 @@ def bench(*options: str) -> int:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_tiny_grid_is_measured_recorded_drawn_and_shown_again(tmp_path, capsys):
-    file, plots = tmp_path / "results" / "tiny.json", tmp_path / "plots"
-    assert bench("--grid", "tiny", "--rows", "b=2", "--rows", "b=3,h_q=4", "--json", str(file)) == 0
+    file, plots = tmp_path / "tiny.json", tmp_path / "plots"
+    assert (
+        bench("--grid", "tiny", "--shapes", "b=2", "--rows", "b=3,h_q=4", "--json", str(file)) == 0
+    )
     measured = capsys.readouterr().out
-    assert "2 rows, 0 failed" in measured
+    assert "2 shapes, 0 failed" in measured
     assert not plots.exists()
 
     found = json.loads(file.read_text())
@@ -119,15 +121,15 @@ def test_tiny_grid_is_measured_recorded_drawn_and_shown_again(tmp_path, capsys):
     assert found["limits"]["read_gbs"] == max(
         found["ceilings"]["read_gbs"], found["ceilings"]["copy_gbs"]
     )
-    assert [row["b"] for row in found["rows"]] == [2, 3]
-    for row in found["rows"]:
-        assert row["us_min"] <= row["us"] <= row["us_max"]
-        assert row["relative_error"] < 1e-2
+    assert [shape["b"] for shape in found["shapes"]] == [2, 3]
+    for shape in found["shapes"]:
+        assert shape["us_min"] <= shape["us"] <= shape["us_max"]
+        assert shape["relative_error"] < 1e-2
         for baseline in ("reference", "xla"):
-            speedup = row[f"{baseline}_us"] / row["us"]
-            assert row[f"speedup_vs_{baseline}"] == pytest.approx(speedup)
-        assert row["limit_fraction"] == pytest.approx(row["limit_us"] / row["us"])
-        assert "peers" not in row
+            speedup = shape[f"{baseline}_us"] / shape["us"]
+            assert shape[f"speedup_vs_{baseline}"] == pytest.approx(speedup)
+        assert shape["limit_fraction"] == pytest.approx(shape["limit_us"] / shape["us"])
+        assert "peers" not in shape
 
     assert bench("--from", str(file), "--plots", str(plots)) == 0
     shown = capsys.readouterr().out
@@ -146,48 +148,48 @@ def test_other_blocks_types_and_layers(tmp_path):
     assert bench("--grid", "tiny", *options, "--json", str(file)) == 0
     found = document.read(file)
     assert (found["block_size"], found["dtype"]) == (16, "float16")
-    for row in found["rows"]:
-        assert row["calls"] == row["decode_custom_calls"] == 3
-        assert row["command_buffers"] is None  # a GPU's
-        assert "xla_us" not in row
+    for shape in found["shapes"]:
+        assert shape["calls"] == shape["custom_calls"] == 3
+        assert shape["command_buffers"] is None  # a GPU's
+        assert "xla_us" not in shape
 
 
 @pytest.mark.usefixtures("on_cpu", "quick_ceilings")
-def test_one_row_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
-    real = rows.relative_error
+def test_one_shape_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+    real = calls.relative_error
     monkeypatch.setattr(
-        rows, "relative_error", lambda *x: float("nan") if x[-1].b == 3 else real(*x)
+        calls, "relative_error", lambda *x: float("nan") if x[-1].b == 3 else real(*x)
     )
     file = tmp_path / "tiny.json"
     assert bench("--grid", "tiny", "--xla", "none", "--json", str(file)) == 1
-    assert "3 rows, 1 failed" in capsys.readouterr().out
-    errors = [row.get("error") for row in document.read(file)["rows"]]
+    assert "3 shapes, 1 failed" in capsys.readouterr().out
+    errors = [shape.get("error") for shape in document.read(file)["shapes"]]
     assert errors == [None, "AssertionError: wrong result: relative error nan", None]
 
 
 @pytest.mark.usefixtures("on_cpu", "quick_ceilings")
 def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    real = run.measure_row
+    real = run.measure_shape
 
-    def interrupted(row, *arguments, **options):
-        if row.b == 3:
+    def interrupted(operation, shape, *arguments, **options):
+        if shape.b == 3:
             assert document.read(file)["interrupted"], "a killed run would not say that it was"
             raise KeyboardInterrupt
-        return real(row, *arguments, **options)
+        return real(operation, shape, *arguments, **options)
 
     file = tmp_path / "tiny.json"
-    monkeypatch.setattr(run, "measure_row", interrupted)
+    monkeypatch.setattr(run, "measure_shape", interrupted)
     assert bench("--grid", "tiny", "--xla", "none", "--json", str(file)) == 130
-    assert "1 rows, 0 failed" in capsys.readouterr().out
+    assert "1 shape, 0 failed" in capsys.readouterr().out
     found = document.read(file)
     assert found["interrupted"]
-    assert [row["b"] for row in found["rows"]] == [2]
+    assert [shape["b"] for shape in found["shapes"]] == [2]
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_no_row_is_left(capsys):
-    assert bench("--grid", "tiny", "--rows", "b=77") == 2
-    assert "no row of grid 'tiny' meets --rows b=77" in capsys.readouterr().out
+def test_no_shape_is_left(capsys):
+    assert bench("--grid", "tiny", "--shapes", "b=77") == 2
+    assert "no shape of grid 'tiny' meets --shapes b=77" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -218,11 +220,15 @@ def test_the_peers_are_in_the_wheel():
 def test_limit_model_is_the_recorded_one():
     """Our limits are those beside the peers' numbers, up to their rounding."""
     recorded = peers.document()["rows"]
+    ceilings = peers.document()["ceilings"]
+    assert (H200.read_gbs, H200.tflops) == (
+        ceilings["read_gbs"], ceilings["wgmma_sustained_tflops"],
+    )  # fmt: skip
     assert len(peers.recorded()) == len(recorded) > 70
-    for entry, row in zip(recorded, GRIDS["targets"](), strict=True):
-        assert (entry["b"], entry["h_q"], entry["s_k"]) == (row.b, row.h_q, row.s_k)
-        assert row.cached_tokens == pytest.approx(entry["cached_tokens"], rel=1e-3)
-        limit_us = h200_limits().us(row)
+    for entry, shape in zip(recorded, GRIDS["targets"].shapes(), strict=True):
+        assert (entry["b"], entry["h_q"], entry["s_k"]) == (shape.b, shape.h_q, shape.s_k)
+        assert shape.cached_tokens == pytest.approx(entry["cached_tokens"], rel=1e-3)
+        limit_us = H200.us(shape)
         assert limit_us == pytest.approx(entry["limit_us"], abs=0.06 + 1e-3 * limit_us)
 
 
@@ -243,52 +249,53 @@ def test_limits_follow_the_device(platform, kind, expected):
 
 
 def test_peers_are_compared_with_their_like_only():
-    row = GRIDS["targets"]()[0]
+    shape = GRIDS["targets"].shapes()[0]
     like = {"device_kind": "NVIDIA H200", "dtype": "bfloat16", "block_size": 64}
-    assert peers.comparable(row, **like) == peers.recorded()[row]
+    assert peers.comparable(shape, **like) == peers.recorded()[shape]
     other = {"device_kind": "NVIDIA GH200 480GB", "dtype": "float16", "block_size": 32}
     for name, value in other.items():
-        assert peers.comparable(row, **{**like, name: value}) == {}
-    assert peers.comparable(Row(1, 1, 20, 512), **like) == {}
+        assert peers.comparable(shape, **{**like, name: value}) == {}
+    assert peers.comparable(Shape(1, 1, 20, 512), **like) == {}
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))
-def test_rows_of_a_grid_are_distinct_and_fit_an_h100(name):
-    found = GRIDS[name]()
+def test_shapes_of_a_grid_are_distinct_and_fit_an_h100(name):
+    found = GRIDS[name].shapes()
     assert len(found) == len(set(found)) > 0
-    for row in found:
-        seqlens = row.seqlens()
-        assert seqlens.shape == (row.b,)
+    for shape in found:
+        seqlens = shape.seqlens()
+        assert seqlens.shape == (shape.b,)
         assert seqlens.min() >= 1
-        setup = Setup(None, METHODS["gpu"], h200_limits(), "bfloat16", 64, False)
-        assert setup.memory(row) < 70e9
+        setup = Setup(None, METHODS["gpu"], H200, "bfloat16", 64, False)
+        assert calls.memory(shape, setup) < 70e9
 
 
 def test_off_table_is_wide():
-    found = GRIDS["off_table"]()
-    assert {row.h_q for row in found} >= {8, 20, 32, 40, 64, 96}
-    assert (min(row.s_q for row in found), max(row.s_q for row in found)) == (1, 8)
-    assert (min(row.b for row in found), max(row.b for row in found)) == (1, 512)
-    assert (min(row.s_k for row in found), max(row.s_k for row in found)) == (64, 262144)
-    assert {row.lengths for row in found} == {"equal", "normal", "skewed"}
-    assert not set(found) & set(GRIDS["targets"]())
+    found = GRIDS["off_table"].shapes()
+    assert {shape.h_q for shape in found} >= {8, 20, 32, 40, 64, 96}
+    assert (min(shape.s_q for shape in found), max(shape.s_q for shape in found)) == (1, 8)
+    assert (min(shape.b for shape in found), max(shape.b for shape in found)) == (1, 512)
+    assert (min(shape.s_k for shape in found), max(shape.s_k for shape in found)) == (64, 262144)
+    assert {shape.lengths for shape in found} == {"equal", "normal", "skewed"}
+    assert not set(found) & set(GRIDS["targets"].shapes())
 
 
 def test_summary_by_group():
     limits = Limits(1000.0, "", 1e9, "", 0.0)  # bytes alone
 
-    def result(row, speedup):
+    def result(shape, speedup):
         return {
-            "b": row.b, "s_q": 1, "h_q": row.h_q, "s_k": row.s_k, "lengths": "equal",
-            "limit_us": limits.us(row), "speedup_vs_peers": speedup,
+            "b": shape.b, "s_q": 1, "h_q": shape.h_q, "s_k": shape.s_k, "lengths": "equal",
+            "limit_us": limits.us(shape), "speedup_vs_peers": speedup,
+            "us": 2.0, "us_min": 1.9, "us_max": 2.1,
         }  # fmt: skip
 
-    few, short, large = Row(4, 1, 16, 99999), Row(5, 1, 16, 999), Row(128, 1, 16, 9999)
+    few, short, large = Shape(4, 1, 16, 99999), Shape(5, 1, 16, 999), Shape(128, 1, 16, 9999)
     measured = [result(few, 4.0), result(short, 2.0), result(large, 1.0), result(large, 0.25)]
-    found = summary.summarise([*measured, {"b": 1, "error": "OutOfMemory"}])
-    assert (found["rows"], found["failed"]) == (5, 1)
+    found = summary.summarise(OPERATION, [*measured, {"b": 1, "error": "OutOfMemory"}])
+    assert (found["shapes"], found["failed"]) == (5, 1)
     groups = found["speedup_vs_peers"]
-    assert {name: (entry["rows"], entry["geometric_mean"]) for name, entry in groups.items()} == {
+    assert {name: (entry["shapes"], entry["geometric_mean"]) for name, entry in groups.items()} == {
         "all": (4, pytest.approx(2**0.25)),
         "b <= 4": (1, 4),
         "b > 4, limit < 60 us": (1, 2),
@@ -327,17 +334,20 @@ def test_custom_calls_in_command_buffers_are_counted(listing, expected):
     assert (found.command_buffers, found.calls_inside, found.calls_outside) == expected
 
 
-def test_native_rows_are_the_grid():
-    script = ROOT / "benchmarks" / "native" / "rows.py"
+def test_native_shapes_are_the_grid():
+    script = ROOT / "benchmarks" / "native" / "shapes.py"
     command = [sys.executable, "-P", str(script), "targets", "--rows", "lengths=normal,b=8"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    expected = [row for row in GRIDS["targets"]() if (row.lengths, row.b) == ("normal", 8)]
+    expected = [
+        shape for shape in GRIDS["targets"].shapes() if (shape.lengths, shape.b) == ("normal", 8)
+    ]
     assert len(lines) == len(expected) > 1
-    for (_, s_q, h_q, h_kv, num_parts, best_us, _, *lengths), row in zip(
+    for (_, s_q, h_q, h_kv, num_parts, tile_rows, best_us, _, *lengths), shape in zip(
         lines, expected, strict=True
     ):
-        assert (int(s_q), int(h_q), h_kv) == (row.s_q, row.h_q, "1")
+        assert (int(s_q), int(h_q), h_kv) == (shape.s_q, shape.h_q, "1")
+        assert int(tile_rows) in (16, 64)
         assert 0 < int(num_parts) * math.ceil(int(s_q) * int(h_q) / 64) <= 132
-        assert list(map(int, lengths)) == row.seqlens().tolist()
-        assert float(best_us) == peers.recorded()[row]["best_us"]
+        assert list(map(int, lengths)) == shape.seqlens().tolist()
+        assert float(best_us) == peers.recorded()[shape]["best_us"]

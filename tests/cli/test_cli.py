@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_flashmla import PagedCache
-from jax_flashmla.cli import main, model, naive, workload
+import jax_flashmla
+import naive
+from jax_flashmla import PagedCache, __version__
+from jax_flashmla.bench.naive import step_errors
+from jax_flashmla.cli import main, model, workload
 
 # A prompt without tokens, one that ends a block, one that fills several: 5 steps cross into new
 # blocks in two of them.
@@ -23,7 +26,16 @@ def parse(*options: str) -> workload.Workload:
     return workload.from_arguments(parser.parse_args(options))
 
 
-@pytest.mark.parametrize("text", ["5,300,17", "5 300 17", "5,\n300\t17\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5,300,17",
+        "5 300 17",
+        "5,\n300\t17\n",
+        "# tokens\n5, 300 # long, 9\n17#8",
+        "#1\r\n5 300 17 #",
+    ],
+)
 def test_lengths_from_option_and_file(text, tmp_path):
     file = tmp_path / "lengths.txt"
     file.write_text(text)
@@ -54,7 +66,8 @@ def test_drawn_lengths_are_ragged_and_follow_the_seed():
         (["--seed", "-1"], "--seed: must be an integer from 0 to 2^31 - 1, got '-1'"),
         (["--lengths-file", "no-such-file"], "No such file"),
         (["--lengths", "5", "--lengths-file", "f"], "not allowed with"),
-        (["--dtype", "float32"], "invalid choice"),
+        (["--dtype", "float64"], "invalid choice"),
+        (["--lengths", "# 5"], "lengths must name at least one sequence"),
     ],
 )
 def test_bad_options_are_named(options, message, capsys):
@@ -78,9 +91,30 @@ def test_demo_matches_and_reports(capsys, monkeypatch):
     assert "1,920, 1.7 times" in said
 
 
-def test_demo_runs_in_float16(capsys):
-    assert main([*SMALL, "--dtype", "float16"]) == 0
-    assert "float16" in capsys.readouterr().out
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_demo_runs_in_other_types(capsys, dtype):
+    assert main([*SMALL, "--dtype", dtype]) == 0
+    assert dtype in capsys.readouterr().out
+
+
+def test_wrong_attention_in_float32_is_a_failure(capsys, monkeypatch):
+    """Its tolerance is not so wide that a rounding to 16 bits would pass."""
+    real = model.dense_decode
+
+    def rounds(q, blocks, *arguments, **options):
+        out, lse = real(q, blocks, *arguments, **options)
+        return out.astype(jnp.bfloat16).astype(out.dtype), lse
+
+    monkeypatch.setattr(model, "dense_decode", rounds)
+    assert main([*SMALL, "--dtype", "float32"]) == 1
+    assert "MISMATCH against naive attention in 5 of 5 steps" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"jax-flashmla {__version__}\n"
 
 
 def test_wrong_attention_is_a_failure(capsys, monkeypatch):
@@ -118,24 +152,22 @@ def test_lost_rows_are_a_failure(capsys, monkeypatch):
     assert "MISMATCH" in capsys.readouterr().out
 
 
-def test_naive_check_agrees_with_float64_loops():
-    """The demo's judge is itself judged: by a loop over heads and tokens in NumPy."""
+def test_naive_check_agrees_with_float64():
+    """The demo's judge is itself judged: by the tests' own, in NumPy."""
     rng = np.random.default_rng(0)
     layers, b, h_q, d_qk, d_v, lengths = 2, 2, 3, 8, 5, np.array([4, 7], np.int32)
     history = rng.normal(size=(layers, b, 7, d_qk)).astype(np.float32)
     q = rng.normal(size=(layers, b, h_q, d_qk)).astype(np.float32)
     out, lse = np.zeros((layers, b, h_q, d_v)), np.zeros((layers, b, h_q))
-    for layer, sequence, head in np.ndindex(layers, b, h_q):
-        keys = history[layer, sequence, : lengths[sequence]].astype(np.float64)
-        weights = np.exp(keys @ q[layer, sequence, head] * 0.5)
-        out[layer, sequence, head] = weights @ keys[:, :d_v] / weights.sum()
-        lse[layer, sequence, head] = np.log(weights.sum())
+    for layer, sequence in np.ndindex(layers, b):
+        keys = history[layer, sequence, : lengths[sequence]]
+        out[layer, sequence], lse[layer, sequence] = naive.attend(
+            q[layer, sequence], keys, d_v=d_v, sm_scale=0.5
+        )
 
     def errors(out, lse):
         arrays = [jnp.asarray(x, jnp.float32) for x in (history, q, out, lse)]
-        return naive.step_errors(
-            arrays[0], jnp.asarray(lengths), *arrays[1:], d_v=d_v, sm_scale=0.5
-        )
+        return step_errors(arrays[0], jnp.asarray(lengths), *arrays[1:], d_v=d_v, sm_scale=0.5)
 
     assert max(map(float, errors(out, lse))) < 1e-5
     out[1, 0, 2, 3] += 0.25
@@ -153,6 +185,23 @@ def test_info_says_what_runs_here(capsys, monkeypatch):
         assert expected in said
     assert "WRONG" not in said
     assert "fails" not in said
+
+
+def test_info_notices_a_wrong_result_and_a_failure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    real = jax_flashmla.dense_decode
+
+    def wrong(*arguments):
+        out, lse = real(*arguments)
+        return out * 2, lse
+
+    def fails(*arguments):
+        raise RuntimeError("[no] such thing")
+
+    for decode, said in ((wrong, "WRONG RESULT"), (fails, "fails: RuntimeError: [no] such thing")):
+        monkeypatch.setattr(jax_flashmla, "dense_decode", decode)
+        assert main(["info"]) == 1
+        assert said in capsys.readouterr().out
 
 
 def test_without_rich_it_says_what_to_install(capsys, monkeypatch):

@@ -69,7 +69,10 @@ def test_stop_token_ends_a_text(capsys):
         (lambda d: edit(d, hidden_act="gelu"), "hidden_act must be silu"),
         (lambda d: edit(d, n_group=3), "n_group must divide n_routed_experts"),
         (lambda d: edit(d, num_experts_per_tok=7), "topk_group = 2 have num_experts_per_tok = 7"),
-        (lambda d: edit(d, vocab_size=300), "no tokenizer.json, and its vocabulary of 300"),
+        (
+            lambda d: edit(d, vocab_size=300),
+            "neither tokenizer.json nor tiktoken.model, and its vocabulary of 300",
+        ),
         (lambda d: edit(d, topk_method="random"), "no topk_method 'random'"),
         (lambda d: edit(d, first_k_dense_replace=None), "must have the key first_k_dense_replace"),
         (lambda d: (d / "model.safetensors").unlink(), "must hold model.safetensors"),
@@ -99,13 +102,50 @@ def edit(directory: pathlib.Path, **changes: object) -> None:
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "a", "--top-p", "0"], "top_p must be more than 0"),
         (["--prompt", "a", "--batch", "0"], "batch must be at least 1"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_tokens must be between 2"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (
+            ["--prompt", "a", "--max-new-tokens", "-3"],
+            "--max-new-tokens must be at least 1, got -3",
+        ),
         (["--prompt", ""], "prompt 0 must have at least one token"),
     ],
 )
 def test_bad_options_are_named(capsys, options, message):
     assert generate.main(["--checkpoint", str(V3), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_is_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    prompts = ["one\u2028still", "form\ffeed", "\x85\x1c\v", " ", "tab\t\rback"]
+    file.write_bytes("\n".join(prompts).encode())
+    assert generate.read_lines(file) == prompts
+    file.write_bytes(b"dos\r\nline\r\n")
+    assert generate.read_lines(file) == ["dos", "line"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\n\nb\n", "line 2 is empty"),
+        (b"", "line 1 is empty"),
+        (b"a\r\n\r\n", "line 2 is empty"),
+        (b"\xff", "must be in UTF-8"),
+    ],
+)
+def test_bad_prompt_files_are_named(tmp_path, capsys, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    assert generate.main(["--checkpoint", str(V3), "--prompts-file", str(file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 256}, unk_token="w"))
+    directory = shutil.copytree(V3, tmp_path / "model")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert generate.main(["--checkpoint", str(directory), "--prompt", "w"]) == 2
+    assert "prompt 0 has the token 256, the model's vocabulary only 256" in capsys.readouterr().err
 
 
 def test_tokenizer_file_is_used_where_there_is_one(tmp_path, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cases
+import naive
 import tolerances
 from cases import DecodeCase
 from jax_flashmla import dense_decode, kernel_refusal, make_schedule
@@ -68,7 +69,7 @@ def test_scale_and_default_scale(implementation: str) -> None:
     np.testing.assert_array_equal(bits(default[0]), bits(given[0]))
     out, lse = decode(sm_scale=0.2)
     for i in range(5):
-        expected = cases.naive_attention(
+        expected = naive.dense(
             inputs.q[i],
             inputs.keys[i],
             int(inputs.cache_seqlens[i]),
@@ -172,7 +173,7 @@ def test_out_of_range_blocks_read_as_zeros(implementation: str) -> None:
         inputs.q, inputs.blocks, table, inputs.cache_seqlens, implementation=implementation
     )
     for i in range(2):
-        expected = cases.naive_attention(inputs.q[i], keys[i], 200, d_v=512)
+        expected = naive.dense(inputs.q[i], keys[i], 200, d_v=512)
         tolerances.assert_decoded((out[i], lse[i]), expected)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
+import naive
+
 SEED = int(os.environ.get("JAX_FLASHMLA_TEST_SEED", "0"))
 # Cache rows as FlashMLA's tests draw them, to which its tolerances belong; queries so large that
 # the scores still have a standard deviation of 1.
@@ -117,41 +119,9 @@ def normal(
     return (scale * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
 
 
-def naive_attention(
-    q: np.ndarray,
-    keys: np.ndarray,
-    length: int,
-    *,
-    d_v: int,
-    sm_scale: float | None = None,
-    causal: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one sequence over its unpaged keys in float64, one query token at a time.
-
-    q [s_q, h_q, d_qk], keys [s_k, h_kv, d_qk] -> out [s_q, h_q, d_v], lse [s_q, h_q].
-    """
-    s_q, h_q, d_qk = q.shape
-    h_kv = keys.shape[1]
-    out, lse = np.zeros((s_q, h_q, d_v)), np.full((s_q, h_q), -np.inf)
-    q, keys = q.astype(np.float64), keys[:length].astype(np.float64)
-    for i, kv in itertools.product(range(s_q), range(h_kv)):
-        seen = length - (s_q - 1 - i) if causal else length
-        if seen <= 0:
-            continue
-        heads = slice(kv * (h_q // h_kv), (kv + 1) * (h_q // h_kv))
-        rows = keys[:seen, kv]
-        scores = q[i, heads] @ rows.T * (d_qk**-0.5 if sm_scale is None else sm_scale)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        out[i, heads] = weights @ rows[:, :d_v] / total
-        lse[i, heads] = (top + np.log(total))[:, 0]
-    return out, lse
-
-
 def naive_decode(case: DecodeCase, inputs: DecodeInputs) -> tuple[np.ndarray, np.ndarray]:
     results = [
-        naive_attention(q, keys, int(length), d_v=case.d_v, causal=case.causal)
+        naive.dense(q, keys, int(length), d_v=case.d_v, causal=case.causal)
         for q, keys, length in zip(inputs.q, inputs.keys, inputs.cache_seqlens, strict=True)
     ]
     outs, lses = zip(*results, strict=True)
@@ -248,6 +218,6 @@ def growing_cache(steps: int, b: int = 2) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def attend_growing(rows: np.ndarray, q: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     keys = np.moveaxis(rows[:length, :, 0], 0, 1)  # [b, length, 1, 24]
-    results = [naive_attention(q[i], keys[i], length, d_v=SMALL_D_V) for i in range(len(q))]
+    results = [naive.dense(q[i], keys[i], length, d_v=SMALL_D_V) for i in range(len(q))]
     outs, lses = zip(*results, strict=True)
     return np.stack(outs), np.stack(lses)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cases
+import naive
 import tolerances
 from jax_flashmla import BlockAllocator, BlockTable, PagedCache
 from jax_flashmla.layers import (
@@ -128,9 +129,10 @@ def naive_layer(
         keys = np.concatenate([latent @ p.w_uk[h].T, k_rope], axis=1)
         values = latent @ p.w_uv[h].T
         for i in range(len(x)):
-            scores = keys[: i + 1] @ queries[i] * scale
-            weights = np.exp(scores - scores.max())
-            y[i] += weights @ values[: i + 1] / weights.sum() @ p.w_o[h]
+            out, _ = naive.attend(
+                queries[i : i + 1], keys[: i + 1], values[: i + 1], sm_scale=scale
+            )
+            y[i] += out[0] @ p.w_o[h]
     return y, np.concatenate([latent, k_rope], axis=1)
 
 

@@ -9,30 +9,40 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-COLOURS, LIGHTEST = "viridis", 0.82  # as in latency_plot: even and safe for colour-blind readers
-MARKERS = "osD^vP*Xdhp8"  # of the shapes of a tile; colour alone would not tell them apart
+from jax_flashmla.bench.operation import Axes
+from jax_flashmla.bench.shape import Result
+from jax_flashmla.bench.time_plot import COLOURS, LIGHTEST
+from jax_flashmla.bench.units import scale_for, with_unit
+
+MARKERS = "osD^vP*Xdhp8"  # colour alone would not tell them apart
 
 
-def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, Any]) -> None:
+def draw_roofline(
+    figure: Figure, results: list[Result], axes: Axes, limits: dict[str, Any]
+) -> None:
     """Draws onto the figure.
 
     Args:
         figure: an empty one.
-        rows: measured rows. A point's shape and colour say how many queries share a cache row
-            (s_q * h_q), its size how many tokens the batch has cached.
+        results: measured shapes. A point's shape and colour say its axes.kind, its area the
+            logarithm of its axes.size.
+        axes: the operation's.
         limits: of the document: the two ceilings and where they come from.
     """
     figure.set_size_inches(9, 6)
     ax = figure.subplots()
-    flops = {id(row): row["tflops"] for row in rows}
-    intensity = {id(row): row["tflops"] * 1e3 / row["gbs"] for row in rows}  # FLOP / byte
+    scale, unit = scale_for([limits["tflops"] * 1e12], "FLOP/s")
+    tera = 1e12 / scale  # what a TFLOP/s is in the unit
+    top = limits["tflops"] * tera
+    rate = {id(result): result["tflops"] * tera for result in results}
+    intensity = {id(r): r["tflops"] * 1e3 / r["gbs"] for r in results}  # FLOP / byte
     ridge = limits["tflops"] * 1e3 / limits["read_gbs"]
     x = np.array([min(*intensity.values(), ridge) / 2, ridge, max(*intensity.values(), ridge) * 2])
-    ax.plot(x, np.minimum(x * limits["read_gbs"] / 1e3, limits["tflops"]), color="black")
+    ax.plot(x, np.minimum(x / ridge, 1) * top, color="black")
     middle = (x[0] * x[1]) ** 0.5
     ax.annotate(
-        f"{limits['read_gbs'] / 1e3:.3g} TB/s",
-        (middle, middle * limits["read_gbs"] / 1e3),
+        with_unit(limits["read_gbs"] * 1e9, "B/s"),
+        (middle, middle / ridge * top),
         xytext=(-6, 6),
         textcoords="offset points",
         ha="right",
@@ -40,24 +50,24 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
         fontsize=9.5,
     )
     ax.annotate(
-        f"{limits['tflops']:.3g} TFLOP/s",
-        (x[2], limits["tflops"]),
+        with_unit(limits["tflops"] * 1e12, "FLOP/s"),
+        (x[2], top),
         xytext=(-4, 5),
         textcoords="offset points",
         ha="right",
         va="bottom",
         fontsize=9.5,
     )
-    queries = sorted({row["s_q"] * row["h_q"] for row in rows})
+    kinds = sorted({axes.kind(result) for result in results})
     palette = colormaps[COLOURS]
-    for i, n in enumerate(queries):
-        chosen = [row for row in rows if row["s_q"] * row["h_q"] == n]
+    for i, n in enumerate(kinds):
+        chosen = [result for result in results if axes.kind(result) == n]
         ax.scatter(
-            [intensity[id(row)] for row in chosen],
-            [flops[id(row)] for row in chosen],
-            s=[_area(row["cached_tokens"]) for row in chosen],
+            [intensity[id(result)] for result in chosen],
+            [rate[id(result)] for result in chosen],
+            s=[_area(result[axes.size]) for result in chosen],
             marker=MARKERS[i % len(MARKERS)],
-            color=palette(LIGHTEST * i / max(1, len(queries) - 1)),
+            color=palette(LIGHTEST * i / max(1, len(kinds) - 1)),
             alpha=0.75,
             linewidths=0.5,
             edgecolors="black",
@@ -72,10 +82,11 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     sources = dict.fromkeys((limits["read_source"], limits["tflops_source"]))
     ax.set_title(f"lines: {'; '.join(sources)}", loc="left", fontsize=9.5)
-    ax.set_xlabel("operations per byte of cache, q and out, FLOP/byte")
-    ax.set_ylabel("TFLOP/s")
+    ax.set_xlabel("operations per byte that must be read or written, FLOP/B")
+    ax.set_ylabel(unit)
+    ax.margins(y=0.1)
     legend = ax.legend(
-        title="queries a cache row\nserves (s_q x h_q);\nsize: cached tokens",
+        title=f"{axes.kind_label};\nsize: {axes.size_label}",
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
     )
@@ -83,6 +94,6 @@ def draw_roofline(figure: Figure, rows: list[dict[str, Any]], limits: dict[str, 
         handle.set_sizes([45.0])  # type: ignore[union-attr]
 
 
-def _area(cached_tokens: int) -> float:
-    """Of a point, in square points: from a thousand tokens to a million by their logarithm."""
-    return float(np.interp(np.log10(cached_tokens), [2, 6.3], [12, 130]))
+def _area(size: int) -> float:
+    """Of a point, in square points: from a hundred tokens to a million by their logarithm."""
+    return float(np.interp(np.log10(size), [2, 6.3], [12, 130]))

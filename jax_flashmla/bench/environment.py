@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jax_flashmla.bench.device import cpu_model
+
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
     """The command's standard output, or None where it is missing or fails."""
@@ -22,21 +24,12 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _checkout() -> Path | None:
     """This project's git checkout, if the command runs in it or was installed inside it."""
     for start in (Path.cwd(), Path(__file__).parent):
         top = _output("git", "rev-parse", "--show-toplevel", cwd=start)
         # Not the checkout of a project that merely uses this one.
-        if top and (Path(top) / "jax_flashmla" / "cli" / "bench").is_dir():
+        if top and (Path(top) / "jax_flashmla" / "bench").is_dir():
             return Path(top)
     return None
 
@@ -72,7 +65,7 @@ def describe(device: jax.Device, commit: str | None = None) -> dict[str, Any]:
                 )
             )
     else:
-        hardware["device"] = _cpu_model()
+        hardware["device"] = cpu_model()
     packages = ("jax_flashmla", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
     versions = {"python": platform.python_version()}
     for package in packages:

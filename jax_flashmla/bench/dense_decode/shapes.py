@@ -1,4 +1,4 @@
-"""One shape of the benchmark: how long its sequences are, and what it computes and reads."""
+"""One shape of dense_decode: how long its sequences are, and what it computes and reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHORT_LENGTH = 256  # tokens of all but one sequence where lengths == "skewed"
 
 
 @dataclass(frozen=True, order=True)
-class Row:
+class Shape:
     """One shape. `lengths` says how the b sequences' lengths follow from s_k:
 
     equal   every sequence has s_k tokens
@@ -58,25 +58,16 @@ class Row:
         return 2 * (D_QK + D_V) * self.cached_tokens * self.s_q * self.h_q
 
     @property
+    def cache_bytes(self) -> int:
+        """Of the tokens in one cache."""
+        return ITEMSIZE * D_QK * self.cached_tokens
+
+    @property
     def bytes(self) -> int:
         """The cache read once, q read once, out written once."""
         q_and_out = self.b * self.s_q * self.h_q * (D_QK + D_V)
-        return ITEMSIZE * (D_QK * self.cached_tokens + q_and_out)
+        return self.cache_bytes + ITEMSIZE * q_and_out
 
-
-def matches(row: Row, condition: str) -> bool:
-    """Whether the row meets a condition such as "b=128,h_q=16" (all parts must hold).
-
-    Raises:
-        ValueError: the condition does not read field=value, or names a field that rows lack.
-    """
-    for part in condition.split(","):
-        field, separator, value = part.partition("=")
-        if not separator or field not in Row.__dataclass_fields__:
-            known = ", ".join(Row.__dataclass_fields__)
-            raise ValueError(
-                f"a row condition must read field=value with field in {known}, got {part!r}"
-            )
-        if str(getattr(row, field)) != value:
-            return False
-    return True
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"cached_tokens": self.cached_tokens}

@@ -1,4 +1,4 @@
-"""Draws results as PNG: time against length for each head count, and a roofline."""
+"""Draws results as PNG: time against size for each kind of shape, and a roofline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from jax_flashmla.cli.bench.latency_plot import draw_latency
-from jax_flashmla.cli.bench.roofline_plot import draw_roofline
+from jax_flashmla.bench.operations import OPERATIONS
+from jax_flashmla.bench.roofline_plot import draw_roofline
+from jax_flashmla.bench.time_plot import draw_times
 
 STYLE: Any = {  # of matplotlib's rcParams
     "font.size": 11,
@@ -29,19 +30,21 @@ STYLE: Any = {  # of matplotlib's rcParams
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """Writes <grid>_latency.png and <grid>_roofline.png; returns the files written.
 
-    Rows that failed are left out; where nothing is left, nothing is drawn.
+    Shapes that failed are left out; where nothing is left, nothing is drawn.
     """
-    rows = [row for row in document["rows"] if "error" not in row]
-    if not rows:
+    results = [result for result in document["shapes"] if "error" not in result]
+    if not results:
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    axes = OPERATIONS[document["operation"]].axes
+    times, roofline = (Figure(layout="constrained") for _ in range(2))
     paths = []
     # Figure by itself, without pyplot, needs no display and changes no global state but the style,
     # which ends with the context.
     with matplotlib.rc_context(STYLE):
-        for name, plot in (("latency", draw_latency), ("roofline", draw_roofline)):
-            figure = Figure(layout="constrained")
-            plot(figure, rows, document["limits"])
+        draw_times(times, results, axes)
+        draw_roofline(roofline, results, axes, document["limits"])
+        for name, figure in (("latency", times), ("roofline", roofline)):
             figure.suptitle(_title(document), fontsize=11.5, x=0.01, ha="left", linespacing=1.4)
             paths.append(folder / f"{document['grid']}_{name}.png")
             figure.savefig(paths[-1])
@@ -56,6 +59,7 @@ def _title(document: dict[str, Any]) -> str:
         device += f", {hardware['power_limit'].replace('.00', '')}"
     commit = f", commit {document['commit'][:7]}" if document["commit"] else ""
     return (
-        f"dense_decode on {device}: {document['dtype']}, blocks of {document['block_size']} tokens"
+        f"{document['operation']} on {device}: {document['dtype']}, blocks of "
+        f"{document['block_size']} tokens"
         f"\njax {document['versions']['jax']}{commit}, {document['date'][:10]}"
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Method:
-    """How one row is timed.
+    """How one shape is timed.
 
     One jitted function makes `calls` calls over `caches` caches in turn, so that no call finds its
     cache in L2, and is run back to back until `sample_seconds` have passed; a sample is the wall
@@ -128,7 +128,7 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What plain XLA programs reach on this device in this run."""
+    """What plain XLA programs reach on this device in this run, in their fastest sample."""
 
     copy_gbs: float  # x + 1 over float32: bytes read and written
     read_gbs: float  # a sum over float32: bytes read
@@ -145,12 +145,12 @@ def measure_ceilings(device: jax.Device, method: Method) -> Ceilings:
     with jax.default_device(device):
         x = jnp.ones((elements,), jnp.float32)
         copy = jax.jit(lambda x: x + 1)
-        copy_us = time_calls(lambda: copy(x), 1, method).us
+        copy_us = time_calls(lambda: copy(x), 1, method).us_min
         read = jax.jit(jnp.sum)
-        read_us = time_calls(lambda: read(x), 1, method).us
+        read_us = time_calls(lambda: read(x), 1, method).us_min
         a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
         matmul = jax.jit(jnp.matmul)
-        matmul_us = time_calls(lambda: matmul(a, b), 1, method).us
+        matmul_us = time_calls(lambda: matmul(a, b), 1, method).us_min
     return Ceilings(
         copy_gbs=2 * x.nbytes / copy_us / 1e3,
         read_gbs=x.nbytes / read_us / 1e3,

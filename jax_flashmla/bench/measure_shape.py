@@ -1,0 +1,81 @@
+"""Measures one shape: checks the result, then times it and what it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from jax_flashmla.bench.command_buffers import compile_and_look
+from jax_flashmla.bench.device import count_calls
+from jax_flashmla.bench.measure import Method, Timing, time_calls
+from jax_flashmla.bench.operation import Calls, Operation
+from jax_flashmla.bench.setup import Setup
+from jax_flashmla.bench.shape import Result, Shape
+
+
+def measure_shape(
+    operation: Operation, shape: Shape, pool: Any, setup: Setup, *, with_xla: bool
+) -> Result:
+    """Times one shape and, with_xla, its baselines.
+
+    Raises:
+        AssertionError: the result is wrong.
+        Exception: whatever compiling or running it raises.
+    """
+    module = operation.calls()
+    calls = module.make_calls(shape, pool, setup, with_xla=with_xla)
+    function, arguments = calls.kernel.function, calls.kernel.arguments
+    launched: Result = {}
+    if setup.look_inside:
+        function, capture = compile_and_look(function, *arguments)
+        launched["custom_calls"] = count_calls(function, module.TARGET)
+        launched["command_buffers"] = capture and dataclasses.asdict(capture)
+    error = calls.error(function(*arguments))
+    if not error <= module.MAX_RELATIVE_ERROR:
+        raise AssertionError(f"wrong result: relative error {error:.1e}")
+    timing = time_calls(partial(function, *arguments), calls.kernel.calls, setup.method)
+    limit_us = setup.limits.us(shape)
+    result = {
+        **dataclasses.asdict(timing),
+        "calls": calls.kernel.calls,
+        "caches": setup.caches(shape),
+        **launched,
+        "relative_error": error,
+        "tflops": shape.flops / timing.us / 1e6,
+        "gbs": shape.bytes / timing.us / 1e3,
+        "limit_us": limit_us,
+        "limit_fraction": limit_us / timing.us,
+    }
+    recorded = operation.peers(
+        shape,
+        device_kind=setup.device.device_kind,
+        dtype=setup.dtype,
+        block_size=setup.block_size,
+    )
+    if recorded:
+        result["peers"] = recorded
+        result["speedup_vs_peers"] = recorded["best_us"] / timing.us
+    return result | _baselines(calls, timing, setup.method)
+
+
+def _baselines(calls: Calls, timing: Timing, method: Method) -> Result:
+    """Each baseline's time, or why it has none: the shape's own time stands then."""
+    result: Result = {}
+    for name, baseline in calls.baselines.items():
+        try:
+            run = partial(baseline.function, *baseline.arguments)
+            found = time_calls(run, baseline.calls, method)
+        except Exception as error:  # out of memory, most likely
+            result[f"{name}_error"] = first_line(error)
+            continue
+        result[f"{name}_us"] = found.us
+        result[f"{name}_us_min"], result[f"{name}_us_max"] = found.us_min, found.us_max
+        result[f"speedup_vs_{name}"] = found.us / timing.us
+    return result
+
+
+def first_line(error: Exception) -> str:
+    """The error's type and the beginning of what it says."""
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message[:300]}"

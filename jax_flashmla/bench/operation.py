@@ -1,0 +1,94 @@
+"""What an operation gives to the benchmark. Imports neither JAX nor matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jax_flashmla.bench.shape import Result
+
+if TYPE_CHECKING:
+    from jax_flashmla.bench.setup import Setup
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shapes that are measured together."""
+
+    shapes: Callable[[], tuple[Any, ...]]
+    layers: int | None = None  # calls in one jitted function where that is fixed
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How an operation's results are drawn; `x`, `series` and `size` name fields of a result."""
+
+    x: str
+    x_label: str
+    series: str  # one colour for each of its values
+    series_label: str
+    panel: Callable[[Result], tuple[int, ...]]  # what the results of one panel share; sorts panels
+    panel_title: Callable[[Result], str]
+    preferred: Callable[[list[Result]], list[Result]]  # those that differ in x, series and panel
+    kind: Callable[[Result], int]  # one marker of the roofline for each
+    kind_label: str
+    size: str
+    size_label: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A jitted function with its arguments, and how often it calls the operation."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Calls:
+    """All that is timed of one shape."""
+
+    kernel: Timed
+    error: Callable[[Any], float]  # the kernel's result -> its relative error
+    baselines: Mapping[str, Timed]  # "xla", "reference"
+
+
+class MakesCalls(Protocol):
+    """A module that makes an operation's arrays and functions; it may import JAX."""
+
+    TARGET: str  # of the operation's custom call
+    MAX_RELATIVE_ERROR: float
+
+    def memory(self, shape: Any, setup: Setup) -> int:
+        """Bytes of device memory that measuring the shape takes, the pool included."""
+
+    def make_pool(self, shapes: list[Any], setup: Setup) -> Any:
+        """What all these shapes share, made once."""
+
+    def make_calls(self, shape: Any, pool: Any, setup: Setup, *, with_xla: bool) -> Calls:
+        """The functions of one shape, and with_xla its baselines."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the benchmark."""
+
+    name: str
+    setting: str  # what all shapes have in common, for the title
+    shape: Any  # its type of shape, a frozen dataclass
+    grids: Mapping[str, Grid]
+    default_grids: Mapping[str, str]  # platform -> name of a grid
+    xla_shapes: tuple[Any, ...]  # at which plain XLA is timed too
+    dtypes: tuple[str, ...]  # the first one is the default
+    block_sizes: tuple[int, ...]
+    peers: Callable[..., dict[str, float]]  # (shape, device_kind, dtype, block_size) -> us
+    group: Callable[[Result], str]  # the kind of a measured shape, for the summary
+    axes: Axes
+    calls: Callable[[], MakesCalls]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the shape's fields."""
+        return tuple(self.shape.__dataclass_fields__)

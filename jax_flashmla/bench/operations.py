@@ -1,0 +1,11 @@
+"""The operations that can be measured: a new one is a folder and a line here."""
+
+from __future__ import annotations
+
+from jax_flashmla.bench import dense_decode
+from jax_flashmla.bench.operation import Operation
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for operation in (dense_decode.OPERATION,)
+}
+DEFAULT = "dense_decode"

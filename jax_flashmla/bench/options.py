@@ -1,0 +1,177 @@
+"""The options of `jax-flashmla bench`. Imports neither JAX nor matplotlib."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_flashmla.bench import document
+from jax_flashmla.bench.operation import Operation
+from jax_flashmla.bench.operations import DEFAULT, OPERATIONS
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where to leave it."""
+
+    operation: str = DEFAULT
+    grid: str | None = None  # by default the operation's for the platform
+    conditions: tuple[str, ...] = ()  # shapes that meet none of them are left out
+    dtype: str = "bfloat16"
+    block_size: int = 64  # tokens of a block
+    xla: str = "subset"
+    layers: int | None = None  # calls in one jitted function; by default as the grid says
+    commit: str | None = None
+    json: Path | None = None
+    plots: Path | None = None
+    saved: Path | None = None  # show these results instead of measuring
+
+    def shapes(self, platform: str) -> tuple[str, tuple[Any, ...]]:
+        """The grid's name, and those of its shapes that meet a condition.
+
+        Raises:
+            ValueError: a condition makes no sense, or no shape is left.
+        """
+        operation = OPERATIONS[self.operation]
+        name = self.grid or operation.default_grids[platform]
+        shapes = operation.grids[name].shapes()
+        if self.conditions:
+            shapes = tuple(s for s in shapes if any(matches(s, c) for c in self.conditions))
+        if not shapes:
+            conditions = " or ".join(self.conditions)
+            raise ValueError(f"no shape of grid {name!r} meets --shapes {conditions}")
+        return name, shapes
+
+    def layers_of(self, grid: str) -> int | None:
+        """Calls in one jitted function where that is fixed."""
+        fixed = OPERATIONS[self.operation].grids[grid].layers
+        return fixed if self.layers is None else self.layers
+
+
+def matches(shape: Any, condition: str) -> bool:
+    """Whether the shape meets a condition such as "b=128,h_q=16" (all parts must hold).
+
+    Raises:
+        ValueError: the condition does not read field=value, or names a field that shapes lack.
+    """
+    fields = shape.__dataclass_fields__
+    for part in condition.split(","):
+        field, separator, value = part.partition("=")
+        if not separator or field not in fields:
+            raise ValueError(
+                f"a condition on shapes must read field=value with field in {', '.join(fields)}, "
+                f"got {part!r}"
+            )
+        if str(getattr(shape, field)) != value:
+            return False
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the benchmark's options."""
+    every = OPERATIONS.values()
+    parser.add_argument("--operation", choices=sorted(OPERATIONS), default=Options.operation)
+    parser.add_argument(
+        "--grid",
+        choices=_union(operation.grids for operation in every),
+        help="default: quick on a GPU, cpu on a CPU",
+    )
+    parser.add_argument(
+        "--shapes",
+        "--rows",
+        dest="shapes",
+        action="append",
+        default=[],
+        metavar="b=128,h_q=16",
+        help="only shapes meeting the condition; may be repeated to add shapes",
+    )
+    dtypes = _union(operation.dtypes for operation in every)
+    parser.add_argument("--dtype", choices=dtypes, default=Options.dtype)
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=_union(operation.block_sizes for operation in every),
+        default=Options.block_size,
+        help="tokens of a cache block, default %(default)s",
+    )
+    parser.add_argument(
+        "--xla",
+        choices=("none", "subset", "all"),
+        default=Options.xla,
+        help="shapes at which plain XLA is timed too; on a CPU subset means all",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="make N calls in one jitted function, a cache each, and show whether XLA runs them "
+        "from command buffers; the grid layers does so by default",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the results as PNG here")
+    parser.add_argument(
+        "--from",
+        dest="saved",
+        type=Path,
+        metavar="PATH",
+        help="show results saved by --json instead of measuring",
+    )
+    parser.add_argument(
+        "--commit", metavar="HASH", help="the sources' commit, to record where git does not know it"
+    )
+
+
+def _union(choices: Iterable[Iterable[Any]]) -> list[Any]:
+    return sorted({choice for some in choices for choice in some})
+
+
+def from_arguments(arguments: argparse.Namespace) -> Options:
+    """The options as parsed.
+
+    Raises:
+        OSError: the results cannot be written where they are asked for.
+        ValueError: an option's value makes no sense, alone or beside another's.
+    """
+    options = Options(
+        operation=arguments.operation,
+        grid=arguments.grid,
+        conditions=tuple(arguments.shapes),
+        dtype=arguments.dtype,
+        block_size=arguments.block_size,
+        xla=arguments.xla,
+        layers=arguments.layers,
+        commit=arguments.commit,
+        json=arguments.json,
+        plots=arguments.plots,
+        saved=arguments.saved,
+    )
+    _check(options, OPERATIONS[options.operation])
+    return options
+
+
+def _check(options: Options, operation: Operation) -> None:
+    """Whatever can be told before anything runs."""
+    for name, value, known in (
+        ("grid", options.grid, tuple(operation.grids)),
+        ("dtype", options.dtype, operation.dtypes),
+        ("block-size", options.block_size, operation.block_sizes),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(
+                f"--{name} of {operation.name} must be one of {', '.join(map(str, known))}, "
+                f"got {value}"
+            )
+    if options.layers is not None and options.layers < 1:
+        raise ValueError(f"layers must be at least 1, got {options.layers}")
+    if options.saved is not None and options != Options(saved=options.saved, plots=options.plots):
+        raise ValueError("--from measures nothing: beside it only --plots has a meaning")
+    first, *_ = next(iter(operation.grids.values())).shapes()
+    for condition in options.conditions:
+        matches(first, condition)
+    if options.json is not None:
+        document.check_folder(options.json)
+    if options.plots is not None and options.plots.exists() and not options.plots.is_dir():
+        raise NotADirectoryError(f"--plots must name a folder, {options.plots} is a file")
