@@ -1,6 +1,6 @@
-// What lies between two cuts of a schedule: pieces, the runs of tiles of one sequence within one part,
-// and the workspace slots in which unfinished ones are kept. Shared by cpu/ and sm90/ (host and
-// device). plan.h says how cuts are chosen.
+// What lies between two cuts of a schedule: pieces, the runs of tiles of one sequence within one
+// part, and the workspace slots in which unfinished ones are kept. Shared by cpu/ and sm90/ (host
+// and device). plan.h says how cuts are chosen.
 #pragma once
 
 #include <cstdint>

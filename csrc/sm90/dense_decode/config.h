@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "schedule/pieces.h"
-#include "sm90/merge/partial.cuh"
+#include "sm90/attention/partial.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 constexpr int kHeadDim = 576;  // d_qk: the kValueDim latent columns, then 64 rope columns
 // Packed query rows (query token x head) of a thread block: at most 64 in the wide kernel; the
@@ -33,15 +33,19 @@ constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
 constexpr int kWarpgroupThreads = 128;
-// Warpgroups: scores, left values, right values.
-constexpr int kThreads = 3 * kWarpgroupThreads;
-constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
-constexpr int kScoreBarrier = 1;                // their named barriers: this,
-constexpr int kValueBarrier = 2;                // and this and the next
+constexpr int kWarpgroupWarps = kWarpgroupThreads / 32;
+// Warpgroups that compute: scores, left values, right values.
+constexpr int kComputeThreads = 3 * kWarpgroupThreads;
+// Named barriers: the score warpgroup's, the left value warpgroup's; the right one has the next.
+constexpr int kScoreBarrier = 1;
+constexpr int kValueBarrier = 2;
+
+// What one load takes of a row's columns: 256 latent ones, the other 256, or 64 rope columns.
+enum class Part { kLeft, kRight, kRope };
 
 struct KernelArgs {
-  // Boxes of kHalfChunks (half) or 1 (rope) chunks: of a tile's tokens, or what of them is in one
-  // block; of `query_box` rows.
+  // A cache box is a tile's tokens, or what of them is in one block; a query box is `query_box`
+  // rows. Boxes have kHalfChunks (half) or 1 (rope) chunks.
   // Coordinates: 0, 0, chunk, token / kTokenGroup, block; 0, row of [b, s_q, h_q], chunk, 0, 0.
   CUtensorMap cache_half_map, cache_rope_map;
   CUtensorMap query_half_map, query_rope_map;
@@ -53,10 +57,10 @@ struct KernelArgs {
   float* out_accum;
   float* lse_accum;
   int b;
-  int rows;  // s_q * h_q: query rows of a sequence
+  int rows;  // query rows of a sequence: s_q * h_q
   int s_q, h_q;
   int query_box;  // rows loaded for a tile: at least the rows it has
-  int group;      // query heads per KV head
+  int heads_per_kv;
   int max_blocks, max_tokens;
   int block_shift;      // a cache block is 2^block_shift tiles; 0 also if less than one
   float scale_log2;     // sm_scale * log2(e)
@@ -64,4 +68,4 @@ struct KernelArgs {
   bool causal;
 };
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

@@ -7,7 +7,7 @@
 #include "sm90/dense_decode/config.h"
 #include "status.h"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 struct Variant {
   int tile_rows;  // query rows that a thread block has at most
@@ -17,4 +17,4 @@ struct Variant {
 Status launch_bf16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
 Status launch_f16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

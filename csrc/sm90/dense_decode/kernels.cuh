@@ -5,7 +5,7 @@
 #include "sm90/dense_decode/narrow/kernel.cuh"
 #include "sm90/dense_decode/wide/kernel.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 template <typename T, int kBoxes>
 Status launch_rows(const KernelArgs& args, int tile_rows, dim3 grid, cudaStream_t stream) {
@@ -30,4 +30,4 @@ Status launch_variant(const KernelArgs& args, Variant variant, dim3 grid, cudaSt
   }
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

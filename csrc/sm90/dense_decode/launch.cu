@@ -11,6 +11,7 @@
 #include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90 {
+namespace dense_decode {
 namespace {
 
 bool takes_block_size(int tokens) {
@@ -59,8 +60,10 @@ Status check_supported(const DenseDecodeParams& params) {
 }
 
 }  // namespace
+}  // namespace dense_decode
 
 Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
+  using namespace dense_decode;
   if (params.b == 0 || params.s_q * params.h_q == 0) return Status::Ok();
   if (Status status = check_supported(params); !status.ok()) return status;
 
@@ -93,7 +96,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.s_q = params.s_q;
   args.h_q = params.h_q;
   args.rows = params.s_q * params.h_q;
-  args.group = params.h_q / params.h_kv;
+  args.heads_per_kv = params.h_q / params.h_kv;
   args.max_blocks = params.max_blocks;
   args.max_tokens = params.max_blocks * params.block_size;
   args.block_shift = std::countr_zero(unsigned(params.block_size / box_tokens));
@@ -106,7 +109,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
   if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
-  return run_merge(params, /*room_beside=*/tile_rows <= kLeastRows, stream);
+  return run_merge(params, /*shares_sm=*/tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

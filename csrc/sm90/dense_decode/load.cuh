@@ -7,7 +7,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/tma.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 enum LoadKind { kNothing, kQueries, kTile };
 
@@ -28,20 +28,19 @@ __device__ __forceinline__ int first_token_group(const KernelArgs& args, int til
   return (tile & ((1 << args.block_shift) - 1)) * (kTileTokens / kTokenGroup);
 }
 
-// Loads columns of an item, whose query rows begin with `first_row` of a sequence's: 0 left half, 1
-// right half, 2 rope.
+// Loads one part of an item's columns. first_row: the tile's first query row within its sequence.
 template <int kBoxes, typename Item>
 __device__ __forceinline__ void load_columns(const KernelArgs& args, int first_row,
                                              const Item& item, uint32_t target, uint32_t full,
-                                             int columns) {
-  const bool query = item.kind == kQueries;
+                                             Part part) {
+  const bool query = item.kind == kQueries, rope = part == Part::kRope;
   const int rows = query ? args.query_box : kTileTokens;
-  const int row_bytes = kChunkRowBytes * (columns == 2 ? 1 : kHalfChunks);
+  const int row_bytes = kChunkRowBytes * (rope ? 1 : kHalfChunks);
   mbarrier_arrive_expect(full, rows * row_bytes);
-  const CUtensorMap* map = columns == 2 ? (query ? &args.query_rope_map : &args.cache_rope_map)
-                                        : (query ? &args.query_half_map : &args.cache_half_map);
+  const CUtensorMap* map = rope ? (query ? &args.query_rope_map : &args.cache_rope_map)
+                                : (query ? &args.query_half_map : &args.cache_half_map);
   const int index = item.index[0];
-  const int chunk = columns * kHalfChunks + (query ? 0 : blockIdx.y * kChunks);
+  const int chunk = static_cast<int>(part) * kHalfChunks + (query ? 0 : blockIdx.y * kChunks);
   tma_load_5d(target, map, full, 0, query ? index * args.rows + first_row : 0, chunk,
               query ? 0 : item.token_group, query ? 0 : index, args.cache_hint);
   if (query) return;
@@ -52,4 +51,4 @@ __device__ __forceinline__ void load_columns(const KernelArgs& args, int first_r
   }
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

@@ -5,13 +5,13 @@
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 // Rows of the tile past the sequence may hold NaN, and 0 * NaN is NaN.
 __device__ __forceinline__ void zero_tail(uint8_t* half, int valid_tokens) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   for (int i = valid_tokens * 8 + thread; i < kTileTokens * 8; i += kWarpgroupThreads) {
-    const int group = i / 64, piece = i % 64;  // of eight tokens' 16-byte pieces of a chunk
+    const int group = i / 64, piece = i % 64;  // eight tokens, and a 16-byte piece of a chunk
 #pragma unroll
     for (int c = 0; c < kHalfChunks; ++c) {
       store_shared(smem_address(half) + group * kTokenGroupBytes + c * kGroupBytes + piece * 16,
@@ -34,4 +34,4 @@ __device__ __forceinline__ uint32_t reread_thread() {
   return thread;
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

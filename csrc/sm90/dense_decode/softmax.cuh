@@ -3,12 +3,12 @@
 
 #include "sm90/ptx/math.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 // How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
 constexpr float kLazyRescale = 8.0f;
-constexpr float kForget = 127.0f;  // halvings that leave nothing in f32
+constexpr float kMaxShift = 127.0f;  // 2^-127 flushes to 0
 
 // 2^-power; 0 from 127 on.
 __device__ __forceinline__ float rescale_factor(int power) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ int raise_reference(float& reference, float& sum, flo
   const float rise = scaled_peak - before;  // infinite from -inf, NaN where it stays -inf
   const float steps = rise > kLazyRescale ? ceilf(rise) : 0.0f;
   reference = before == -INFINITY ? scaled_peak : before + steps;
-  const int power = static_cast<int>(fminf(steps, kForget));
+  const int power = static_cast<int>(fminf(steps, kMaxShift));
   sum *= rescale_factor(power);
   return power;
 }
@@ -51,4 +51,4 @@ __device__ __forceinline__ float row_lse(float reference, float sum, bool partia
   return partial ? lse : lse * kLn2;
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

@@ -7,7 +7,7 @@
 
 #include "sm90/dense_decode/config.h"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 namespace {
 
 // The driver's encoder, reached through the runtime: this library does not link libcuda.
@@ -64,4 +64,4 @@ Status make_query_map(const DenseDecodeParams& params, int rows, int chunks, CUt
                 {kChunkColumns, cuuint32_t(rows), cuuint32_t(chunks), 1, 1}, map);
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

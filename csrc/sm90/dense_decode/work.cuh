@@ -3,7 +3,7 @@
 
 #include "sm90/dense_decode/config.h"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::dense_decode {
 
 // The up to kRows query rows of a sequence that this block computes: neighbours in [s_q, h_q]. With
 // one KV head the rows of all query tokens are packed; with several, a tile holds one query
@@ -15,14 +15,14 @@ struct RowTile {
   template <int kRows>
   __device__ void find(const KernelArgs& args) {
     const int tile = blockIdx.x;
-    if (args.group == args.h_q) {
+    if (args.heads_per_kv == args.h_q) {
       first = tile * kRows;
       count = min(args.rows - first, kRows);
     } else {
-      const int tiles_per_query = (args.group + kRows - 1) / kRows;
+      const int tiles_per_query = (args.heads_per_kv + kRows - 1) / kRows;
       const int head = tile % tiles_per_query * kRows;
-      first = tile / tiles_per_query * args.h_q + blockIdx.y * args.group + head;
-      count = min(args.group - head, kRows);
+      first = tile / tiles_per_query * args.h_q + blockIdx.y * args.heads_per_kv + head;
+      count = min(args.heads_per_kv - head, kRows);
     }
   }
 };
@@ -56,4 +56,4 @@ struct RingIndex {
   }
 };
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::dense_decode

@@ -30,7 +30,7 @@ inline Status require_hopper() {
                                     std::to_string(major) + "." + std::to_string(minor));
 }
 
-// Of the current device.
+// Multiprocessors of the current device.
 inline Status count_multiprocessors(int* count) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -44,8 +44,8 @@ struct LaunchOptions {
   dim3 grid, block;
   size_t shared_bytes = 0;
   bool dependent = false;  // may start before the previous kernel of the stream has finished
-  // Of a multiprocessor's 256 KB all that can be is to be shared memory: the driver would leave L1
-  // more, and so no room for another kernel's block beside this one's.
+  // Asks for as much of a multiprocessor's 256 KB as shared memory as there can be: the driver
+  // would leave L1 more, and so no room for another kernel's block beside this one's.
   bool most_shared = false;
 };
 

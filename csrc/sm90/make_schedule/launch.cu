@@ -8,6 +8,7 @@
 #include "sm90/host/launch.h"
 
 namespace flashmla::sm90 {
+namespace make_schedule {
 namespace {
 
 constexpr int kThreads = 1024;
@@ -97,8 +98,10 @@ __global__ void __launch_bounds__(kThreads) make_schedule_kernel(MakeSchedulePar
 }
 
 }  // namespace
+}  // namespace make_schedule
 
 Status run_make_schedule(const MakeScheduleParams& params, cudaStream_t stream) {
+  using namespace make_schedule;
   if (params.b > kMaxBatch) {
     return Status::InvalidArgument("make_schedule takes at most " + std::to_string(kMaxBatch) +
                                    " sequences, got b = " + std::to_string(params.b));

@@ -8,8 +8,8 @@
 namespace flashmla::sm90 {
 
 // Merges the pieces of cut sequences into out and lse. Meant to follow the kernel that wrote them,
-// as its programmatic dependent. room_beside: that kernel's blocks leave room for one of the
+// as its programmatic dependent. shares_sm: that kernel's blocks leave room for one of the
 // merge's on their multiprocessor.
-Status run_merge(const DenseDecodeParams& params, bool room_beside, cudaStream_t stream);
+Status run_merge(const DenseDecodeParams& params, bool shares_sm, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

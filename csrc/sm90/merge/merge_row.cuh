@@ -9,7 +9,7 @@
 #include "sm90/ptx/math.cuh"
 #include "sm90/ptx/matrix.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::merge {
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -59,7 +59,7 @@ struct Columns {
     }
   }
 
-  // Adds what the warp's teams of `lanes` lanes have.
+  // Adds up the columns that the warp's groups of `lanes` lanes have.
   __device__ __forceinline__ void add_teams(int lanes) {
 #pragma unroll 1
     for (; lanes < 32; lanes *= 2) {
@@ -75,26 +75,26 @@ struct Columns {
   }
 };
 
-// One warp merges a row of kMost pieces, or one less.
-template <typename T, int kMost>
+// One warp merges a row of kMaxPieces pieces, or of one less.
+template <typename T, int kMaxPieces>
 __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const RowPieces& pieces,
                                           int64_t target, Prerequisites& prerequisites) {
   const int lane = threadIdx.x % 32;
-  const float *rows[kMost], *lses[kMost];
+  const float *rows[kMaxPieces], *lses[kMaxPieces];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
+  for (int i = 0; i < kMaxPieces; ++i) {
     rows[i] = pieces.row(i);
     lses[i] = pieces.lse + pieces.offset(i);
-    compute_here(rows[i]);
-    compute_here(lses[i]);
+    pin_address(rows[i]);
+    pin_address(lses[i]);
   }
   prerequisites.await();
-  float lse[kMost], peak = -INFINITY, total = 0.0f;
-  float2 scale[kMost] = {};  // of the left and the right half
-  uint4 v[kMost][2] = {};
+  float lse[kMaxPieces], peak = -INFINITY, total = 0.0f;
+  float2 scale[kMaxPieces] = {};  // of the left and the right half
+  uint4 v[kMaxPieces][2] = {};
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    const bool there = i < kMost - 1 || kMost == 2 || i < pieces.count;
+  for (int i = 0; i < kMaxPieces; ++i) {
+    const bool there = i < kMaxPieces - 1 || kMaxPieces == 2 || i < pieces.count;
     const auto* columns = reinterpret_cast<const uint4*>(rows[i]) + lane;
     lse[i] = there ? *lses[i] : -INFINITY;
     if (there) {
@@ -104,9 +104,9 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
     }
   }
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) peak = fmaxf(peak, lse[i]);
+  for (int i = 0; i < kMaxPieces; ++i) peak = fmaxf(peak, lse[i]);
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
+  for (int i = 0; i < kMaxPieces; ++i) {
     const float w = relative_weight(lse[i], peak);
     total += w;
     scale[i].x *= w;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
   for (int half = 0; half < 2; ++half) {
     Columns sum = {};
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
+    for (int i = 0; i < kMaxPieces; ++i) {
       sum.add_scaled((half == 0 ? scale[i].x : scale[i].y) * inverse, v[i][half]);
     }
     sum.template store<T>(params, target, half * 32 + lane);
@@ -125,11 +125,14 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
   if (lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-// A thread's place in a team of `threads` that merges share number `share` of the 2^split of a row:
-// 32, 16 or 8 of them take the share's columns of one piece, the others those of other pieces. And
-// thread i weighs piece i.
+// A thread's place in a team that merges one of the 2^split shares of a row. `lanes` threads take
+// the share's columns of one piece, the next ones those of the next piece, in turns:
+//
+//   thread   0 .. lanes - 1 | lanes .. 2 lanes - 1 | ...
+//   piece    0              | 1                    | ...  then each its own + turns, + 2 turns ...
+//   weighs   thread i has the weight of piece i
 struct TeamPlace {
-  int lanes;                 // that take the columns of one piece
+  int lanes;                 // 32, 16 or 8
   int turns;                 // pieces that the team takes at once
   int column, first;         // this thread's columns, in units of eight, and its first piece
   const float *lse, *scale;  // of the piece that it weighs
@@ -143,8 +146,8 @@ struct TeamPlace {
     const int half = share >> (split - 1);
     scale = pieces.row(thread) + kPartialScale + half;
     lse = pieces.lse + pieces.offset(thread);
-    compute_here(scale);
-    compute_here(lse);
+    pin_address(scale);
+    pin_address(lse);
     first = thread >> shift;
   }
 };
@@ -181,7 +184,7 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
   if (share == 0 && lane == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-// One block does so, for any number of pieces.
+// One block merges a share of a row of any number of pieces.
 template <typename T>
 __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
                                                const RowPieces& pieces, int64_t target, int share,
@@ -234,4 +237,4 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
   if (share == 0 && thread == 0) params.lse[target] = merged_lse(peak, total);
 }
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::merge

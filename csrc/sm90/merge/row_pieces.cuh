@@ -6,10 +6,10 @@
 
 #include "params/dense_decode.h"
 #include "schedule/pieces.h"
-#include "sm90/merge/partial.cuh"
+#include "sm90/attention/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 
-namespace flashmla::sm90 {
+namespace flashmla::sm90::merge {
 
 // Waits for the kernel whose results are merged, once.
 struct Prerequisites {
@@ -25,7 +25,7 @@ struct Prerequisites {
 
 // Keeps the compiler from computing an address where it is used, past the wait.
 template <typename V>
-__device__ __forceinline__ void compute_here(V*& address) {
+__device__ __forceinline__ void pin_address(V*& address) {
   asm volatile("" : "+l"(address));
   __builtin_assume(__isGlobal(address));
 }
@@ -67,10 +67,10 @@ struct PieceLoads {
         left(pieces.count - piece),
         turns(turns) {
     first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kValueDim : 0);
-    compute_here(next);
+    pin_address(next);
   }
 
-  // The next ones; zeros past the last piece.
+  // Loads the next kCount; zeros past the last piece.
   template <int kCount>
   __device__ __forceinline__ void load(uint4 (&v)[kCount]) {
 #pragma unroll
@@ -84,4 +84,4 @@ struct PieceLoads {
   }
 };
 
-}  // namespace flashmla::sm90
+}  // namespace flashmla::sm90::merge

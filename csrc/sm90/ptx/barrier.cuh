@@ -40,7 +40,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and whether `vote` is true in any of them.
+// Synchronises as named_barrier_sync does, and returns whether `vote` is true in any thread.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
   uint32_t any;
   asm volatile(

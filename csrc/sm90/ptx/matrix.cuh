@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t r0, u
                : "memory");
 }
 
-// The same, each matrix transposed.
+// Stores each matrix transposed.
 __device__ __forceinline__ void store_matrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1,
                                                       uint32_t r2, uint32_t r3) {
   asm volatile(

@@ -18,9 +18,9 @@
 #include "sm90/dense_decode/narrow/values.cuh"
 #include "sm90/host/launch.h"
 
-namespace flashmla::sm90::narrow {
+namespace flashmla::sm90::dense_decode::narrow {
 
-// Of a thread. With 16 rows there must be room beside for a block of the merge (test_sass.py).
+// Registers per thread; 88 leaves room for a merge block beside this one (test_sass.py).
 template <int kRows>
 constexpr int kRegisters = kRows == kLeastRows ? 88 : 128;
 
@@ -33,7 +33,7 @@ __global__ void __maxnreg__(kRegisters<kRows>)
   auto& smem = *static_cast<SharedStorage<kRows>*>(__cvta_shared_to_generic(kSharedBase));
   if (smem_address(dynamic_shared) != kSharedBase) __trap();
 
-  if (threadIdx.x == kThreads) {
+  if (threadIdx.x == kLoadingThread) {
     prefetch_tensor_map(&args.query_half_map);
     prefetch_tensor_map(&args.cache_half_map);
     prefetch_tensor_map(&args.query_rope_map);
@@ -44,11 +44,11 @@ __global__ void __maxnreg__(kRegisters<kRows>)
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
       mbarrier_init(smem_address(&smem.rope_full[i]), 1);
-      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
-      mbarrier_init(smem_address(&smem.load_done[i]), 2 * kWarps);
+      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), 2 * kWarpgroupWarps);
     }
     mbarrier_init(smem_address(&smem.sums_full), 4);  // the threads that store them
-    mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarps);
+    mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarpgroupWarps);
     mbarrier_init_fence();
     smem.row_tile.template find<kRows>(args);
   }
@@ -61,7 +61,7 @@ __global__ void __maxnreg__(kRegisters<kRows>)
     run_scores<T>(args, smem, begin, end);
   } else if (warpgroup < 3) {
     run_values<T>(args, smem, begin, end, warpgroup - 1);
-  } else if (threadIdx.x == kThreads) {
+  } else if (threadIdx.x == kLoadingThread) {
     run_loads<kRows, kBoxes>(args, smem, begin, end);
   }
 }
@@ -70,9 +70,9 @@ __global__ void __maxnreg__(kRegisters<kRows>)
 template <typename T, int kRows, int kBoxes>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
   return launch(narrow_decode_kernel<T, kRows, kBoxes>,
-                {grid, kThreads + 32, sizeof(SharedStorage<kRows>), /*dependent=*/true,
+                {grid, kThreads, sizeof(SharedStorage<kRows>), /*dependent=*/true,
                  /*most_shared=*/true},
                 stream, "dense_decode", args);
 }
 
-}  // namespace flashmla::sm90::narrow
+}  // namespace flashmla::sm90::dense_decode::narrow

@@ -3,23 +3,24 @@
 
 #include "sm90/dense_decode/narrow/shared_storage.cuh"
 
-namespace flashmla::sm90::narrow {
+namespace flashmla::sm90::dense_decode::narrow {
 
 // Loads an item once its slot is free.
 template <int kRows, int kBoxes>
 __device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage<kRows>& smem,
                                           const LoadItem& item, Ring& ring) {
-  // Of the slot's last round; passes at once in the first.
+  // The slot's last round must be over; in the first this passes at once.
   mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity ^ 1);
 #pragma unroll
-  for (int columns = 0; columns < 3; ++columns) {
-    const bool rope = columns == 2;
+  for (int i = 0; i < 3; ++i) {
+    const Part part{i};
+    const bool rope = part == Part::kRope;
     load_columns<kBoxes>(
         args, smem.row_tile.first, item,
-        rope ? smem_address(smem.rope[ring.slot]) : smem_address(smem.latent[ring.slot][columns]),
+        rope ? smem_address(smem.rope[ring.slot]) : smem_address(smem.latent[ring.slot][i]),
         rope ? smem_address(&smem.rope_full[ring.slot])
-             : smem_address(&smem.half_full[columns][ring.slot]),
-        columns);
+             : smem_address(&smem.half_full[i][ring.slot]),
+        part);
   }
   ring.advance();
 }
@@ -36,7 +37,8 @@ template <int kRows, int kBoxes>
 __device__ void run_loads(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
   Ring ring;
   for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
-    // On their way while the queries' load is issued, and later ones while a slot is awaited.
+    // The first tile's ids are on their way while the queries' load is issued, later ones while a
+    // slot is awaited.
     int next[kMaxBoxes] = {};
     if (args.max_blocks > 0) {
       read_table<kBoxes>(args, sequence, sequence == begin.sequence ? begin.tile : 0, next);
@@ -55,4 +57,4 @@ __device__ void run_loads(const KernelArgs& args, SharedStorage<kRows>& smem, Cu
   }
 }
 
-}  // namespace flashmla::sm90::narrow
+}  // namespace flashmla::sm90::dense_decode::narrow

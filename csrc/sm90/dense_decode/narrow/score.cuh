@@ -9,7 +9,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::narrow {
+namespace flashmla::sm90::dense_decode::narrow {
 
 __device__ __forceinline__ void copy_shared(void* target, const void* source, int bytes) {
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
                                           float (&s)[kRows / 2], int tile, int seqlen) {
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+  for (int i = 0; i < thread_rows(kRows); ++i) {
     // A causal row sees all but the tokens of later queries.
     const uint32_t row = smem.row_tile.first + query_row(i);
     const int query = row / args.h_q;
@@ -86,30 +86,31 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
   }
 }
 
-// Combines what all threads of the warpgroup have of a row. `turn` is another one in each call.
+// Combines the values that all threads of the warpgroup hold of a row. `turn` is another one in
+// each call.
 template <int kRows, typename Combine>
 __device__ __forceinline__ void combine_rows(SharedStorage<kRows>& smem, int turn,
-                                             float (&x)[kThreadRows<kRows>], Combine combine) {
+                                             float (&x)[thread_rows(kRows)], Combine combine) {
 #pragma unroll
   for (int lane = 4; lane <= 16; lane *= 2) {
 #pragma unroll
-    for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    for (int i = 0; i < thread_rows(kRows); ++i) {
       x[i] = combine(x[i], __shfl_xor_sync(~0u, x[i], lane));
     }
   }
   if (threadIdx.x % 32 < 4) {
 #pragma unroll
-    for (int i = 0; i < kThreadRows<kRows>; i += 2) {
+    for (int i = 0; i < thread_rows(kRows); i += 2) {
       *reinterpret_cast<float2*>(&smem.exchange[turn][threadIdx.x / 32][query_row(i)]) = {x[i],
                                                                                           x[i + 1]};
     }
   }
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 #pragma unroll
-  for (int i = 0; i < kThreadRows<kRows>; i += 2) {
-    float2 of[kWarps];
+  for (int i = 0; i < thread_rows(kRows); i += 2) {
+    float2 of[kWarpgroupWarps];
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < kWarpgroupWarps; ++warp) {
       of[warp] = *reinterpret_cast<const float2*>(&smem.exchange[turn][warp][query_row(i)]);
     }
     x[i] = combine(combine(of[0].x, of[1].x), combine(of[2].x, of[3].x));
@@ -137,15 +138,16 @@ __device__ __forceinline__ void store_probabilities(const float (&p)[kRows / 2],
   }
 }
 
-// index: sequence or, if partial, workspace slot. By the first four threads, which have all rows.
+// Stores the rows' log-sum-exps; called by the first four threads, which hold all rows. index: the
+// sequence or, if partial, the workspace slot.
 template <int kRows>
 __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
-                                          const float (&reference)[kThreadRows<kRows>],
-                                          const float (&sum)[kThreadRows<kRows>], bool partial,
+                                          const float (&reference)[thread_rows(kRows)],
+                                          const float (&sum)[thread_rows(kRows)], bool partial,
                                           int index) {
   float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
 #pragma unroll
-  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+  for (int i = 0; i < thread_rows(kRows); ++i) {
     const float lse = row_lse(reference[i], sum[i], partial);
     if (query_row(i) < tile.count) target[query_row(i)] = lse;
   }
@@ -153,7 +155,7 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
 
 template <typename T, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
-  constexpr int kMine = kThreadRows<kRows>;
+  constexpr int kThreadRows = thread_rows(kRows);
   const bool warp_leader = threadIdx.x % 32 == 0;
   Ring ring;
   uint32_t sums_parity = 1;
@@ -167,38 +169,39 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
     const int seqlen = clamp_seqlen(args, length);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
-    float reference[kMine], sum[kMine];
+    float reference[kThreadRows], sum[kThreadRows];
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       reference[i] = -INFINITY;
       sum[i] = 0.0f;
     }
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       const int slot = ring.slot;
-      float s[kRows / 2], peak[kMine];
+      float s[kRows / 2], peak[kThreadRows];
       compute_scores<T>(s, smem, ring);
       if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, seqlen);
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
+      for (int i = 0; i < kThreadRows; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
       bool raise = true;  // past a sequence's first tiles it is seldom
       if (tile > piece.tile_begin) {
         bool mine = false;
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) mine |= outgrows(peak[i], args.scale_log2, reference[i]);
+        for (int i = 0; i < kThreadRows; ++i)
+          mine |= outgrows(peak[i], args.scale_log2, reference[i]);
         raise = named_barrier_any(kScoreBarrier, kWarpgroupThreads, mine);
       }
-      int power[kMine] = {};
+      int power[kThreadRows] = {};
       if (raise) {
         combine_rows(smem, turn, peak, [](float a, float b) { return fmaxf(a, b); });
         turn ^= 1;
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) {
+        for (int i = 0; i < kThreadRows; ++i) {
           power[i] = raise_reference(reference[i], sum[i], peak[i] * args.scale_log2);
         }
       }
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) {
+      for (int i = 0; i < kThreadRows; ++i) {
         if (threadIdx.x < 4) smem.rescale[slot][query_row(i)] = power[i];
         const float offset = finite_reference(reference[i]);
 #pragma unroll
@@ -225,7 +228,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       if (!empty) {
         mbarrier_wait(smem_address(&smem.sums_empty), sums_parity);
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) smem.inverse_sum[query_row(i)] = inverse_of_sum(sum[i]);
+        for (int i = 0; i < kThreadRows; ++i)
+          smem.inverse_sum[query_row(i)] = inverse_of_sum(sum[i]);
         mbarrier_arrive(smem_address(&smem.sums_full));
       }
       const bool partial = piece.continued || piece.unfinished;
@@ -237,4 +241,4 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
   }
 }
 
-}  // namespace flashmla::sm90::narrow
+}  // namespace flashmla::sm90::dense_decode::narrow

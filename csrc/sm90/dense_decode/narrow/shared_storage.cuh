@@ -4,7 +4,10 @@
 #include "sm90/dense_decode/load.cuh"
 #include "sm90/dense_decode/work.cuh"
 
-namespace flashmla::sm90::narrow {
+namespace flashmla::sm90::dense_decode::narrow {
+
+constexpr int kThreads = kComputeThreads + 32;  // and a warp that loads
+constexpr int kLoadingThread = kComputeThreads;
 
 // Loads in shared memory. A third would not leave room, beside 16 query rows, for a block of the
 // merge: that it is on the multiprocessor before this kernel's block ends is worth more.
@@ -19,12 +22,12 @@ struct alignas(1024) SharedStorage {
   // ... and 512-575; a tile's probabilities once its scores are computed.
   uint8_t rope[kStages][kChunkBytes];
   uint8_t query[kChunks][kRows * kChunkRowBytes];
-  float exchange[2][kWarps][kRows];    // between the score warps, in turns
-  float inverse_sum[kRows];            // of the last piece that is not empty
-  float factor[2][kRows];              // of each half's outputs, to be stored as partial results
-  uint8_t rescale[kStages][kRows];     // the output so far is to be divided by 2 to this power
-  uint8_t exponent[2][kRows][kWarps];  // of the largest output of a value warp
-  // Barriers, by slot.
+  float exchange[2][kWarpgroupWarps][kRows];  // between the score warps, in turns
+  float inverse_sum[kRows];                   // of the last piece that is not empty
+  float factor[2][kRows];  // multiplies each half's outputs when they are stored as partial results
+  uint8_t rescale[kStages][kRows];              // divide the output so far by 2 to this power
+  uint8_t exponent[2][kRows][kWarpgroupWarps];  // of the largest output of a value warp
+  // Barriers, one per slot.
   uint64_t half_full[2][kStages];  // left or right half loaded
   uint64_t rope_full[kStages];
   uint64_t probabilities_stored[kStages];  // and the rescale powers; or the queries taken
@@ -32,22 +35,23 @@ struct alignas(1024) SharedStorage {
   uint64_t sums_full, sums_empty;          // inverse_sum
   RowTile row_tile;
 };
-// Of the multiprocessor's 228 KB, 1 KB of each block is the system's, and 11 KB are the merge's.
+// A multiprocessor's 228 KB hold this block, 11 KB of a merge block, and 1 KB for each that the
+// system keeps.
 static_assert(sizeof(SharedStorage<kLeastRows>) <= (228 - 2 - 11) * 1024);
 static_assert(sizeof(SharedStorage<kNarrowRows>) <= 232448, "Hopper has 227 KB a block");
 
-// Of the rows of a product's N a thread holds 2 (lane % 4) and the next of every eight.
-template <int kRows>
-constexpr int kThreadRows = kRows / 4;
+// Query rows that a thread holds of a product's N = `rows`: 2 (lane % 4) and the next of every
+// eight.
+constexpr int thread_rows(int rows) { return rows / 4; }
 
 __device__ __forceinline__ int query_row(int i) {
   return threadIdx.x % 4 * 2 + (i & 1) + (i >> 1) * 8;
 }
 
-// Where a product's element is in a thread's registers: of its query row i, and of row
-// lane / 4 + 8 m of the warp's 16 of M.
+// Register of a product's element: this thread's query row i, and row lane / 4 + 8 m of the warp's
+// 16 of M.
 __device__ __forceinline__ constexpr int element(int i, int m) {
   return (i >> 1) * 4 + m * 2 + (i & 1);
 }
 
-}  // namespace flashmla::sm90::narrow
+}  // namespace flashmla::sm90::dense_decode::narrow

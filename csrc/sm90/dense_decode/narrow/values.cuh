@@ -2,16 +2,16 @@
 // are the rows, and the output. A warp has 16 of every 64 columns, for all query rows.
 #pragma once
 
+#include "sm90/attention/partial.cuh"
 #include "sm90/dense_decode/narrow/shared_storage.cuh"
 #include "sm90/dense_decode/output.cuh"
 #include "sm90/dense_decode/softmax.cuh"
-#include "sm90/merge/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::narrow {
+namespace flashmla::sm90::dense_decode::narrow {
 
 template <int kRows>
 using Output = float[kHalfChunks][kRows / 2];  // of each chunk of 64 columns
@@ -30,7 +30,7 @@ __device__ __forceinline__ uint2 scale_and_turn(const float (&chunk)[kRows / 2],
   return {v[0], v[1]};
 }
 
-// Of this thread's rows of eight, from row 8 n on.
+// The factors of this thread's two rows of the eight from row 8 n on.
 __device__ __forceinline__ float2 load_factors(const float* of_rows, int n) {
   return *reinterpret_cast<const float2*>(of_rows + query_row(2 * n));
 }
@@ -39,30 +39,32 @@ __device__ __forceinline__ float2 load_factors(const float* of_rows, int n) {
 template <int kRows>
 __device__ __forceinline__ void find_exponents(SharedStorage<kRows>& smem, const Output<kRows>& o,
                                                int half) {
-  constexpr int kMine = kThreadRows<kRows>;
-  float peak[kMine] = {};
+  constexpr int kThreadRows = thread_rows(kRows);
+  float peak[kThreadRows] = {};
 #pragma unroll
   for (int c = 0; c < kHalfChunks; ++c) {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       peak[i] = fmaxf(peak[i], fmaxf(fabsf(o[c][element(i, 0)]), fabsf(o[c][element(i, 1)])));
     }
   }
 #pragma unroll
   for (int step = 4; step <= 16; step *= 2) {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], step));
+    for (int i = 0; i < kThreadRows; ++i)
+      peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], step));
   }
   if (threadIdx.x % 32 < 4) {
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      smem.exponent[half][query_row(i)][threadIdx.x / 32 % kWarps] = __float_as_uint(peak[i]) >> 23;
+    for (int i = 0; i < kThreadRows; ++i) {
+      smem.exponent[half][query_row(i)][threadIdx.x / 32 % kWarpgroupWarps] =
+          __float_as_uint(peak[i]) >> 23;
     }
   }
 }
 
-// Of what find_exponents found makes what a row is to be multiplied with to be stored, and stores
-// the scale that undoes it (partial.cuh). By thread `row` of the warpgroup.
+// Turns the exponents into the row's store factor, and writes the inverse scale to the workspace
+// (partial.cuh). Called by thread `row` of the warpgroup.
 template <int kRows>
 __device__ __forceinline__ void choose_factor(SharedStorage<kRows>& smem, int half, int row,
                                               bool empty, float* rows) {
@@ -107,7 +109,7 @@ template <typename T, int kRows>
 __device__ __forceinline__ void store_result(const SharedStorage<kRows>& smem,
                                              const Output<kRows>& o, int half, bool empty,
                                              T* rows) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarpgroupWarps;
   const int count = smem.row_tile.count;
   const bool odd = lane & 1;
 #pragma unroll
@@ -155,7 +157,7 @@ __device__ __forceinline__ void add_products(const SharedStorage<kRows>& smem, R
 template <typename T, int kRows>
 __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end,
                            int half) {
-  constexpr int kMine = kThreadRows<kRows>;
+  constexpr int kThreadRows = thread_rows(kRows);
   const bool warp_leader = threadIdx.x % 32 == 0;
   Ring ring;
   uint32_t sums_parity = 0;
@@ -179,12 +181,12 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
         named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);
       }
       if (tile > piece.tile_begin) {
-        int power[kMine], any = 0;
+        int power[kThreadRows], any = 0;
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) any |= power[i] = smem.rescale[slot][query_row(i)];
+        for (int i = 0; i < kThreadRows; ++i) any |= power[i] = smem.rescale[slot][query_row(i)];
         if (__any_sync(~0u, any != 0)) {
 #pragma unroll
-          for (int i = 0; i < kMine; ++i) {
+          for (int i = 0; i < kThreadRows; ++i) {
             const float factor = rescale_factor(power[i]);
 #pragma unroll
             for (int c = 0; c < kHalfChunks; ++c) {
@@ -220,4 +222,4 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
   }
 }
 
-}  // namespace flashmla::sm90::narrow
+}  // namespace flashmla::sm90::dense_decode::narrow

@@ -14,7 +14,7 @@
 #include "sm90/dense_decode/wide/values.cuh"
 #include "sm90/host/launch.h"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
 template <typename T, int kBoxes>
@@ -35,16 +35,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_prerequisites();
   launch_dependents();
   if (threadIdx.x == kLoadingThread) {
-    // On their way while the barriers are initialised.
+    // The cuts are on their way while the barriers are initialised.
     const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
       mbarrier_init(smem_address(&smem.rope_full[i]), 1);
-      mbarrier_init(smem_address(&smem.scores_done[i]), kWarps);
-      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
-      mbarrier_init(smem_address(&smem.values_go[i]), kWarps);
-      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarps);
+      mbarrier_init(smem_address(&smem.scores_done[i]), kWarpgroupWarps);
+      mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
+      mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarpgroupWarps);
     }
     mbarrier_init_fence();
     smem.row_tile.find<kTileRows>(args);
@@ -70,4 +70,4 @@ Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
                 args);
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

@@ -7,7 +7,7 @@
 
 #include "sm90/dense_decode/wide/shared_storage.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Loads an item into a slot that nobody uses any more.
 template <int kBoxes, typename Item>
@@ -16,13 +16,13 @@ __device__ __forceinline__ void load_item(const KernelArgs& args, SharedStorage&
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     load_columns<kBoxes>(args, smem.row_tile.first, item, smem_address(smem.latent[slot][half]),
-                         smem_address(&smem.half_full[half][slot]), half);
+                         smem_address(&smem.half_full[half][slot]), Part{half});
   }
   load_columns<kBoxes>(args, smem.row_tile.first, item, smem_address(smem.rope[slot]),
-                       smem_address(&smem.rope_full[slot]), 2);
+                       smem_address(&smem.rope_full[slot]), Part::kRope);
 }
 
-// The same with the item that was found last, if there is one.
+// Loads the item that was found last, if there is one.
 template <int kBoxes>
 __device__ __forceinline__ void load_found(const KernelArgs& args, SharedStorage& smem, int slot) {
   if (smem.item.kind != kNothing) load_item<kBoxes>(args, smem, smem.item, slot);
@@ -59,4 +59,4 @@ __device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& sm
   load_found<kBoxes>(args, smem, ring.slot);
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

@@ -5,7 +5,7 @@
 #include "sm90/dense_decode/work.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // The loads of a part in order: for each piece its queries, then its tiles. Kept in shared memory
 // by the one thread that uses it (the value warpgroups have no registers to spare), with what comes
@@ -13,11 +13,11 @@ namespace flashmla::sm90::wide {
 struct LoadStream {
   Cut end;
   int sequence, tile, tile_end;
-  bool open;        // not past the part's end
-  bool query_next;  // the queries of `sequence` come next, else its `tile`
-  bool entered;     // tile_end is known
-  // Of `sequence` and `tile`, copied asynchronously.
-  int seqlen, blocks[kMaxBoxes];
+  bool open;              // not past the part's end
+  bool query_next;        // the queries of `sequence` come next, else its `tile`
+  bool entered;           // tile_end is known
+  int seqlen;             // of `sequence`, copied asynchronously,
+  int blocks[kMaxBoxes];  // and so are the ids of `tile`
 
   template <int kBoxes>
   __device__ void start(const KernelArgs& args, Cut begin, Cut end_cut) {
@@ -93,4 +93,4 @@ struct LoadStream {
   }
 };
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

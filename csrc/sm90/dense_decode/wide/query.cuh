@@ -7,7 +7,7 @@
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
@@ -47,4 +47,4 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, Ring ring, int b
   named_barrier_sync(barrier, kWarpgroupThreads);
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

@@ -10,7 +10,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
 struct SoftmaxRows {
@@ -148,8 +148,8 @@ __device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& ro
   }
 }
 
-// Log-sum-exp of the rows, from their finished sums. index: sequence or, if partial, workspace
-// slot.
+// Stores the rows' log-sum-exps, from their finished sums. index: the sequence or, if partial, the
+// workspace slot.
 __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
                                           const SoftmaxRows& rows, bool partial, int index) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
@@ -179,7 +179,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     const int seqlen = clamp_seqlen(args, length);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
-    if (warp_leader) {  // no one waits for the first three: their phases keep step with the loads
+    if (warp_leader) {
+      // Nobody waits for the first three here: arriving keeps their parity aligned with the ring.
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
@@ -227,4 +228,4 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   }
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

@@ -5,13 +5,14 @@
 #include "sm90/dense_decode/wide/load_stream.cuh"
 #include "sm90/dense_decode/work.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
+constexpr int kThreads = kComputeThreads;
 constexpr int kStages = 3;  // tiles in shared memory
-// Of the latent columns' 32 steps of 16, those whose queries stay in the score warpgroup's
-// registers; one more would not fit.
+// Steps of 16 latent columns, of 32 in all, whose queries stay in the score warpgroup's registers;
+// one more would not fit.
 constexpr int kQueryStepsInRegisters = 31;
-constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // of the right values
+constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // in the right value warpgroup
 // Registers a thread: together the whole file.
 constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores
 constexpr int kValueRegisters = 160;  // 128 of the output
@@ -26,9 +27,9 @@ struct alignas(1024) SharedStorage {
   uint8_t rope[kStages][kChunkBytes];
   uint8_t query_rope[kChunkBytes];
   uint8_t query_step[2][kTileRows][16];  // columns 496-511: eight, then the other eight, by row
-  uint8_t rescale[kStages][kTileRows];   // the output so far is to be divided by two to this power
-  float inverse_sum[2][kTileRows];       // of every other piece that is not empty
-  // Barriers, by slot.
+  uint8_t rescale[kStages][kTileRows];   // divide the output so far by 2 to this power
+  float inverse_sum[2][kTileRows];       // alternating between pieces that are not empty
+  // Barriers, one per slot.
   uint64_t half_full[2][kStages];  // left or right half loaded
   uint64_t rope_full[kStages];
   uint64_t scores_done[kStages];           // all warps have read the tile's rope columns
@@ -43,4 +44,4 @@ struct alignas(1024) SharedStorage {
 };
 static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide

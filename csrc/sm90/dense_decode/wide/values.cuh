@@ -2,16 +2,16 @@
 // thread of the right warpgroup issues all loads.
 #pragma once
 
+#include "sm90/attention/partial.cuh"
 #include "sm90/dense_decode/output.cuh"
 #include "sm90/dense_decode/softmax.cuh"
 #include "sm90/dense_decode/wide/load.cuh"
-#include "sm90/merge/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::wide {
+namespace flashmla::sm90::dense_decode::wide {
 
 // Transposes a 4x4 of words between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
 __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_row(const KernelArgs& args, const float (&
   }
 }
 
-// The same for a partial piece: see partial.cuh.
+// Writes the half row of a partial piece to the workspace (partial.cuh).
 __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128],
                                                   int r, int half, float inverse_sum, int slot,
                                                   int row, bool valid) {
@@ -142,8 +142,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   Ring ring;
   bool odd_piece = false;  // counting pieces that are not empty
   if (loads) fill_slot<kBoxes>(args, smem, kStages - 1);
-  // Here and below, so that no lane runs ahead of the loading thread: without this, the next wgmma
-  // can wait for ever.
+  // Keeps lanes from running ahead of the loading thread, here and below: without this, the next
+  // wgmma can wait for ever.
   __syncwarp();
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
@@ -206,4 +206,4 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   }
 }
 
-}  // namespace flashmla::sm90::wide
+}  // namespace flashmla::sm90::dense_decode::wide
