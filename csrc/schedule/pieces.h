@@ -28,6 +28,8 @@ struct Piece {
   int32_t tile_begin, tile_end;  // of the sequence; tile_end is clamped to its length
   bool continued;                // begins inside the sequence: slot 2 * part
   bool unfinished;  // ends inside the sequence: slot 2 * part + 1, or 2 * part if continued
+
+  FLASHMLA_HOST_DEVICE constexpr bool partial() const { return continued || unfinished; }
 };
 
 FLASHMLA_HOST_DEVICE inline bool owns_work(Cut begin, Cut end, int sequence) {
@@ -35,11 +37,22 @@ FLASHMLA_HOST_DEVICE inline bool owns_work(Cut begin, Cut end, int sequence) {
          (sequence < end.sequence || (sequence == end.sequence && end.tile > 0));
 }
 
+// Whether a part's piece of a sequence begins or ends inside it. AnyCut: Cut, volatile or not.
+template <typename AnyCut>
+FLASHMLA_HOST_DEVICE constexpr bool is_continued(const AnyCut& begin, int sequence) {
+  return sequence == begin.sequence && begin.tile > 0;
+}
+
+template <typename AnyCut>
+FLASHMLA_HOST_DEVICE constexpr bool is_unfinished(const AnyCut& end, int sequence) {
+  return sequence == end.sequence && end.tile > 0;
+}
+
 FLASHMLA_HOST_DEVICE inline Piece piece_of(Cut begin, Cut end, int sequence, int32_t seqlen) {
   const int32_t tiles = num_tiles(seqlen);
   Piece piece;
-  piece.continued = sequence == begin.sequence && begin.tile > 0;
-  piece.unfinished = sequence == end.sequence && end.tile > 0;
+  piece.continued = is_continued(begin, sequence);
+  piece.unfinished = is_unfinished(end, sequence);
   piece.tile_begin = piece.continued ? begin.tile : 0;
   piece.tile_end = piece.unfinished && end.tile < tiles ? end.tile : tiles;
   return piece;

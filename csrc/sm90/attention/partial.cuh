@@ -1,18 +1,18 @@
 // How a piece's results lie in the workspace: 16-bit floats, scaled for each half row.
 //
-// A row of the workspace (512 f32) holds 512 f16, in the order of the output's registers: of each
-// 32 columns a quad's lane t keeps 2t and 2t + 1 of every eight, 16 bytes. Then, at float
-// kPartialScale, what the left and the right half are to be multiplied with, a power of two. It
-// brings the half's largest value near f16's largest: rounding is to 2^-11 of a value, against 2^-8
-// in a bf16 result.
+// A row of the workspace (kColumns f32) holds kColumns f16, in the order of the output's registers:
+// of each 32 columns a quad's lane t keeps 2t and 2t + 1 of every eight, 16 bytes. Then, at float
+// partial_scale(kColumns), what the left and the right half are to be multiplied with, a power of
+// two. It brings the half's largest value near f16's largest: rounding is to 2^-11 of a value,
+// against 2^-8 in a bf16 result.
 #pragma once
 
 #include <cstdint>
 
 namespace flashmla::sm90 {
 
-constexpr int kValueDim = 512;  // d_v
-constexpr int kPartialScale = 256;
+// Where a row's two scales are, in floats from its beginning.
+constexpr int partial_scale(int columns) { return columns / 2; }
 
 // x: -126 to 127.
 __device__ __forceinline__ float power_of_two(int x) { return __int_as_float((127 + x) << 23); }

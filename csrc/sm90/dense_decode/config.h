@@ -6,11 +6,11 @@
 #include <cstdint>
 
 #include "schedule/pieces.h"
-#include "sm90/attention/partial.cuh"
 
 namespace flashmla::sm90::dense_decode {
 
-constexpr int kHeadDim = 576;  // d_qk: the kValueDim latent columns, then 64 rope columns
+constexpr int kHeadDim = 576;   // d_qk: the latent columns, then 64 rope columns
+constexpr int kValueDim = 512;  // d_v: the latent columns
 // Packed query rows (query token x head) of a thread block: at most 64 in the wide kernel; the
 // narrow one is built for tiles of 16 and of 32.
 constexpr int kTileRows = 64;
@@ -66,6 +66,12 @@ struct KernelArgs {
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ int clamp_seqlen(int seqlen) const {
+    return min(max(seqlen, 0), max_tokens);
+  }
+#endif
 };
 
 }  // namespace flashmla::sm90::dense_decode

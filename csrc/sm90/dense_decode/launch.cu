@@ -109,7 +109,19 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
   if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
-  return run_merge(params, /*shares_sm=*/tile_rows <= kLeastRows, stream);
+  const MergeParams merge{.b = params.b,
+                          .rows = args.rows,
+                          .h_q = params.h_q,
+                          .d_v = params.d_v,
+                          .num_parts = params.num_parts,
+                          .dtype = params.dtype,
+                          .cuts = params.cuts,
+                          .out_accum = params.out_accum,
+                          .lse_accum = params.lse_accum,
+                          .attn_sink = nullptr,
+                          .out = params.out,
+                          .lse = params.lse};
+  return run_merge(merge, /*shares_sm=*/tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

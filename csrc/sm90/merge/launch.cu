@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
+#include <string>
 
 #include "sm90/host/launch.h"
 #include "sm90/merge/merge_row.cuh"
@@ -22,13 +23,12 @@ constexpr int kMaxShares = 8;  // of a row
 constexpr size_t kPaddingBytes = 100 * 1024;
 
 // Grid: (blocks of a part, num_parts).
-template <typename T>
+template <typename T, int kColumns, bool kSink>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    merge_kernel(DenseDecodeParams params) {
+    merge_kernel(MergeParams params) {
   const Merge merge = find_merge(params);
-  const int rows = params.s_q * params.h_q;
-  const Team team(merge.pieces, rows, merge.blocks);
-  const int items = merge.pieces > 1 ? rows << team.split : 0;
+  const Team team(merge.pieces, params.rows, merge.blocks);
+  const int items = merge.pieces > 1 ? params.rows << team.split : 0;
   // Teams of this block that have work, a power of two. They take neighbouring items: shares of a
   // row have its pieces' weights in common.
   int teams = 1;
@@ -47,43 +47,51 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   for (int item = merge.block_rank * teams + team_index; item < items;
        item += merge.blocks * teams) {
     const int row = item >> team.split, share = item & ((1 << team.split) - 1);
-    const RowPieces pieces(params, merge.owner, merge.pieces, row);
-    const int64_t target = int64_t{merge.sequence} * rows + row;
+    const RowPieces<kColumns> pieces(params, merge.owner, merge.pieces, row);
+    const ResultRow<T, kColumns, kSink> result(params, merge.sequence, row);
     if (merge.pieces == 2)
-      merge_row<T, 2>(params, pieces, target, prerequisites);
+      merge_row<2>(pieces, result, prerequisites);
     else if (merge.pieces <= kFewPieces)
-      merge_row<T, kFewPieces>(params, pieces, target, prerequisites);
+      merge_row<kFewPieces>(pieces, result, prerequisites);
     else if (team.block)
-      merge_by_block<T>(params, pieces, target, share, team.split, prerequisites);
+      merge_by_block(pieces, result, share, team.split, prerequisites);
     else
-      merge_by_warp<T>(params, pieces, target, share, team.split, prerequisites);
+      merge_by_warp(pieces, result, share, team.split, prerequisites);
   }
+}
+
+template <typename T, int kColumns>
+Status launch_merge(const MergeParams& params, const LaunchOptions& options, cudaStream_t stream) {
+  const auto kernel = params.attn_sink == nullptr ? merge_kernel<T, kColumns, false>
+                                                  : merge_kernel<T, kColumns, true>;
+  return launch(kernel, options, stream, "merge", params);
 }
 
 }  // namespace
 }  // namespace merge
 
-Status run_merge(const DenseDecodeParams& params, bool shares_sm, cudaStream_t stream) {
+Status run_merge(const MergeParams& params, bool shares_sm, cudaStream_t stream) {
   using namespace merge;
-  if (params.num_parts < 2) return Status::Ok();  // nothing can be cut
+  if (params.num_parts < 2 || params.rows == 0) return Status::Ok();  // nothing can be cut
   if (params.num_parts > kMaxParts) {
-    return Status::InvalidArgument("dense_decode takes schedules of at most " +
+    return Status::InvalidArgument("the Hopper merge takes schedules of at most " +
                                    std::to_string(kMaxParts) + " parts, got " +
                                    std::to_string(params.num_parts));
   }
-  const int rows = params.s_q * params.h_q;
+  if (params.d_v != 512 || params.dtype == DType::kFloat32) {
+    return Status::InvalidArgument("the Hopper merge takes d_v = 512 and results of bf16 or f16");
+  }
   int multiprocessors = 0;
   if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
   // One beside each of the other kernel's blocks, there before it is needed; else two, once these
   // end.
   const int all = multiprocessors * (shares_sm ? 1 : 2);
-  const int of_part = std::clamp(all / params.num_parts, 1, rows * kMaxShares);
+  const int of_part = std::clamp(all / params.num_parts, 1, params.rows * kMaxShares);
   LaunchOptions options{dim3(of_part, params.num_parts), kThreads, shares_sm ? 0 : kPaddingBytes};
   options.dependent = true;
-  if (params.dtype == DType::kBFloat16) {
-    return launch(merge_kernel<__nv_bfloat16>, options, stream, "dense_decode merge", params);
-  }
-  return launch(merge_kernel<__half>, options, stream, "dense_decode merge", params);
+  return params.dtype == DType::kBFloat16
+             ? launch_merge<__nv_bfloat16, 512>(params, options, stream)
+             : launch_merge<__half, 512>(params, options, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -1,8 +1,11 @@
 // Merging one row, or a share of its columns, by a warp or a block:
-// out = sum of w_i out_i / sum of w_i with w_i = 2^(lse_i - the largest lse_i), in a fixed order.
+// out = sum of w_i out_i / sum of w_i with w_i = 2^(lse_i - the largest lse_i), in a fixed order. A
+// sink adds its own weight to the divisor.
 #pragma once
 
 #include <cuda_fp16.h>
+
+#include <bit>
 
 #include "sm90/merge/merge_task.cuh"
 #include "sm90/merge/row_pieces.cuh"
@@ -28,24 +31,39 @@ __device__ __forceinline__ float relative_weight(float lse, float peak) {
   return peak == -INFINITY ? 0.0f : exp2_approx(lse - peak);
 }
 
-__device__ __forceinline__ float inverse_of_weights(float total) {
-  return total == 0.0f ? 0.0f : reciprocal_approx(total);
-}
+// Where a merged row goes. kSink: attn_sink is not null.
+template <typename T, int kColumns, bool kSink>
+struct ResultRow {
+  const MergeParams& params;
+  int64_t index;    // row of [b, rows]
+  float sink_log2;  // loaded before the wait for the pieces, which has nothing to do with it
 
-// Natural log-sum-exp of the row.
-__device__ __forceinline__ float merged_lse(float peak, float total) {
-  return total == 0.0f ? -INFINITY : (peak + __log2f(total)) * kLn2;
-}
+  __device__ __forceinline__ ResultRow(const MergeParams& params, int sequence, int row)
+      : params(params), index(int64_t{sequence} * params.rows + row) {
+    if constexpr (kSink) sink_log2 = params.attn_sink[row % params.h_q] * kLog2e;
+  }
 
-// Stores two neighbouring columns: pair `j` of Columns number `i` of a row of the result.
-template <typename T>
-__device__ __forceinline__ void store_pair(const DenseDecodeParams& params, int64_t row, int i,
-                                           int j, float low, float high) {
-  auto* pairs = static_cast<uint32_t*>(params.out) + row * (kValueDim / 2);
-  pairs[i / 4 * 16 + j * 4 + i % 4] = pack<T>(low, high);
-}
+  // What the weighted sum of the pieces is to be multiplied with. total: sum of their weights,
+  // which are relative to 2^peak.
+  __device__ __forceinline__ float scale(float peak, float total) const {
+    if (total == 0.0f) return 0.0f;
+    if constexpr (kSink) total += exp2_approx(sink_log2 - peak);
+    return reciprocal_approx(total);
+  }
 
-// Eight columns: one of the 64 pieces of 16 bytes of a row of the workspace (partial.cuh).
+  // Stores two neighbouring columns: pair `j` of Columns number `i`.
+  __device__ __forceinline__ void store_pair(int i, int j, float low, float high) const {
+    auto* pairs = static_cast<uint32_t*>(params.out) + index * (kColumns / 2);
+    pairs[i / 4 * 16 + j * 4 + i % 4] = pack<T>(low, high);
+  }
+
+  // Natural log-sum-exp of the row.
+  __device__ __forceinline__ void store_lse(float peak, float total) const {
+    params.lse[index] = total == 0.0f ? -INFINITY : (peak + __log2f(total)) * kLn2;
+  }
+};
+
+// Eight columns: 16 bytes of a row of the workspace (partial.cuh).
 struct Columns {
   float v[8];
 
@@ -68,17 +86,23 @@ struct Columns {
     }
   }
 
-  template <typename T>
-  __device__ __forceinline__ void store(const DenseDecodeParams& params, int64_t row, int i) const {
+  // As number `i` of the result's row.
+  template <typename Result>
+  __device__ __forceinline__ void store(const Result& result, int i) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) store_pair<T>(params, row, i, j, v[2 * j], v[2 * j + 1]);
+    for (int j = 0; j < 4; ++j) result.store_pair(i, j, v[2 * j], v[2 * j + 1]);
   }
 };
 
+template <int kColumns>
+constexpr int kUnits = kColumns / 8;  // Columns of a row
+
 // One warp merges a row of kMaxPieces pieces, or of one less.
-template <typename T, int kMaxPieces>
-__device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const RowPieces& pieces,
-                                          int64_t target, Prerequisites& prerequisites) {
+template <int kMaxPieces, typename T, int kColumns, bool kSink>
+__device__ __forceinline__ void merge_row(const RowPieces<kColumns>& pieces,
+                                          const ResultRow<T, kColumns, kSink>& result,
+                                          Prerequisites& prerequisites) {
+  static_assert(kUnits<kColumns> == 64, "a lane has one of each half row");
   const int lane = threadIdx.x % 32;
   const float *rows[kMaxPieces], *lses[kMaxPieces];
 #pragma unroll
@@ -98,7 +122,7 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
     const auto* columns = reinterpret_cast<const uint4*>(rows[i]) + lane;
     lse[i] = there ? *lses[i] : -INFINITY;
     if (there) {
-      scale[i] = *reinterpret_cast<const float2*>(rows[i] + kPartialScale);
+      scale[i] = *reinterpret_cast<const float2*>(rows[i] + partial_scale(kColumns));
       v[i][0] = columns[0];
       v[i][1] = columns[32];
     }
@@ -112,7 +136,7 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
     scale[i].x *= w;
     scale[i].y *= w;
   }
-  const float inverse = inverse_of_weights(total);
+  const float inverse = result.scale(peak, total);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Columns sum = {};
@@ -120,9 +144,9 @@ __device__ __forceinline__ void merge_row(const DenseDecodeParams& params, const
     for (int i = 0; i < kMaxPieces; ++i) {
       sum.add_scaled((half == 0 ? scale[i].x : scale[i].y) * inverse, v[i][half]);
     }
-    sum.template store<T>(params, target, half * 32 + lane);
+    sum.store(result, half * 32 + lane);
   }
-  if (lane == 0) params.lse[target] = merged_lse(peak, total);
+  if (lane == 0) result.store_lse(peak, total);
 }
 
 // A thread's place in a team that merges one of the 2^split shares of a row. `lanes` threads take
@@ -137,14 +161,15 @@ struct TeamPlace {
   int column, first;         // this thread's columns, in units of eight, and its first piece
   const float *lse, *scale;  // of the piece that it weighs
 
-  __device__ __forceinline__ TeamPlace(const RowPieces& pieces, int thread, int threads, int share,
-                                       int split) {
-    const int shift = 6 - split;
+  template <int kColumns>
+  __device__ __forceinline__ TeamPlace(const RowPieces<kColumns>& pieces, int thread, int threads,
+                                       int share, int split) {
+    const int shift = std::countr_zero(unsigned{kUnits<kColumns>}) - split;
     lanes = 1 << shift;
     turns = threads >> shift;
     column = share * lanes + (thread % 32 & (lanes - 1));
     const int half = share >> (split - 1);
-    scale = pieces.row(thread) + kPartialScale + half;
+    scale = pieces.row(thread) + partial_scale(kColumns) + half;
     lse = pieces.lse + pieces.offset(thread);
     pin_address(scale);
     pin_address(lse);
@@ -153,10 +178,10 @@ struct TeamPlace {
 };
 
 // One warp merges a share of a row of at most 32 pieces.
-template <typename T>
-__device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
-                                              const RowPieces& pieces, int64_t target, int share,
-                                              int split, Prerequisites& prerequisites) {
+template <typename T, int kColumns, bool kSink>
+__device__ __forceinline__ void merge_by_warp(const RowPieces<kColumns>& pieces,
+                                              const ResultRow<T, kColumns, kSink>& result,
+                                              int share, int split, Prerequisites& prerequisites) {
   const int lane = threadIdx.x % 32;
   const TeamPlace place(pieces, lane, 32, share, split);
   PieceLoads loads(pieces, place.first, place.turns, place.column);
@@ -169,7 +194,7 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
   uint4 v[8];
   loads.load(v);
   const float peak = warp_max(lse), w = relative_weight(lse, peak), total = warp_sum(w);
-  factor *= w * inverse_of_weights(total);
+  factor *= w * result.scale(peak, total);
   Columns sum = {};
   for (int piece = place.first;;) {
 #pragma unroll
@@ -180,15 +205,15 @@ __device__ __forceinline__ void merge_by_warp(const DenseDecodeParams& params,
     loads.load(v);
   }
   sum.add_teams(place.lanes);
-  if (lane < place.lanes) sum.template store<T>(params, target, place.column);
-  if (share == 0 && lane == 0) params.lse[target] = merged_lse(peak, total);
+  if (lane < place.lanes) sum.store(result, place.column);
+  if (share == 0 && lane == 0) result.store_lse(peak, total);
 }
 
 // One block merges a share of a row of any number of pieces.
-template <typename T>
-__device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
-                                               const RowPieces& pieces, int64_t target, int share,
-                                               int split, Prerequisites& prerequisites) {
+template <typename T, int kColumns, bool kSink>
+__device__ __forceinline__ void merge_by_block(const RowPieces<kColumns>& pieces,
+                                               const ResultRow<T, kColumns, kSink>& result,
+                                               int share, int split, Prerequisites& prerequisites) {
   __shared__ Columns partial[kWarps][32];
   __shared__ float weights[kMaxParts], peaks[kWarps], totals[kWarps];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -232,9 +257,9 @@ __device__ __forceinline__ void merge_by_block(const DenseDecodeParams& params,
     high += partial[of][i].v[2 * j + 1];
     total += totals[of];
   }
-  const float inverse = inverse_of_weights(total);
-  store_pair<T>(params, target, share * place.lanes + i, j, low * inverse, high * inverse);
-  if (share == 0 && thread == 0) params.lse[target] = merged_lse(peak, total);
+  const float inverse = result.scale(peak, total);
+  result.store_pair(share * place.lanes + i, j, low * inverse, high * inverse);
+  if (share == 0 && thread == 0) result.store_lse(peak, total);
 }
 
 }  // namespace flashmla::sm90::merge

@@ -4,7 +4,7 @@
 // is merged by the blocks of the parts that have a piece of it: many pieces, many blocks.
 #pragma once
 
-#include "params/dense_decode.h"
+#include "params/merge.h"
 #include "schedule/plan.h"
 
 namespace flashmla::sm90::merge {
@@ -21,7 +21,7 @@ struct Merge {
 };
 
 // Cut `index`; its tile is 0 unless it is within a sequence.
-__device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int index) {
+__device__ __forceinline__ Cut load_task_cut(const MergeParams& params, int index) {
   const int2 cut = reinterpret_cast<const int2*>(params.cuts)[index];
   return {cut.x, cut.x >= 0 && cut.x < params.b ? max(cut.y, 0) : 0};
 }
@@ -29,13 +29,13 @@ __device__ __forceinline__ Cut load_cut(const DenseDecodeParams& params, int ind
 // Finds this block's merge; called by every thread of a block. Returns pieces == 1 when there is
 // nothing to merge. A part that goes on with one sequence and begins another has its blocks merge
 // the first.
-__device__ __forceinline__ Merge find_merge(const DenseDecodeParams& params) {
+__device__ __forceinline__ Merge find_merge(const MergeParams& params) {
   const int part = blockIdx.y, other = threadIdx.x;
-  const Cut begin = load_cut(params, part), end = load_cut(params, part + 1);
+  const Cut begin = load_task_cut(params, part), end = load_task_cut(params, part + 1);
   Cut other_begin = {0, 0}, other_end = {0, 0};
   if (other < params.num_parts) {
-    other_begin = load_cut(params, other);
-    other_end = load_cut(params, other + 1);
+    other_begin = load_task_cut(params, other);
+    other_end = load_task_cut(params, other + 1);
   }
   const int sequence = begin.tile > 0 ? begin.sequence : end.tile > 0 ? end.sequence : -1;
   const bool goes_on = other_begin.tile > 0 && other_begin.sequence == sequence;

@@ -4,7 +4,7 @@
 // instructions. So all that can be computed before it waits for the results is.
 #pragma once
 
-#include "params/dense_decode.h"
+#include "params/merge.h"
 #include "schedule/pieces.h"
 #include "sm90/attention/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -32,16 +32,16 @@ __device__ __forceinline__ void pin_address(V*& address) {
 
 // A row to merge: where its pieces are in the workspace. Piece 0 is the owner's, the others are the
 // next parts'.
+template <int kColumns>
 struct RowPieces {
   const float *columns, *lse;  // of the owner's first slot
   int count;
   uint32_t slot_rows;  // rows of a slot
 
-  __device__ __forceinline__ RowPieces(const DenseDecodeParams& params, int owner, int pieces,
-                                       int row)
-      : count(pieces), slot_rows(params.s_q * params.h_q) {
+  __device__ __forceinline__ RowPieces(const MergeParams& params, int owner, int pieces, int row)
+      : count(pieces), slot_rows(params.rows) {
     const int64_t first = int64_t{piece_slot(owner, /*continued=*/true)} * slot_rows + row;
-    columns = params.out_accum + first * kValueDim;
+    columns = params.out_accum + first * kColumns;
     lse = params.lse_accum + first;
   }
 
@@ -51,7 +51,7 @@ struct RowPieces {
   }
 
   __device__ __forceinline__ const float* row(int piece) const {
-    return columns + uint64_t{offset(piece)} * kValueDim;
+    return columns + uint64_t{offset(piece)} * kColumns;
   }
 };
 
@@ -61,12 +61,14 @@ struct PieceLoads {
   int64_t first_step, step;  // floats; the owner's piece is not in its part's first slot
   int left, turns;
 
-  __device__ __forceinline__ PieceLoads(const RowPieces& pieces, int piece, int turns, int column)
+  template <int kColumns>
+  __device__ __forceinline__ PieceLoads(const RowPieces<kColumns>& pieces, int piece, int turns,
+                                        int column)
       : next(pieces.row(piece) + column * 4),
-        step(int64_t{pieces.offset(turns)} * kValueDim),
+        step(int64_t{pieces.offset(turns)} * kColumns),
         left(pieces.count - piece),
         turns(turns) {
-    first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kValueDim : 0);
+    first_step = step - (piece == 0 ? int64_t{pieces.slot_rows} * kColumns : 0);
     pin_address(next);
   }
 

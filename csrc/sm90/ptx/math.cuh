@@ -3,7 +3,7 @@
 
 namespace flashmla::sm90 {
 
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
 
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

@@ -50,12 +50,14 @@ __global__ void __maxnreg__(kRegisters<kRows>)
     mbarrier_init(smem_address(&smem.sums_full), 4);  // the threads that store them
     mbarrier_init(smem_address(&smem.sums_empty), 2 * kWarpgroupWarps);
     mbarrier_init_fence();
-    smem.row_tile.template find<kRows>(args);
+    smem.row_tile.template find<kRows>(blockIdx.x, blockIdx.y, args.rows, args.h_q,
+                                       args.heads_per_kv);
   }
   __syncthreads();  // the barriers are initialised, the row tile is found
   wait_for_prerequisites();
   launch_dependents();
-  const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
+  const Cut begin = load_cut(args.cuts, blockIdx.z, args.b),
+            end = load_cut(args.cuts, blockIdx.z + 1, args.b);
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     run_scores<T>(args, smem, begin, end);

@@ -46,7 +46,7 @@ __device__ void run_loads(const KernelArgs& args, SharedStorage<kRows>& smem, Cu
     const int length = args.cache_seqlens[sequence];
     load_item<kRows, kBoxes>(args, smem, {.kind = kQueries, .index = {sequence}, .token_group = 0},
                              ring);
-    const Piece piece = piece_of(begin, end, sequence, clamp_seqlen(args, length));
+    const Piece piece = piece_of(begin, end, sequence, args.clamp_seqlen(length));
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       LoadItem item{.kind = kTile, .index = {}, .token_group = first_token_group(args, tile)};
 #pragma unroll

@@ -166,7 +166,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
     take_query(smem, ring);
     if (warp_leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
     ring.advance();
-    const int seqlen = clamp_seqlen(args, length);
+    const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
     float reference[kThreadRows], sum[kThreadRows];
@@ -232,9 +232,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
           smem.inverse_sum[query_row(i)] = inverse_of_sum(sum[i]);
         mbarrier_arrive(smem_address(&smem.sums_full));
       }
-      const bool partial = piece.continued || piece.unfinished;
-      store_lse<kRows>(args, smem.row_tile, reference, sum, partial,
-                       partial ? piece_slot(blockIdx.z, piece.continued) : sequence);
+      store_lse<kRows>(args, smem.row_tile, reference, sum, piece.partial(),
+                       piece.partial() ? piece_slot(blockIdx.z, piece.continued) : sequence);
     }
     sums_parity ^= !empty;
     __syncwarp();

@@ -1,8 +1,8 @@
 // The narrow kernel's plan of shared memory.
 #pragma once
 
+#include "sm90/attention/work.cuh"
 #include "sm90/dense_decode/load.cuh"
-#include "sm90/dense_decode/work.cuh"
 
 namespace flashmla::sm90::dense_decode::narrow {
 

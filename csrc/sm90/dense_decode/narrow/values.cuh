@@ -75,7 +75,7 @@ __device__ __forceinline__ void choose_factor(SharedStorage<kRows>& smem, int ha
   const int exponent = partial_exponent(below * inverse) + 1;
   smem.factor[half][row] = inverse * power_of_two(-exponent);
   if (row < smem.row_tile.count) {
-    rows[row * kValueDim + kPartialScale + half] = power_of_two(exponent);
+    rows[row * kValueDim + partial_scale(kValueDim) + half] = power_of_two(exponent);
   }
 }
 
@@ -163,7 +163,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
   uint32_t sums_parity = 0;
 
   for (int sequence = begin.sequence; owns_work(begin, end, sequence); ++sequence) {
-    const int seqlen = load_seqlen(args, sequence);
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
     // The queries are not for this warpgroup; it keeps step with the score warpgroup.
     mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
@@ -203,13 +203,12 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<kRows>& smem, C
     }
 
     const bool empty = piece.tile_begin >= piece.tile_end;
-    const bool partial = piece.continued || piece.unfinished;
-    if (partial) find_exponents(smem, o, half);
+    if (piece.partial()) find_exponents(smem, o, half);
     if (!empty) {
       mbarrier_wait(smem_address(&smem.sums_full), sums_parity);
       sums_parity ^= 1;
     }
-    if (partial) {
+    if (piece.partial()) {
       const int64_t row =
           int64_t{piece_slot(blockIdx.z, piece.continued)} * args.rows + smem.row_tile.first;
       store_partial<kRows>(smem, o, half, empty, args.out_accum + row * kValueDim);

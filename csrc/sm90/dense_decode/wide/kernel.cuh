@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   launch_dependents();
   if (threadIdx.x == kLoadingThread) {
     // The cuts are on their way while the barriers are initialised.
-    const Cut begin = load_cut(args, blockIdx.z), end = load_cut(args, blockIdx.z + 1);
+    const Cut begin = load_cut(args.cuts, blockIdx.z, args.b),
+              end = load_cut(args.cuts, blockIdx.z + 1, args.b);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&smem.half_full[0][i]), 1);
       mbarrier_init(smem_address(&smem.half_full[1][i]), 1);
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarpgroupWarps);
     }
     mbarrier_init_fence();
-    smem.row_tile.find<kTileRows>(args);
+    smem.row_tile.find<kTileRows>(blockIdx.x, blockIdx.y, args.rows, args.h_q, args.heads_per_kv);
     smem.begin = begin;
     smem.end = end;
     start_loads<kBoxes>(args, smem);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "sm90/dense_decode/load.cuh"
-#include "sm90/dense_decode/work.cuh"
 #include "sm90/ptx/smem_desc.cuh"
 
 namespace flashmla::sm90::dense_decode::wide {
@@ -33,7 +32,7 @@ struct LoadStream {
     if (!query_next) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       if (!entered) {
-        const int tiles = num_tiles(clamp_seqlen(args, *const_cast<volatile int*>(&seqlen)));
+        const int tiles = num_tiles(args.clamp_seqlen(*const_cast<volatile int*>(&seqlen)));
         tile_end = sequence == end.sequence ? min(end.tile, tiles) : tiles;
         entered = true;
         if (tile >= tile_end) {

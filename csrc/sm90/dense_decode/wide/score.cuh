@@ -176,7 +176,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     SoftmaxRows rows;
 
     take_query(smem, ring, args.query_box, kScoreBarrier, q);
-    const int seqlen = clamp_seqlen(args, length);
+    const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
     if (warp_leader) {
@@ -197,7 +197,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
-      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, load_seqlen(args, sequence));
+      if (tile >= unmasked_tiles)
+        mask_tile(args, smem, s, tile, args.clamp_seqlen(args.cache_seqlens[sequence]));
       update_references(smem, s, rows, args.scale_log2, ring.slot);
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
                              scores_done, ring.parity);
@@ -222,9 +223,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       wgmma_wait<0>();
     }
     odd_piece ^= piece.tile_begin < piece.tile_end;
-    const bool partial = piece.continued || piece.unfinished;
-    store_lse(args, smem.row_tile, rows, partial,
-              partial ? piece_slot(blockIdx.z, piece.continued) : sequence);
+    store_lse(args, smem.row_tile, rows, piece.partial(),
+              piece.partial() ? piece_slot(blockIdx.z, piece.continued) : sequence);
   }
 }
 

@@ -1,9 +1,9 @@
 // The wide kernel's plan of registers and shared memory.
 #pragma once
 
+#include "sm90/attention/work.cuh"
 #include "sm90/dense_decode/load.cuh"
 #include "sm90/dense_decode/wide/load_stream.cuh"
-#include "sm90/dense_decode/work.cuh"
 
 namespace flashmla::sm90::dense_decode::wide {
 

@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_partial_row(const KernelArgs& args, const 
     target[half * 32 + i + quad_lane] = uint4{v[0], v[1], v[2], v[3]};
   }
   if (quad_lane == 0) {
-    reinterpret_cast<float*>(target)[kPartialScale + half] = power_of_two(exponent);
+    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = power_of_two(exponent);
   }
 }
 
@@ -91,7 +91,8 @@ __device__ __forceinline__ void store_zero_row(uint4* target, bool partial, int 
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll 1
   for (int i = 0; i < 32; i += 4) target[half * 32 + i + quad_lane] = uint4{};
-  if (partial && quad_lane == 0) reinterpret_cast<float*>(target)[kPartialScale + half] = 1.0f;
+  if (partial && quad_lane == 0)
+    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = 1.0f;
 }
 
 // Writes what a piece has accumulated. All but o is read and derived anew: registers are short
@@ -110,8 +111,8 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
     if (!__any_sync(~0u, valid)) break;
     const volatile Cut& begin = smem.begin;
     const volatile Cut& end = smem.end;
-    const bool continued = sequence == begin.sequence && begin.tile > 0;
-    const bool unfinished = sequence == end.sequence && end.tile > 0;
+    const bool continued = is_continued(begin, sequence);
+    const bool unfinished = is_unfinished(end, sequence);
     const bool partial = continued || unfinished;
     if (empty) {
       const int index = partial ? piece_slot(blockIdx.z, continued) : sequence;
@@ -147,7 +148,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
   __syncwarp();
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
-    const int seqlen = load_seqlen(args, sequence);
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     bool fresh = true;  // nothing accumulated yet
     // The queries are not for this warpgroup. But it must not run ahead of the score warpgroup, as
