@@ -39,6 +39,12 @@ __device__ __forceinline__ uint32_t bf16_twice(float x) {
   return packed;
 }
 
+__device__ __forceinline__ float load_scale(uint32_t address) {
+  float scale;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale) : "r"(address) : "memory");
+  return scale;
+}
+
 // True for NaN too.
 __device__ __forceinline__ bool is_large(float scale) { return !(fabsf(scale) <= kLargestScale); }
 

@@ -68,8 +68,9 @@ __device__ __forceinline__ void start_gather(const KernelArgs& args,
                                              SharedStorage<Format, kRows>& smem) {
   const int warp = threadIdx.x / 32 % kWarps;
   GatherState state;
-  state.position = RingPosition<kSlots<kRows>>{}.ahead(warp).packed;
-  state.room = kSlots<kRows> - warp;
+  state.stage = 0;
+  state.parity = 0;
+  state.room = kStages<kRows>;
   enter_query<kRows>(args, smem.end, state, smem.begin.sequence, smem.begin.tile);
   fetch_index(args, smem, state);
   if (threadIdx.x % 32 == 0) smem.gather[warp] = state;
@@ -80,7 +81,7 @@ __device__ __forceinline__ void start_gather(const KernelArgs& args,
 template <typename Format, int kRows>
 __device__ __forceinline__ void fill_queries(const KernelArgs& args,
                                              SharedStorage<Format, kRows>& smem,
-                                             const GatherState& state, int slot) {
+                                             const GatherState& state) {
   constexpr int kBytes = Format::kHeadDim * 2;  // of a head
   const int thread = reread_thread(), warp = thread / 32 % kWarps;
   if (thread % 32 > 0) return;
@@ -88,11 +89,11 @@ __device__ __forceinline__ void fill_queries(const KernelArgs& args,
   const int first =
       ((kQueryItems<kRows> - state.queries_left) * kTileSlots + warp) * kSlotHeads<kRows>;
   const int count = min(max(heads.count - first, 0), kSlotHeads<kRows>);
-  const uint32_t full = smem_address(&smem.full[slot]);
+  const uint32_t full = smem_address(&smem.full[state.stage][warp]);
   mbarrier_arrive_expect(full, count * kBytes);
   if (count == 0) return;
   const int64_t head = int64_t{state.query} * args.h_q + heads.first + first;
-  copy_bulk(smem_address(smem.ring[slot]), args.q + head * kBytes, count * kBytes, full);
+  copy_bulk(smem_address(smem.ring[state.stage][warp]), args.q + head * kBytes, count * kBytes, full);
 }
 
 template <typename Format, typename Storage>
@@ -106,14 +107,14 @@ __device__ __forceinline__ const uint8_t* row_address(const KernelArgs& args, co
 // Fills the warp's slot with a tile's rows.
 template <typename Format, int kRows>
 __device__ __forceinline__ void fill_rows(const KernelArgs& args,
-                                          SharedStorage<Format, kRows>& smem, int slot,
+                                          SharedStorage<Format, kRows>& smem, int stage,
                                           int index) {
   constexpr int kBytes = Format::kRowBytes;
-  const int lane = reread_thread() % 32;
+  const int thread = reread_thread(), warp = thread / 32 % kWarps, lane = thread % 32;
   const bool valid = static_cast<uint32_t>(index) < args.main.layer_slots;
   const uint32_t valid_rows = __ballot_sync(~0u, valid);
-  const uint32_t full = smem_address(&smem.full[slot]);
-  const uint32_t target = smem_address(smem.ring[slot]);
+  const uint32_t full = smem_address(&smem.full[stage][warp]);
+  const uint32_t target = smem_address(smem.ring[stage][warp]);
   // Rows that are not attended count as zeros: what else they held might be NaN.
   uint32_t invalid_rows = ~valid_rows & ((1 << kSlotTokens) - 1);
   if (invalid_rows != 0) {
@@ -127,7 +128,7 @@ __device__ __forceinline__ void fill_rows(const KernelArgs& args,
     } while (invalid_rows != 0);
     fence_async_proxy();  // before copies that come to lie there later
   }
-  if (lane == 0) smem.valid[slot] = valid_rows;
+  if (lane == 0) smem.valid[stage][warp] = valid_rows;
   __syncwarp();
   if (lane == 0) mbarrier_arrive_expect(full, __popc(valid_rows) * kBytes);
   __syncwarp();
@@ -136,7 +137,7 @@ __device__ __forceinline__ void fill_rows(const KernelArgs& args,
   }
 }
 
-// Fills the slots that this warpgroup is through with, `freed` more than before; waits for the
+// Fills the stages that this warpgroup is through with, `freed` more than before; waits for the
 // others to be so too.
 template <typename Format, int kRows>
 __device__ __forceinline__ void fill_ring(const KernelArgs& args,
@@ -147,20 +148,21 @@ __device__ __forceinline__ void fill_ring(const KernelArgs& args,
   state.room += freed;
 #pragma unroll 1
   while (state.room > 0 && state.tile < state.tile_end) {
-    state.room -= kTileSlots;
+    --state.room;
     // Of the slot's last round; passes at once in the first.
-    RingPosition<kSlots<kRows>> position{state.position};
-    mbarrier_wait(smem_address(&smem.empty[position.slot()]), position.parity() ^ 1);
+    mbarrier_wait(smem_address(&smem.empty[state.stage][warp]), state.parity ^ 1);
     if (state.queries_left > 0) {
-      fill_queries(args, smem, state, position.slot());
+      fill_queries(args, smem, state);
       --state.queries_left;
     } else {
-      fill_rows(args, smem, position.slot(), take_index(smem));
+      fill_rows(args, smem, state.stage, take_index(smem));
       if (++state.tile >= state.tile_end) enter_query<kRows>(args, smem.end, state, state.query + 1, 0);
       fetch_index(args, smem, state);
     }
-    position.advance();
-    state.position = position.packed;
+    if (++state.stage == kStages<kRows>) {
+      state.stage = 0;
+      state.parity ^= 1;
+    }
   }
   __syncwarp();
   if (thread % 32 == 0) smem.gather[warp] = state;

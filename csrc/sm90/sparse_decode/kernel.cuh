@@ -43,9 +43,9 @@ __device__ __forceinline__ void decode(const KernelArgs& args) {
   if (smem_address(dynamic_shared) != kSharedBase) __trap();
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots<kRows>; ++i) {
-      mbarrier_init(smem_address(&smem.full[i]), 1);
-      mbarrier_init(smem_address(&smem.empty[i]), kValueWarps);
+    for (int i = 0; i < kStages<kRows> * kTileSlots; ++i) {
+      mbarrier_init(smem_address(&smem.full[0][i]), 1);
+      mbarrier_init(smem_address(&smem.empty[0][i]), kValueWarps);
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem_address(&smem.probabilities_full[i]), kWarps);
@@ -64,23 +64,20 @@ __device__ __forceinline__ void decode(const KernelArgs& args) {
   }
   __syncthreads();
   constexpr bool kMove = kRows == 64;
-  constexpr int kSecond = kWideValues, kThird = 2 * kWideValues;
-  switch (threadIdx.x / kWarpgroupThreads) {
+  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  switch (warpgroup) {
     case 0:
       set_registers<kScoreRegisters>(kMove);
       run_scores<Format, kRows>(args, smem);
       break;
     case 1:
-      set_registers<kWideRegisters>(kMove);
-      run_values<T, Format, kRows, 0, kWideValues, false>(args, smem);
-      break;
     case 2:
       set_registers<kWideRegisters>(kMove);
-      run_values<T, Format, kRows, kSecond, kWideValues, false>(args, smem);
+      run_values<T, Format, kRows, kWideValues, false>(args, smem);
       break;
     default:
       set_registers<kNarrowRegisters>(kMove);
-      run_values<T, Format, kRows, kThird, kNarrowValues, true>(args, smem);
+      run_values<T, Format, kRows, kNarrowValues, true>(args, smem);
   }
 }
 

@@ -9,8 +9,14 @@
 
 namespace flashmla::sm90::sparse {
 
+// The first of a value warpgroup's kCount tiles of 64 columns.
+template <int kCount>
+__device__ __forceinline__ int first_value_tile(int thread) {
+  return kCount == kWideValues ? (thread / kWarpgroupThreads - 1) * 4 : 3;
+}
+
 // Puts into shared memory the exponents of each row's largest values in this warp, not normalised.
-template <int kFirst, int kCount, typename Storage, int kElements>
+template <int kCount, typename Storage, int kElements>
 __device__ __forceinline__ void find_exponents(Storage& smem,
                                                const float (&o)[kCount][kElements]) {
   constexpr int kMine = kElements / 2;
@@ -55,13 +61,14 @@ __device__ __forceinline__ void choose_factor(Storage& smem, int row, bool store
   }
 }
 
-template <int kFirst, int kCount, typename Storage, int kElements>
+template <int kCount, typename Storage, int kElements>
 __device__ __forceinline__ void store_partial(const KernelArgs& args, Storage& smem,
                                               const float (&o)[kCount][kElements], HeadTile heads,
                                               bool empty, int slot) {
   const int thread = reread_thread(), lane = thread % 32, warp = thread / 32 % kWarps;
+  const int first = first_value_tile<kCount>(thread);
   float* const rows = args.out_accum + (int64_t{slot} * args.h_q + heads.first) * kValueDim;
-  find_exponents<kFirst, kCount>(smem, o);
+  find_exponents<kCount>(smem, o);
   named_barrier_sync(kValueBarrier, kValueWarps * 32);  // exponents are there
   const int row = thread - kWarpgroupThreads;
   if (row < 2 * kElements) choose_factor(smem, row, row < heads.count, empty, rows);
@@ -73,20 +80,21 @@ __device__ __forceinline__ void store_partial(const KernelArgs& args, Storage& s
     // Words of the row: 16 bytes for each quad lane of each 32 columns; this thread's columns are
     // the pair lane / 4 of the warp's eight.
     auto* words = reinterpret_cast<uint32_t*>(rows + head * kValueDim) +
-                  (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
+                  first * 32 + (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       const uint32_t v = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
-      if (head < heads.count) words[(kFirst + m) * 32] = v;
+      if (head < heads.count) words[m * value_tile_stride(kCount) * 32] = v;
     }
   }
 }
 
-template <typename T, int kFirst, int kCount, typename Storage, int kElements>
+template <typename T, int kCount, typename Storage, int kElements>
 __device__ __forceinline__ void store_result(const KernelArgs& args, const Storage& smem,
                                              const float (&o)[kCount][kElements], HeadTile heads,
                                              bool empty, int query) {
   const int thread = reread_thread(), lane = thread % 32, warp = thread / 32 % kWarps;
+  const int first = first_value_tile<kCount>(thread);
   T* const rows =
       static_cast<T*>(args.out) + (int64_t{query} * args.h_q + heads.first) * kValueDim;
 #pragma unroll
@@ -94,11 +102,11 @@ __device__ __forceinline__ void store_result(const KernelArgs& args, const Stora
     const int head = query_row(thread, i);
     const float factor = empty ? 0.0f : smem.inverse_sum[head];
     auto* words =
-        reinterpret_cast<uint32_t*>(rows + head * kValueDim + kFirst * 64 + warp * 16) + lane / 4;
+        reinterpret_cast<uint32_t*>(rows + head * kValueDim + first * 64 + warp * 16) + lane / 4;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       const uint32_t v = pack<T>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
-      if (head < heads.count) words[m * 32] = v;
+      if (head < heads.count) words[m * value_tile_stride(kCount) * 32] = v;
     }
   }
 }

@@ -18,7 +18,7 @@ namespace flashmla::sm90::sparse {
 // convert_keys permutes the keys': column pair 2t to place t, 2t + 1 to t + 4.
 template <typename Format, int kRows>
 __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, int count,
-                                           RingPosition<kSlots<kRows>>& ring) {
+                                           RingPosition<kStages<kRows>>& ring) {
   constexpr int kUnits = Format::kHeadDim / 16;  // of a head: 32 bytes each
   constexpr int kItemHeads = kSlotHeads<kRows> * kTileSlots;
   const int thread = reread_thread();
@@ -26,14 +26,13 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
   for (int item = 0; item < kQueryItems<kRows>; ++item) {
 #pragma unroll
     for (int slot = 0; slot < kTileSlots; ++slot) {
-      const auto position = ring.ahead(slot);
-      mbarrier_wait(smem_address(&smem.full[position.slot()]), position.parity());
+      mbarrier_wait(smem_address(&smem.full[ring.stage][slot]), ring.parity);
     }
     for (int i = thread; i < kItemHeads * kUnits; i += kWarpgroupThreads) {
       const int head = i / kUnits, unit = i % kUnits;
       const int row = item * kItemHeads + head;
       const uint32_t source =
-          smem_address(smem.ring[ring.ahead(head / kSlotHeads<kRows>).slot()]) +
+          smem_address(smem.ring[ring.stage][head / kSlotHeads<kRows>]) +
           (head % kSlotHeads<kRows> * kUnits + unit) * 32;
       uint4 low = {}, high = {};
       if (row < count) {
@@ -52,7 +51,7 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
     if (thread % 32 < kValueWarps / kWarps) {
 #pragma unroll
       for (int slot = 0; slot < kTileSlots; ++slot) {
-        mbarrier_arrive(smem_address(&smem.empty[ring.ahead(slot).slot()]));
+        mbarrier_arrive(smem_address(&smem.empty[ring.stage][slot]));
       }
     }
     ring.advance();
@@ -64,99 +63,105 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
 // Puts the bf16 scales of this warp's tokens where the value warps read them. Returns whether there
 // are scales that one factor does not hold.
 template <typename Format, int kRows>
-__device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& smem, int slot) {
+__device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& smem, int stage) {
   static_assert(Format::kScaleGroups == 4);
-  const int lane = reread_thread() % 32, token = lane / 2, group = lane % 2 * 2;
-  float scale[2];
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(scale[0]), "=f"(scale[1])
-               : "r"(smem_address(smem.ring[slot]) + token * Format::kRowBytes +
-                     Format::kScaleOffset + group * 4)
-               : "memory");
-  const int place = token % 8 / 2 * 4 + token / 8 * 2 + token % 2;
+  const int thread = reread_thread(), warp = thread / 32, lane = thread % 32;
+  const int token = lane / 2, group = lane % 2 * 2;
+  const uint32_t address = smem_address(smem.ring[stage][warp]) + token * Format::kRowBytes +
+                           Format::kScaleOffset + group * 4;
+  const float scale[2] = {load_scale(address), load_scale(address + 4)};
+  const int place = warp / 2 * 32 + token % 8 / 2 * 8 + (warp % 2 * 2 + token / 8) * 2 + token % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    reinterpret_cast<__nv_bfloat16*>(smem.scales[slot][group + i])[place] =
-        __float2bfloat16_rn(clamp_scale(scale[i]) * kPlaced);
+    smem.scales[stage][group + i][place] =
+        __bfloat16_as_ushort(__float2bfloat16_rn(clamp_scale(scale[i]) * kPlaced));
   }
   return __any_sync(~0u, is_large(scale[0]) || is_large(scale[1]));
 }
 
-// Raw bytes of 64 latent columns of the warp's tokens: of each lane row g = lane / 4, row g + 8 of
-// the first sixteen columns, then of the next sixteen.
-__device__ __forceinline__ void load_keys(uint32_t (&raw)[8], uint32_t rows, int chunk) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(raw + 4 * i), rows + chunk * 64 + i * 32);
-  }
+// Raw bytes of 32 latent columns of the warp's tokens: of each lane row g = lane / 4, row g + 8 of
+// the first sixteen columns, then of the other sixteen.
+__device__ __forceinline__ void load_keys(uint32_t (&raw)[4], uint32_t rows, int chunk) {
+  load_matrix_x4(raw, rows + chunk * 32);
 }
 
-// A fragments of 64 columns, k16 by k16.
-__device__ __forceinline__ void convert_keys(uint32_t (&a)[16], const uint32_t (&raw)[8],
+// A fragments of 32 columns, k16 by k16.
+__device__ __forceinline__ void convert_keys(uint32_t (&a)[8], const uint32_t (&raw)[4],
                                              const uint32_t (&factor)[2]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const int row = i % 2;
     a[i / 2 * 4 + row] = multiply_bf16x2(place_codes<kBytes01>(raw[i]), factor[row]);
     a[i / 2 * 4 + row + 2] = multiply_bf16x2(place_codes<kBytes23>(raw[i]), factor[row]);
   }
 }
 
-__device__ __forceinline__ float load_scale(uint32_t address) {
-  float scale;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale) : "r"(address) : "memory");
-  return scale;
-}
-
-template <typename Format, int kRows>
+// kLargeScales: some scale of the tile takes two factors.
+template <typename Format, int kRows, bool kLargeScales>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
-                                               const SharedStorage<Format, kRows>& smem, int slot,
-                                               bool large_scales) {
+                                               const SharedStorage<Format, kRows>& smem,
+                                               int stage) {
   using T = __nv_bfloat16;
-  constexpr int kLatentChunks = 8, kChunks = kLatentChunks + Format::kRope;
-  const int lane = reread_thread() % 32;
-  const uint32_t tokens = smem_address(smem.ring[slot]);
-  const uint32_t rows = tokens + lane % 16 * Format::kRowBytes + lane / 16 * 16;
-  const uint32_t scales = tokens + lane / 4 * Format::kRowBytes + Format::kScaleOffset;
-  uint32_t a[2][16], raw[8], factor[2];
-  float scale[2];
+  constexpr int kLatentColumns = 512, kGroupColumns = kLatentColumns / Format::kScaleGroups;
+  constexpr int kStep = 32;                                // columns converted at a time
+  constexpr int kQueryStep = kRows * kChunkRowBytes / 16;  // of a descriptor, for 64 columns
+  const int thread = reread_thread(), lane = thread % 32;
+  const uint32_t tokens = smem_address(smem.ring[stage][thread / 32]);
+  uint32_t rows = tokens + lane % 16 * Format::kRowBytes + lane / 16 * 16;
+  uint32_t scales = tokens + lane / 4 * Format::kRowBytes + Format::kScaleOffset;
+  uint64_t query = k_major_desc(smem_address(smem.query[0]));
+  uint32_t a[2][8], raw[4];
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
   load_keys(raw, rows, 0);
+  pin_registers(s);
+#pragma unroll 1
+  for (int group = 0; group < Format::kScaleGroups; ++group) {
+    const float scale[2] = {load_scale(scales), load_scale(scales + 8 * Format::kRowBytes)};
+    uint32_t factor[2];
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    if (c < kLatentChunks && c % 2 == 0) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        scale[row] = load_scale(scales + row * 8 * Format::kRowBytes + c / 2 * 4);
-        factor[row] = bf16_twice(scale[row] * kPlaced);
-      }
+    for (int row = 0; row < 2; ++row) {
+      factor[row] =
+          bf16_twice((kLargeScales ? clamp_scale(scale[row]) : scale[row]) * kPlaced);
     }
-    if (c >= 2) wgmma_wait<1>();
-    uint32_t(&keys)[16] = a[c % 2];
-    if (c < kLatentChunks) {
-      if (large_scales) {
-        const uint32_t clamped[2] = {bf16_twice(clamp_scale(scale[0]) * kPlaced),
-                                     bf16_twice(clamp_scale(scale[1]) * kPlaced)};
+#pragma unroll
+    for (int c = 0; c < kGroupColumns / kStep; ++c) {
+      uint32_t(&keys)[8] = a[c % 2];
+      wgmma_wait<1>();
+      convert_keys(keys, raw, factor);
+      if constexpr (kLargeScales) {
         const uint32_t excess[2] = {bf16_twice(excess_of(scale[0])),
                                     bf16_twice(excess_of(scale[1]))};
-        convert_keys(keys, raw, clamped);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) keys[i] = multiply_bf16x2(keys[i], excess[i % 2]);
-      } else {
-        convert_keys(keys, raw, factor);
+        for (int i = 0; i < 8; ++i) keys[i] = multiply_bf16x2(keys[i], excess[i % 2]);
       }
-    } else {
+      load_keys(raw, rows, c + 1);  // after the last columns bytes that no one uses
+      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(keys + 4 * k),
-                       rows + Format::kRopeOffset + k * 32);
+      for (int k = 0; k < 2; ++k) {
+        wgmma_rs<T>(s, keys + 4 * k, query + c / 2 * kQueryStep + c % 2 * 4 + 2 * k, 1);
       }
+      wgmma_commit();
     }
-    if (c + 1 < kLatentChunks) load_keys(raw, rows, c + 1);
-    wgmma_fence();
-    const uint64_t query = k_major_desc(smem_address(smem.query[c]));
+    rows += kGroupColumns;
+    scales += 4;
+    query += kGroupColumns / 64 * kQueryStep;
+  }
+  if constexpr (Format::kRope) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<T>(s, keys + 4 * k, query + 2 * k, c + k > 0);
-    wgmma_commit();
+    for (int c = 0; c < 2; ++c) {
+      uint32_t(&keys)[8] = a[c];
+      wgmma_wait<1>();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(keys + 4 * k),
+                       rows + Format::kRopeOffset - kLatentColumns + (c * 2 + k) * 32);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) wgmma_rs<T>(s, keys + 4 * k, query + c * 4 + 2 * k, 1);
+      wgmma_commit();
+    }
   }
   wgmma_wait<0>();
   pin_registers(s);
@@ -189,19 +194,19 @@ __device__ __forceinline__ void combine_rows(float (&exchange)[kWarps][kRows],
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
 
-// Moves references to a tile's largest scores, which `peak` has of this thread, and this thread's
-// sums with them. By what power of two the output is to be divided goes to `rescale`.
+// Moves references to a tile's largest scores, which `peak` has of this thread, and its sums
+// with them. By what power of two the output is to be divided goes to `rescale`.
 template <typename Format, int kRows>
 __device__ __forceinline__ void raise_references(SharedStorage<Format, kRows>& smem,
                                               float (&peak)[kThreadRows<kRows>],
-                                              float (&sum)[kThreadRows<kRows>], uint8_t* rescale) {
+                                              uint8_t* rescale) {
   const int thread = reread_thread();
   combine_rows<kRows>(smem.exchange, peak, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
     float moved = smem.reference[query_row(thread, i)];
     const int power = raise_reference(moved, peak[i]);
-    sum[i] *= rescale_factor(power);
+    smem.sums[i][thread] *= rescale_factor(power);
     peak[i] = moved;
     if (thread < 4) rescale[query_row(thread, i)] = power;
   }
@@ -237,7 +242,6 @@ template <typename Format, int kRows>
 __device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
                                                    SharedStorage<Format, kRows>& smem,
                                                    float (&s)[kRows / 2],
-                                                   float (&sum)[kThreadRows<kRows>],
                                                    uint32_t valid, bool first, uint8_t* rescale) {
   constexpr int kMine = kThreadRows<kRows>;
   const int thread = reread_thread(), token = thread % 32 / 4;
@@ -263,7 +267,7 @@ __device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
   }
   const bool raise =
       named_barrier_any(kScoreBarrier, kWarpgroupThreads, first || highest > kLazyRescale);
-  if (raise) raise_references<Format, kRows>(smem, peak, sum, rescale);
+  if (raise) raise_references<Format, kRows>(smem, peak, rescale);
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const float offset = finite_reference(smem.reference[query_row(thread, i)]);
@@ -272,7 +276,8 @@ __device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
       float& x = s[element(i, m)];
       x = exp2_approx(__fsub_rn(x, offset));
     }
-    sum[i] += s[element(i, 0)] + s[element(i, 1)];
+    const float pair = s[element(i, 0)] + s[element(i, 1)];
+    smem.sums[i][thread] = first ? pair : smem.sums[i][thread] + pair;
   }
   return raise && !first;
 }
@@ -313,9 +318,8 @@ __device__ __forceinline__ void store_empty_lse(const KernelArgs& args, HeadTile
 
 template <typename Format, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
-  constexpr int kMine = kThreadRows<kRows>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RingPosition<kSlots<kRows>> ring;
+  RingPosition<kStages<kRows>> ring;
   BufferPosition buffer;  // of probabilities
   uint32_t sums_parity = 1;
 
@@ -333,23 +337,26 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       for (int row = lane; row < kRows; row += 32) smem.reference[row] = -INFINITY;
     }
     take_query(smem, heads.count, ring);
-    float sum[kMine] = {};
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
-      const auto position = ring.ahead(warp);
-      mbarrier_wait(smem_address(&smem.full[position.slot()]), position.parity());
-      const bool large_scales = prepare_scales(smem, position.slot());
+      mbarrier_wait(smem_address(&smem.full[ring.stage][warp]), ring.parity);
+      const bool large_scales = named_barrier_any(kScoreBarrier, kWarpgroupThreads,
+                                                  prepare_scales(smem, ring.stage));
       float s[kRows / 2];
-      compute_scores<Format, kRows>(s, smem, position.slot(), large_scales);
-      const uint32_t valid = smem.valid[position.slot()];
+      if (large_scales) {
+        compute_scores<Format, kRows, true>(s, smem, ring.stage);
+      } else {
+        compute_scores<Format, kRows, false>(s, smem, ring.stage);
+      }
+      const uint32_t valid = smem.valid[ring.stage][warp];
       // Of the buffer's last round; passes at once in the first.
       mbarrier_wait(smem_address(&smem.probabilities_empty[buffer.slot()]), buffer.parity() ^ 1);
-      const bool rescaled = make_probabilities<Format, kRows>(args, smem, s, sum, valid,
+      const bool rescaled = make_probabilities<Format, kRows>(args, smem, s, valid,
                                                               tile == piece.tile_begin,
                                                               smem.rescale[buffer.slot()]);
       if (lane == 0) {
         smem.flags[buffer.slot()][warp] =
-            (rescaled ? kRescaled : 0) | (large_scales ? kLargeScales : 0);
+            (rescaled ? kRescaled : 0) | (large_scales ? kHasLargeScales : 0);
       }
       store_probabilities<kRows>(s, smem_address(smem.probabilities[buffer.slot()]));
       fence_async_proxy();
@@ -359,6 +366,9 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       ++buffer.turn;
     }
 
+    float sum[kThreadRows<kRows>];
+#pragma unroll
+    for (int i = 0; i < kThreadRows<kRows>; ++i) sum[i] = smem.sums[i][threadIdx.x];
     combine_rows<kRows>(smem.exchange, sum, [](float a, float b) { return a + b; });
     if (threadIdx.x < 4) {
       finish_rows<Format, kRows>(args, smem, heads, sum, partial, index, sums_parity);

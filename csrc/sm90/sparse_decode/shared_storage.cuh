@@ -12,18 +12,19 @@ template <int kRows>
 constexpr int kQueryItems = kRows == 64 ? 2 : 1;
 template <int kRows>
 constexpr int kSlotHeads = kRows / (kQueryItems<kRows> * kTileSlots);
-// As many as there is room for: 82 KB under way keep HBM busy, and up to 8 slots are in use. With
-// 16 rows there must be room beside for a block of the merge.
+// Items that the ring holds: as many as there is room for. With 16 rows there must be room beside for
+// a block of the merge.
 template <int kRows>
-constexpr int kSlots = kRows == 64 ? 13 : kRows == 32 ? 17 : 18;
+constexpr int kStages = kRows == 64 ? 3 : 4;
 
 // Where a gathering warp is (gather.cuh). Kept here as its registers are few.
 struct GatherState {
   int query, length;      // query token of the next item, and its indices that count
   int tile, tile_end;     // its next tile; equal where the part is at its end
   int queries_left;       // items of queries before the next tile
-  int room;               // slots, from the warp's next one on, that may be filled once empty
-  uint32_t position;      // RingPosition::packed of the next one
+  int room;               // items that may be filled once their slots are empty
+  int stage;              // of the next one
+  uint32_t parity;
 };
 
 template <typename Format, int kRows>
@@ -33,14 +34,14 @@ struct alignas(1024) SharedStorage {
       kSlotTokens * Format::kRowBytes > kSlotHeads<kRows> * Format::kHeadDim * 2
           ? kSlotTokens * Format::kRowBytes
           : kSlotHeads<kRows> * Format::kHeadDim * 2;
-  using Groups = uint8_t[Format::kScaleGroups][kSlotTokens * 2];
 
   uint8_t query[kChunks][kRows * kChunkRowBytes];      // K-major, 128-byte swizzle
   uint8_t probabilities[2][kRows * kChunkRowBytes];    // [row][token], the same
-  uint8_t ring[kSlots<kRows>][kSlotBytes];             // raw rows end to end; or queries
-  // Of each slot's tokens the bf16 scales, times kPlaced: the tokens 2t, 2t + 1, 2t + 8, 2t + 9
-  // that lane t of a quad multiplies with, one after the other.
-  alignas(16) Groups scales[kSlots<kRows>];
+  uint8_t ring[kStages<kRows>][kTileSlots][kSlotBytes];             // raw rows end to end; or queries
+  // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the tile
+  // and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
+  alignas(16) uint16_t scales[kStages<kRows>][Format::kScaleGroups][kTileTokens];
+  float sums[kRows / 4][kWarpgroupThreads];  // each score thread's, of its rows
   float reference[kRows];          // of the piece so far
   float exchange[kWarps][kRows];   // between the score warps
   float inverse_sum[kRows];        // of the last piece that is not empty, times the sink's share
@@ -48,9 +49,9 @@ struct alignas(1024) SharedStorage {
   alignas(16) uint8_t exponent[kRows][16];  // of a value warp's largest output
   uint8_t rescale[2][kRows];                // the output so far is to be divided by 2 to this power
   alignas(4) uint8_t flags[2][kWarps];      // of a tile, by score warp: kRescaled, kLargeScales
-  uint32_t valid[kSlots<kRows>];            // bit t: token t of the slot is attended
-  uint64_t full[kSlots<kRows>];             // slot gathered
-  uint64_t empty[kSlots<kRows>];            // all value warps are through with it
+  uint32_t valid[kStages<kRows>][kTileSlots];            // bit t: token t of the slot is attended
+  uint64_t full[kStages<kRows>][kTileSlots];             // slot gathered
+  uint64_t empty[kStages<kRows>][kTileSlots];            // all value warps are through with it
   uint64_t probabilities_full[2], probabilities_empty[2];
   uint64_t sums_full, sums_empty;  // inverse_sum
   const uint8_t* layer;            // its first block
@@ -60,25 +61,19 @@ struct alignas(1024) SharedStorage {
 };
 static_assert(kValueWarps <= 16);
 
-constexpr uint8_t kRescaled = 1, kLargeScales = 2;
+constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;
 
-// A slot of the ring, and the parity of the ring's round there; in one register.
+// Where a role is in the ring.
 template <int kCount>
 struct RingPosition {
-  uint32_t packed = 0;  // 256 * rounds + slot
+  int stage = 0;
+  uint32_t parity = 0;
 
-  __device__ __forceinline__ int slot() const { return packed & 255; }
-  __device__ __forceinline__ uint32_t parity() const { return packed >> 8 & 1; }
-
-  __device__ __forceinline__ void advance(int slots = kTileSlots) {
-    packed += slots;
-    if (slot() >= kCount) packed += 256 - kCount;
-  }
-
-  __device__ __forceinline__ RingPosition ahead(int slots) const {
-    RingPosition position = *this;
-    position.advance(slots);
-    return position;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kCount) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 };
 

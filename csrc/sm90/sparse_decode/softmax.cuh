@@ -21,7 +21,8 @@ __device__ __forceinline__ int raise_reference(float& reference, float scaled_pe
   const float before = reference;
   const float rise = scaled_peak - before;  // infinite from -inf, NaN where it stays -inf
   const float steps = rise > kLazyRescale ? ceilf(rise) : 0.0f;
-  reference = before == -INFINITY ? scaled_peak : before + steps;
+  // Where nothing is left of what was before, no rounding of huge scores may be.
+  reference = before == -INFINITY || steps >= kForget ? scaled_peak : before + steps;
   return static_cast<int>(fminf(steps, kForget));
 }
 
