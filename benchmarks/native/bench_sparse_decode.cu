@@ -1,5 +1,5 @@
-// Times the Hopper sparse decode kernel without JAX, in a CUDA graph captured by hand, and checks it
-// against a naive kernel on the dequantised cache first. See README.md beside this.
+// Times the Hopper sparse decode kernel without JAX, in a CUDA graph captured by hand, and checks
+// it against a naive kernel on the dequantised cache first. See README.md beside this.
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -92,8 +92,8 @@ __device__ float dequantise(const uint8_t* row, int d) {
   if (d >= kDv) return __bfloat162float(reinterpret_cast<const T*>(row + 528)[d - kDv]);
   const __half_raw code = __nv_cvt_fp8_to_halfraw(row[d], __NV_E4M3);
   const float scale = reinterpret_cast<const float*>(row + 512)[d / kGroup];
-  return __bfloat162float(__hmul(__float2bfloat16(__half2float(__half(code))),
-                                 __float2bfloat16(scale)));
+  return __bfloat162float(
+      __hmul(__float2bfloat16(__half2float(__half(code))), __float2bfloat16(scale)));
 }
 
 // One thread block a query row; scores in global memory.
@@ -212,8 +212,8 @@ struct Bench {
     p.main.format = flashmla::RowFormat::kV32, p.main.topk = x.topk;
     int32_t* cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.cuts = cuts;
-    CHECK_STATUS(flashmla::sm90::run_make_schedule(
-        {x.b * x.s_q, p.num_parts, upload(lengths), cuts}, 0));
+    CHECK_STATUS(
+        flashmla::sm90::run_make_schedule({x.b * x.s_q, p.num_parts, upload(lengths), cuts}, 0));
     return p;
   }
 
@@ -235,7 +235,12 @@ struct Bench {
     std::vector<int64_t> used;
     for (int64_t i = 0; i < layer_rows; i += 2) used.push_back(i + first * h.block_size);
     fill_rows<<<1024, 128>>>((uint8_t*)p.main.blocks, upload(used), used.size(), 3, h.spread);
-    const int32_t fillers[] = {-1, INT32_MIN, -123456, int32_t(layer_rows), INT32_MAX, 2147480000,
+    const int32_t fillers[] = {-1,
+                               INT32_MIN,
+                               -123456,
+                               int32_t(layer_rows),
+                               INT32_MAX,
+                               2147480000,
                                int32_t(layer_rows) + 77};
     std::vector<int32_t> indices(size_t(n) * x.topk);
     for (int i = 0; i < n; ++i)
@@ -293,12 +298,13 @@ struct Bench {
     }
     const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
     const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 5e-6;
-    std::printf("%s %-26s block %3d%s%s%s%s%s spread %d: max error %.1e, bad %zu/%zu, cosine %.1e, "
-                "lse %.1e, bad %zu, reruns differing %d\n",
-                ok ? "ok  " : "FAIL", x.label.c_str(), h.block_size, h.fillers ? " fillers" : "",
-                h.lengths ? " lengths" : "", h.sinks ? " sinks" : "", h.layer ? " layer" : "",
-                h.none_valid ? " none" : "", h.spread, worst, bad, got.size(), cosine, worst_lse,
-                bad_lse, differing);
+    std::printf(
+        "%s %-26s block %3d%s%s%s%s%s spread %d: max error %.1e, bad %zu/%zu, cosine %.1e, "
+        "lse %.1e, bad %zu, reruns differing %d\n",
+        ok ? "ok  " : "FAIL", x.label.c_str(), h.block_size, h.fillers ? " fillers" : "",
+        h.lengths ? " lengths" : "", h.sinks ? " sinks" : "", h.layer ? " layer" : "",
+        h.none_valid ? " none" : "", h.spread, worst, bad, got.size(), cosine, worst_lse, bad_lse,
+        differing);
     if (bad)
       std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / kDv,
                   first_bad % kDv, __bfloat162float(got[first_bad]), want[first_bad]);

@@ -17,7 +17,8 @@ constexpr int kSharedBase = 1024;    // where dynamic shared memory starts: Hopp
 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
-// Warpgroups: scores; values of the 64-column tiles 0-2, 4-6, and 3 and 7. The last one also gathers.
+// Warpgroups: scores; values of the 64-column tiles 0-2, 4-6, and 3 and 7. The last one also
+// gathers.
 constexpr int kThreads = 4 * kWarpgroupThreads;
 constexpr int kValueWarps = 3 * kWarps;
 constexpr int kWideValues = 3, kNarrowValues = 2;  // 64-column tiles of a value warpgroup

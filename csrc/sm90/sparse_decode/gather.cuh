@@ -13,8 +13,8 @@ namespace flashmla::sm90::sparse {
 __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          target),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(target),
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -50,8 +50,7 @@ template <int kRows>
 __device__ __forceinline__ void enter_query(const KernelArgs& args, Cut end, GatherState& state,
                                             int query, int first_tile) {
   state.tile = state.tile_end = 0;
-  for (; query < end.sequence || (query == end.sequence && end.tile > 0);
-       ++query) {
+  for (; query < end.sequence || (query == end.sequence && end.tile > 0); ++query) {
     state.length = load_length(args.main, query);
     state.tile = first_tile;
     state.tile_end = num_tiles(state.length);
@@ -93,7 +92,8 @@ __device__ __forceinline__ void fill_queries(const KernelArgs& args,
   mbarrier_arrive_expect(full, count * kBytes);
   if (count == 0) return;
   const int64_t head = int64_t{state.query} * args.h_q + heads.first + first;
-  copy_bulk(smem_address(smem.ring[state.stage][warp]), args.q + head * kBytes, count * kBytes, full);
+  copy_bulk(smem_address(smem.ring[state.stage][warp]), args.q + head * kBytes, count * kBytes,
+            full);
 }
 
 template <typename Format, typename Storage>
@@ -156,7 +156,8 @@ __device__ __forceinline__ void fill_ring(const KernelArgs& args,
       --state.queries_left;
     } else {
       fill_rows(args, smem, state.stage, take_index(smem));
-      if (++state.tile >= state.tile_end) enter_query<kRows>(args, smem.end, state, state.query + 1, 0);
+      if (++state.tile >= state.tile_end)
+        enter_query<kRows>(args, smem.end, state, state.query + 1, 0);
       fetch_index(args, smem, state);
     }
     if (++state.stage == kStages<kRows>) {

@@ -2,8 +2,8 @@
 // the tokens that it attends.
 //
 // The products are transposed: tokens, and then value columns, are the 64 rows of wgmma, and heads
-// are its N. So the cache's rows are the operand that may come from registers: raw rows are gathered
-// into a ring, and converted on their way from there into fragments. Four warpgroups:
+// are its N. So the cache's rows are the operand that may come from registers: raw rows are
+// gathered into a ring, and converted on their way from there into fragments. Four warpgroups:
 //
 //   scores   | S^T = K Q^T (t) | softmax (t) -> P^T | S^T (t+1) | softmax (t+1) ...
 //   values 3x|                                      | O^T += V^T P^T (t) ...

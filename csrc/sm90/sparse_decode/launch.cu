@@ -11,9 +11,9 @@
 namespace flashmla::sm90 {
 namespace {
 
-// Rows of a head tile: as many heads as there are, up to 64; but 16 or 32 if the schedule has so few
-// parts that the multiprocessors take all such tiles at once, as schedules of small problems do.
-// Small tiles take less time each; but each gathers the rows for itself.
+// Rows of a head tile: as many heads as there are, up to 64; but 16 or 32 if the schedule has so
+// few parts that the multiprocessors take all such tiles at once, as schedules of small problems
+// do. Small tiles take less time each; but each gathers the rows for itself.
 int choose_rows(const SparseDecodeParams& params, int multiprocessors) {
   for (const int rows : {16, 32}) {
     const int64_t tiles = (params.h_q + rows - 1) / rows;

@@ -17,8 +17,7 @@ __device__ __forceinline__ int first_value_tile(int thread) {
 
 // Puts into shared memory the exponents of each row's largest values in this warp, not normalised.
 template <int kCount, typename Storage, int kElements>
-__device__ __forceinline__ void find_exponents(Storage& smem,
-                                               const float (&o)[kCount][kElements]) {
+__device__ __forceinline__ void find_exponents(Storage& smem, const float (&o)[kCount][kElements]) {
   constexpr int kMine = kElements / 2;
   const int thread = reread_thread();
   float peak[kMine] = {};
@@ -79,8 +78,8 @@ __device__ __forceinline__ void store_partial(const KernelArgs& args, Storage& s
     const float factor = smem.factor[head];
     // Words of the row: 16 bytes for each quad lane of each 32 columns; this thread's columns are
     // the pair lane / 4 of the warp's eight.
-    auto* words = reinterpret_cast<uint32_t*>(rows + head * kValueDim) +
-                  first * 32 + (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
+    auto* words = reinterpret_cast<uint32_t*>(rows + head * kValueDim) + first * 32 +
+                  (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       const uint32_t v = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
@@ -95,8 +94,7 @@ __device__ __forceinline__ void store_result(const KernelArgs& args, const Stora
                                              bool empty, int query) {
   const int thread = reread_thread(), lane = thread % 32, warp = thread / 32 % kWarps;
   const int first = first_value_tile<kCount>(thread);
-  T* const rows =
-      static_cast<T*>(args.out) + (int64_t{query} * args.h_q + heads.first) * kValueDim;
+  T* const rows = static_cast<T*>(args.out) + (int64_t{query} * args.h_q + heads.first) * kValueDim;
 #pragma unroll
   for (int i = 0; i < kElements / 2; ++i) {
     const int head = query_row(thread, i);

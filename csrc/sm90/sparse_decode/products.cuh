@@ -47,7 +47,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[16], const uint32_t* a, uint
 template <typename T>
 __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint64_t b_desc,
                                          int accumulate) {
-  wgmma_n64_rs<T>(d, *reinterpret_cast<const uint32_t(*)[4]>(a), b_desc, accumulate);
+  wgmma_n64_rs<T>(d, *reinterpret_cast<const uint32_t (*)[4]>(a), b_desc, accumulate);
 }
 #undef FLASHMLA_WGMMA_N16_RS
 #undef FLASHMLA_WGMMA_N32_RS

@@ -31,9 +31,8 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
     for (int i = thread; i < kItemHeads * kUnits; i += kWarpgroupThreads) {
       const int head = i / kUnits, unit = i % kUnits;
       const int row = item * kItemHeads + head;
-      const uint32_t source =
-          smem_address(smem.ring[ring.stage][head / kSlotHeads<kRows>]) +
-          (head % kSlotHeads<kRows> * kUnits + unit) * 32;
+      const uint32_t source = smem_address(smem.ring[ring.stage][head / kSlotHeads<kRows>]) +
+                              (head % kSlotHeads<kRows> * kUnits + unit) * 32;
       uint4 low = {}, high = {};
       if (row < count) {
         low = load_shared(source);
@@ -79,38 +78,41 @@ __device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& sme
   return __any_sync(~0u, is_large(scale[0]) || is_large(scale[1]));
 }
 
-// Raw bytes of 32 latent columns of the warp's tokens: of each lane row g = lane / 4, row g + 8 of
-// the first sixteen columns, then of the other sixteen.
-__device__ __forceinline__ void load_keys(uint32_t (&raw)[4], uint32_t rows, int chunk) {
-  load_matrix_x4(raw, rows + chunk * 32);
+// Raw bytes of 64 latent columns of the warp's tokens: of each lane row g = lane / 4, row g + 8 of
+// the first sixteen columns, then of the next sixteen.
+__device__ __forceinline__ void load_keys(uint32_t (&raw)[8], uint32_t rows, int chunk) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(raw + 4 * i), rows + chunk * 64 + i * 32);
+  }
 }
 
-// A fragments of 32 columns, k16 by k16.
-__device__ __forceinline__ void convert_keys(uint32_t (&a)[8], const uint32_t (&raw)[4],
+// A fragments of 64 columns, k16 by k16.
+__device__ __forceinline__ void convert_keys(uint32_t (&a)[16], const uint32_t (&raw)[8],
                                              const uint32_t (&factor)[2]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 8; ++i) {
     const int row = i % 2;
     a[i / 2 * 4 + row] = multiply_bf16x2(place_codes<kBytes01>(raw[i]), factor[row]);
     a[i / 2 * 4 + row + 2] = multiply_bf16x2(place_codes<kBytes23>(raw[i]), factor[row]);
   }
 }
 
-// kLargeScales: some scale of the tile takes two factors.
-template <typename Format, int kRows, bool kLargeScales>
+// large_scales: some scale of the tile takes two factors.
+template <typename Format, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
-                                               const SharedStorage<Format, kRows>& smem,
-                                               int stage) {
+                                               const SharedStorage<Format, kRows>& smem, int stage,
+                                               bool large_scales) {
   using T = __nv_bfloat16;
   constexpr int kLatentColumns = 512, kGroupColumns = kLatentColumns / Format::kScaleGroups;
-  constexpr int kStep = 32;                                // columns converted at a time
-  constexpr int kQueryStep = kRows * kChunkRowBytes / 16;  // of a descriptor, for 64 columns
+  constexpr int kQueryStep =
+      kRows * kChunkRowBytes / 16;  // of a descriptor, for a chunk of 64 columns
   const int thread = reread_thread(), lane = thread % 32;
   const uint32_t tokens = smem_address(smem.ring[stage][thread / 32]);
   uint32_t rows = tokens + lane % 16 * Format::kRowBytes + lane / 16 * 16;
   uint32_t scales = tokens + lane / 4 * Format::kRowBytes + Format::kScaleOffset;
   uint64_t query = k_major_desc(smem_address(smem.query[0]));
-  uint32_t a[2][8], raw[4];
+  uint32_t a[2][16], raw[8];
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
   load_keys(raw, rows, 0);
@@ -121,25 +123,24 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     uint32_t factor[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      factor[row] =
-          bf16_twice((kLargeScales ? clamp_scale(scale[row]) : scale[row]) * kPlaced);
+      factor[row] = bf16_twice(clamp_scale(scale[row]) * kPlaced);
     }
 #pragma unroll
-    for (int c = 0; c < kGroupColumns / kStep; ++c) {
-      uint32_t(&keys)[8] = a[c % 2];
+    for (int c = 0; c < kGroupColumns / 64; ++c) {
+      uint32_t (&keys)[16] = a[c % 2];
       wgmma_wait<1>();
       convert_keys(keys, raw, factor);
-      if constexpr (kLargeScales) {
+      if (large_scales) {
         const uint32_t excess[2] = {bf16_twice(excess_of(scale[0])),
                                     bf16_twice(excess_of(scale[1]))};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) keys[i] = multiply_bf16x2(keys[i], excess[i % 2]);
+        for (int i = 0; i < 16; ++i) keys[i] = multiply_bf16x2(keys[i], excess[i % 2]);
       }
       load_keys(raw, rows, c + 1);  // after the last columns bytes that no one uses
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        wgmma_rs<T>(s, keys + 4 * k, query + c / 2 * kQueryStep + c % 2 * 4 + 2 * k, 1);
+      for (int k = 0; k < 4; ++k) {
+        wgmma_rs<T>(s, keys + 4 * k, query + c * kQueryStep + 2 * k, 1);
       }
       wgmma_commit();
     }
@@ -148,20 +149,16 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     query += kGroupColumns / 64 * kQueryStep;
   }
   if constexpr (Format::kRope) {
+    wgmma_wait<1>();
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      uint32_t(&keys)[8] = a[c];
-      wgmma_wait<1>();
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(keys + 4 * k),
-                       rows + Format::kRopeOffset - kLatentColumns + (c * 2 + k) * 32);
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 2; ++k) wgmma_rs<T>(s, keys + 4 * k, query + c * 4 + 2 * k, 1);
-      wgmma_commit();
+    for (int k = 0; k < 4; ++k) {
+      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(a[0] + 4 * k),
+                     rows + Format::kRopeOffset - kLatentColumns + k * 32);
     }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<T>(s, a[0] + 4 * k, query + 2 * k, 1);
+    wgmma_commit();
   }
   wgmma_wait<0>();
   pin_registers(s);
@@ -198,22 +195,25 @@ __device__ __forceinline__ void combine_rows(float (&exchange)[kWarps][kRows],
 // with them. By what power of two the output is to be divided goes to `rescale`.
 template <typename Format, int kRows>
 __device__ __forceinline__ void raise_references(SharedStorage<Format, kRows>& smem,
-                                              float (&peak)[kThreadRows<kRows>],
-                                              uint8_t* rescale) {
+                                                 float (&peak)[kThreadRows<kRows>],
+                                                 uint8_t* rescale) {
   const int thread = reread_thread();
   combine_rows<kRows>(smem.exchange, peak, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
     float moved = smem.reference[query_row(thread, i)];
     const int power = raise_reference(moved, peak[i]);
-    smem.sums[i][thread] *= rescale_factor(power);
+    reinterpret_cast<float*>(&smem.sums[i / 4][thread])[i % 4] *= rescale_factor(power);
     peak[i] = moved;
     if (thread < 4) rescale[query_row(thread, i)] = power;
   }
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);  // all have read the references
   if (thread < 4) {
 #pragma unroll
-    for (int i = 0; i < kThreadRows<kRows>; ++i) smem.reference[query_row(thread, i)] = peak[i];
+    for (int i = 0; i < kThreadRows<kRows>; ++i) {
+      smem.reference[query_row(thread, i)] = peak[i];
+      smem.offset[query_row(thread, i)] = finite_reference(peak[i]);
+    }
   }
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
@@ -241,8 +241,8 @@ __device__ __forceinline__ void store_probabilities(const float (&p)[kRows / 2],
 template <typename Format, int kRows>
 __device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
                                                    SharedStorage<Format, kRows>& smem,
-                                                   float (&s)[kRows / 2],
-                                                   uint32_t valid, bool first, uint8_t* rescale) {
+                                                   float (&s)[kRows / 2], uint32_t valid,
+                                                   bool first, uint8_t* rescale) {
   constexpr int kMine = kThreadRows<kRows>;
   const int thread = reread_thread(), token = thread % 32 / 4;
   // Products and differences are rounded one by one, so that the largest of huge scores, less
@@ -263,21 +263,24 @@ __device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
-    highest = fmaxf(highest, peak[i] - finite_reference(smem.reference[query_row(thread, i)]));
+    highest = fmaxf(highest, peak[i] - smem.offset[query_row(thread, i)]);
   }
   const bool raise =
       named_barrier_any(kScoreBarrier, kWarpgroupThreads, first || highest > kLazyRescale);
   if (raise) raise_references<Format, kRows>(smem, peak, rescale);
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const float offset = finite_reference(smem.reference[query_row(thread, i)]);
+  for (int i = 0; i < kMine; i += 4) {
+    float4 sum = smem.sums[i / 4][thread];
+    float* const sums = &sum.x;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      float& x = s[element(i, m)];
-      x = exp2_approx(__fsub_rn(x, offset));
+    for (int j = i; j < i + 4; ++j) {
+      const float offset = smem.offset[query_row(thread, j)];
+      float(&low) = s[element(j, 0)], (&high) = s[element(j, 1)];
+      low = exp2_approx(__fsub_rn(low, offset));
+      high = exp2_approx(__fsub_rn(high, offset));
+      sums[j - i] += low + high;
     }
-    const float pair = s[element(i, 0)] + s[element(i, 1)];
-    smem.sums[i][thread] = first ? pair : smem.sums[i][thread] + pair;
+    smem.sums[i / 4][thread] = sum;
   }
   return raise && !first;
 }
@@ -291,8 +294,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args,
                                             int index, uint32_t sums_parity) {
   mbarrier_wait(smem_address(&smem.sums_empty), sums_parity);
   const int thread = reread_thread();
-  float* target =
-      (partial ? args.lse_accum : args.lse) + int64_t{index} * args.h_q + heads.first;
+  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.h_q + heads.first;
 #pragma unroll
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
     const int row = query_row(thread, i);
@@ -311,9 +313,9 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args,
 
 __device__ __forceinline__ void store_empty_lse(const KernelArgs& args, HeadTile heads,
                                                 bool partial, int index) {
-  float* target =
-      (partial ? args.lse_accum : args.lse) + int64_t{index} * args.h_q + heads.first;
-  for (int row = reread_thread(); row < heads.count; row += kWarpgroupThreads) target[row] = -INFINITY;
+  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.h_q + heads.first;
+  for (int row = reread_thread(); row < heads.count; row += kWarpgroupThreads)
+    target[row] = -INFINITY;
 }
 
 template <typename Format, int kRows>
@@ -334,26 +336,26 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
     }
     // The warp that read the last piece's at its end; seen by all once the queries are taken.
     if (warp == 0) {
-      for (int row = lane; row < kRows; row += 32) smem.reference[row] = -INFINITY;
+      for (int row = lane; row < kRows; row += 32) {
+        smem.reference[row] = -INFINITY;
+        smem.offset[row] = 0.0f;
+      }
     }
+#pragma unroll
+    for (int i = 0; i < kThreadRows<kRows> / 4; ++i) smem.sums[i][threadIdx.x] = float4{};
     take_query(smem, heads.count, ring);
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       mbarrier_wait(smem_address(&smem.full[ring.stage][warp]), ring.parity);
-      const bool large_scales = named_barrier_any(kScoreBarrier, kWarpgroupThreads,
-                                                  prepare_scales(smem, ring.stage));
+      const bool large_scales =
+          named_barrier_any(kScoreBarrier, kWarpgroupThreads, prepare_scales(smem, ring.stage));
       float s[kRows / 2];
-      if (large_scales) {
-        compute_scores<Format, kRows, true>(s, smem, ring.stage);
-      } else {
-        compute_scores<Format, kRows, false>(s, smem, ring.stage);
-      }
+      compute_scores<Format, kRows>(s, smem, ring.stage, large_scales);
       const uint32_t valid = smem.valid[ring.stage][warp];
       // Of the buffer's last round; passes at once in the first.
       mbarrier_wait(smem_address(&smem.probabilities_empty[buffer.slot()]), buffer.parity() ^ 1);
-      const bool rescaled = make_probabilities<Format, kRows>(args, smem, s, valid,
-                                                              tile == piece.tile_begin,
-                                                              smem.rescale[buffer.slot()]);
+      const bool rescaled = make_probabilities<Format, kRows>(
+          args, smem, s, valid, tile == piece.tile_begin, smem.rescale[buffer.slot()]);
       if (lane == 0) {
         smem.flags[buffer.slot()][warp] =
             (rescaled ? kRescaled : 0) | (large_scales ? kHasLargeScales : 0);
@@ -368,7 +370,9 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
 
     float sum[kThreadRows<kRows>];
 #pragma unroll
-    for (int i = 0; i < kThreadRows<kRows>; ++i) sum[i] = smem.sums[i][threadIdx.x];
+    for (int i = 0; i < kThreadRows<kRows>; ++i) {
+      sum[i] = reinterpret_cast<const float*>(&smem.sums[i / 4][threadIdx.x])[i % 4];
+    }
     combine_rows<kRows>(smem.exchange, sum, [](float a, float b) { return a + b; });
     if (threadIdx.x < 4) {
       finish_rows<Format, kRows>(args, smem, heads, sum, partial, index, sums_parity);

@@ -21,7 +21,8 @@ __device__ __forceinline__ void load_values(uint32_t (&raw)[4], uint32_t address
                : "memory");
 }
 
-// The A fragment of 16 tokens: row g of the warp's sixteen is column 2g, row g + 8 is column 2g + 1.
+// The A fragment of 16 tokens: row g of the warp's sixteen is column 2g, row g + 8 is column 2g
+// + 1.
 __device__ __forceinline__ void convert_values(uint32_t* a, const uint32_t* raw,
                                                const uint32_t* factor) {
 #pragma unroll
@@ -91,10 +92,9 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
       if (step + k >= 1) wgmma_wait<1>();
       convert_values(a[k], raw + 2 * k, factors);
       if constexpr (kLargeScales) {
-        multiply_excess<Format>(a[k],
-                                smem_address(smem.ring[stage][2 * half + k]) +
-                                    lane % 4 * 2 * Format::kRowBytes + Format::kScaleOffset +
-                                    (first_group + group) * 4);
+        multiply_excess<Format>(a[k], smem_address(smem.ring[stage][2 * half + k]) +
+                                          lane % 4 * 2 * Format::kRowBytes + Format::kScaleOffset +
+                                          (first_group + group) * 4);
       }
       if (k == 1 && m == kCount - 1) {
         __syncwarp();
@@ -173,8 +173,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
       sums_parity ^= 1;
     }
     if (partial) {
-      store_partial<kCount>(args, smem, o, heads, empty,
-                                    piece_slot(blockIdx.y, piece.continued));
+      store_partial<kCount>(args, smem, o, heads, empty, piece_slot(blockIdx.y, piece.continued));
     } else {
       store_result<T, kCount>(args, smem, o, heads, empty, query);
     }
