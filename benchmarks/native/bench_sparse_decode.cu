@@ -1,0 +1,434 @@
+// Times the Hopper sparse decode kernel without JAX, in a CUDA graph captured by hand, and checks
+// it against a naive kernel on the dequantised cache first. See README.md beside this.
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "sm90/make_schedule/launch.h"
+#include "sm90/sparse_decode/launch.h"
+
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    const cudaError_t error = (call);                                                      \
+    if (error != cudaSuccess) {                                                            \
+      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
+      std::exit(1);                                                                        \
+    }                                                                                      \
+  } while (0)
+
+#define CHECK_STATUS(call)                                    \
+  do {                                                        \
+    const flashmla::Status status = (call);                   \
+    if (!status.ok()) {                                       \
+      std::printf("%s: %s\n", #call, status.message.c_str()); \
+      std::exit(1);                                           \
+    }                                                         \
+  } while (0)
+
+using T = __nv_bfloat16;
+using flashmla::SparseDecodeParams;
+constexpr int kDqk = 576, kDv = 512, kRowBytes = 656, kGroup = 128;
+
+__device__ uint64_t hash(uint64_t i, uint32_t seed) {
+  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed;
+  for (int r = 0; r < 2; ++r)
+    x ^= x >> 31, x *= 0xBF58476D1CE4E5B9ull, x ^= x >> 27, x *= 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+__device__ float noise(uint64_t i, uint32_t seed) {
+  float sum = 0;
+  for (int r = 0; r < 2; ++r) {
+    const uint64_t x = hash(2 * i + r, seed);
+    sum += float(uint32_t(x)) + float(uint32_t(x >> 32));
+  }
+  return (sum * 0x1p-32f - 2.0f) * 1.7320508f;  // mean 0, variance 1
+}
+
+__global__ void fill_queries(T* p, uint64_t n, uint32_t seed, float scale) {
+  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n;
+       i += gridDim.x * uint64_t(blockDim.x))
+    p[i] = __float2bfloat16(scale * noise(i, seed));
+}
+
+// Writes v32 rows; `slots` null: all. spread: scales are 2^(uniform in +-spread), else those that
+// quantising would choose.
+__global__ void fill_rows(uint8_t* pool, const int64_t* slots, uint64_t n, uint32_t seed,
+                          int spread) {
+  for (uint64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    uint8_t* row = pool + (slots ? slots[i] : i) * kRowBytes;
+    const int t = threadIdx.x, group = t / 32;
+    float x[4], peak = 0;
+    for (int j = 0; j < 4; ++j) {
+      x[j] = fminf(fmaxf(0.1f * noise(i * 512 + t * 4 + j, seed), -1.f), 1.f);
+      peak = fmaxf(peak, fabsf(x[j]));
+    }
+    for (int s = 16; s > 0; s /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, s));
+    const float quantised = exp2f(ceilf(log2f(fmaxf(peak / 448, 1e-4f))));
+    for (int j = 0; j < 4; ++j)
+      row[t * 4 + j] = __nv_cvt_float_to_fp8(x[j] / quantised, __NV_SATFINITE, __NV_E4M3);
+    const int power = int(hash(i * 4 + group, seed + 5) % (2 * spread + 1)) - spread;
+    if (t % 32 == 0)
+      reinterpret_cast<float*>(row + 512)[group] = spread ? exp2f(float(power)) : quantised;
+    if (t < 64)
+      reinterpret_cast<T*>(row + 528)[t] = __float2bfloat16(0.1f * noise(i * 64 + t, seed + 1));
+  }
+}
+
+__device__ float dequantise(const uint8_t* row, int d) {
+  if (d >= kDv) return __bfloat162float(reinterpret_cast<const T*>(row + 528)[d - kDv]);
+  const __half_raw code = __nv_cvt_fp8_to_halfraw(row[d], __NV_E4M3);
+  const float scale = reinterpret_cast<const float*>(row + 512)[d / kGroup];
+  return __bfloat162float(
+      __hmul(__float2bfloat16(__half2float(__half(code))), __float2bfloat16(scale)));
+}
+
+// One thread block a query row; scores in global memory.
+__global__ void naive(SparseDecodeParams p, double* scores, float* out, float* lse) {
+  const int row = blockIdx.x, query = row / p.h_q, head = row % p.h_q;
+  const auto& m = p.main;
+  const int length = m.topk_length ? min(max(m.topk_length[query], 0), m.topk) : m.topk;
+  const T* q = static_cast<const T*>(p.q) + int64_t(row) * kDqk;
+  double* s = scores + int64_t(row) * m.topk;
+  __shared__ double reduce[256];
+  auto key = [&](int t) -> const uint8_t* {
+    const int64_t slot = m.indices[int64_t(query) * m.topk + t];
+    if (slot < 0 || slot >= m.layer_blocks * m.block_size) return nullptr;
+    const int64_t block = slot / m.block_size + (m.first_block ? *m.first_block : 0);
+    return static_cast<const uint8_t*>(m.blocks) + block * m.block_bytes +
+           slot % m.block_size * kRowBytes;
+  };
+  double peak = -INFINITY;
+  for (int t = threadIdx.x; t < length; t += 256) {
+    const uint8_t* k = key(t);
+    double dot = 0;
+    for (int d = 0; k && d < kDqk; ++d) dot += double(__bfloat162float(q[d])) * dequantise(k, d);
+    s[t] = k ? dot * p.sm_scale : -INFINITY;
+    peak = fmax(peak, s[t]);
+  }
+  reduce[threadIdx.x] = peak;
+  __syncthreads();
+  for (int i = 0; i < 256; ++i) peak = fmax(peak, reduce[i]);
+  __syncthreads();
+  double sum = 0;
+  for (int t = threadIdx.x; t < length; t += 256)
+    if (peak > -INFINITY) sum += exp(s[t] - peak);
+  reduce[threadIdx.x] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int i = 0; i < 256; ++i) sum += reduce[i];
+  const double natural = peak + log(sum);
+  double share = 1;
+  if (p.attn_sink) share = 1 / (1 + exp(double(p.attn_sink[head]) - natural));
+  for (int d = threadIdx.x; d < kDv; d += 256) {
+    double o = 0;
+    for (int t = 0; t < length; ++t) {
+      const uint8_t* k = key(t);
+      if (k) o += exp(s[t] - peak) * dequantise(k, d);
+    }
+    out[int64_t(row) * kDv + d] = sum > 0 ? o / sum * share : 0;
+  }
+  if (threadIdx.x == 0) lse[row] = sum > 0 ? natural : -INFINITY;
+}
+
+struct Shape {
+  std::string label;
+  int b, s_q, h_q, topk;
+  int num_parts = 0;  // 0: chosen
+  double peer_us = 0, limit_us = 0;
+};
+
+struct Hostility {
+  int block_size = 64;
+  bool fillers = false;  // indices outside the layer
+  bool lengths = false;  // topk_length
+  bool sinks = false;
+  bool layer = false;  // not the array's first blocks
+  int spread = 0;      // of scales
+  bool none_valid = false;
+};
+
+int choose_parts(const Shape& x) {
+  if (x.num_parts > 0) return x.num_parts;
+  const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
+  const int tokens = (x.topk + 63) / 64;
+  for (int rows : {16, 32})
+    if (x.b * x.s_q * tokens * tiles(rows) <= 2 * 132 && tiles(rows) <= 132)
+      return 132 / tiles(rows);
+  return std::max(1, 132 / tiles(64));
+}
+
+struct Bench {
+  uint8_t* pool;
+  int64_t pool_rows;
+  std::mt19937 random{7};
+  std::vector<void*> allocations;
+
+  template <typename V>
+  V* upload(const std::vector<V>& v) {
+    V* d = (V*)alloc(v.size() * sizeof(V));
+    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
+    return d;
+  }
+
+  void* alloc(size_t bytes) {
+    void* d;
+    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
+    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
+    allocations.push_back(d);
+    return d;
+  }
+
+  void release() {
+    for (void* d : allocations) CHECK(cudaFree(d));
+    allocations.clear();
+  }
+
+  int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+
+  SparseDecodeParams make(const Shape& x, const std::vector<int>& lengths, float query_scale) {
+    SparseDecodeParams p{};
+    p.b = x.b, p.s_q = x.s_q, p.h_q = x.h_q, p.d_qk = kDqk, p.d_v = kDv;
+    p.num_parts = choose_parts(x), p.dtype = flashmla::DType::kBFloat16;
+    p.sm_scale = 1 / std::sqrt(576.0f);
+    const size_t rows = size_t(x.b) * x.s_q * x.h_q, slots = size_t(2) * p.num_parts * x.h_q;
+    p.q = alloc(rows * kDqk * 2);
+    fill_queries<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
+    p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
+    p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
+    p.main.format = flashmla::RowFormat::kV32, p.main.topk = x.topk;
+    int32_t* cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
+    p.cuts = cuts;
+    CHECK_STATUS(
+        flashmla::sm90::run_make_schedule({x.b * x.s_q, p.num_parts, upload(lengths), cuts}, 0));
+    return p;
+  }
+
+  bool check(const Shape& x, const Hostility& h, float query_scale = 10) {
+    const int n = x.b * x.s_q;
+    std::vector<int> lengths(n, x.topk);
+    if (h.lengths)
+      for (int& l : lengths) l = uniform(0, 3) ? uniform(-3, x.topk + 3) : uniform(0, 1) * 65;
+    std::vector<int> clamped = lengths;
+    for (int& l : clamped) l = std::min(std::max(l, 0), x.topk);
+    SparseDecodeParams p = make(x, clamped, query_scale);
+    const int64_t layer_blocks = std::max(3, 4 * x.topk / h.block_size), first = h.layer ? 5 : 0;
+    const int64_t layer_rows = layer_blocks * h.block_size;
+    p.main.block_size = h.block_size, p.main.block_bytes = int64_t(h.block_size) * kRowBytes;
+    p.main.layer_blocks = layer_blocks, p.main.num_blocks = layer_blocks + (h.layer ? 9 : 0);
+    p.main.blocks = alloc(p.main.num_blocks * p.main.block_bytes);
+    if (h.layer) p.main.first_block = upload(std::vector<int32_t>{int32_t(first)});
+    // Even slots are used, odd ones are NaN.
+    std::vector<int64_t> used;
+    for (int64_t i = 0; i < layer_rows; i += 2) used.push_back(i + first * h.block_size);
+    fill_rows<<<1024, 128>>>((uint8_t*)p.main.blocks, upload(used), used.size(), 3, h.spread);
+    const int32_t fillers[] = {-1,
+                               INT32_MIN,
+                               -123456,
+                               int32_t(layer_rows),
+                               INT32_MAX,
+                               2147480000,
+                               int32_t(layer_rows) + 77};
+    std::vector<int32_t> indices(size_t(n) * x.topk);
+    for (int i = 0; i < n; ++i)
+      for (int t = 0; t < x.topk; ++t) {
+        int32_t& index = indices[size_t(i) * x.topk + t];
+        index = uniform(0, int(used.size()) - 1) * 2;
+        if (t >= clamped[i]) index = uniform(0, 1) ? index + 1 : fillers[uniform(0, 6)];
+        if (h.none_valid || (h.fillers && uniform(0, 2) == 0)) index = fillers[uniform(0, 6)];
+      }
+    p.main.indices = upload(indices);
+    if (h.lengths) p.main.topk_length = upload(lengths);
+    if (h.sinks) {
+      std::vector<float> sinks(x.h_q);
+      for (float& s : sinks) {
+        const int kind = uniform(0, 2);
+        s = kind == 0 ? INFINITY : kind == 1 ? -INFINITY : 0.1f * uniform(-20, 100);
+      }
+      p.attn_sink = upload(sinks);
+    }
+    return compare(x, h, p);
+  }
+
+  bool compare(const Shape& x, const Hostility& h, const SparseDecodeParams& p) {
+    CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, 0));
+    CHECK(cudaDeviceSynchronize());
+    const size_t rows = size_t(p.b) * p.s_q * p.h_q;
+    double* scores = (double*)alloc(rows * x.topk * 8);
+    float *out = (float*)alloc(rows * kDv * 4), *lse = (float*)alloc(rows * 4);
+    naive<<<rows, 256>>>(p, scores, out, lse);
+    CHECK(cudaDeviceSynchronize());
+    std::vector<T> got(rows * kDv), again(rows * kDv);
+    std::vector<float> want(rows * kDv), got_lse(rows), want_lse(rows);
+    CHECK(cudaMemcpy(got.data(), p.out, got.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(want.data(), out, want.size() * 4, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(got_lse.data(), p.lse, rows * 4, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(want_lse.data(), lse, rows * 4, cudaMemcpyDeviceToHost));
+    int differing = 0;
+    for (int rerun = 0; rerun < 5; ++rerun) {
+      CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, 0));
+      CHECK(cudaMemcpy(again.data(), p.out, again.size() * 2, cudaMemcpyDeviceToHost));
+      differing += std::memcmp(again.data(), got.data(), got.size() * 2) != 0;
+    }
+    double worst = 0, dot = 0, squares = 0, worst_lse = 0;
+    size_t bad = 0, bad_lse = 0, first_bad = ~size_t{0};
+    for (size_t i = 0; i < got.size(); ++i) {
+      const double a = __bfloat162float(got[i]), b = want[i], e = std::abs(a - b);
+      if (!(e <= 1e-3 || e <= 2.01 / 128 * std::abs(b))) ++bad, first_bad = std::min(first_bad, i);
+      if (h.spread == 0) worst = std::max(worst, e), dot += a * b, squares += a * a + b * b;
+    }
+    for (size_t i = 0; i < rows; ++i) {
+      const double e = std::abs(double(got_lse[i]) - want_lse[i]);
+      if (got_lse[i] == want_lse[i]) continue;
+      if (!(e <= 1e-6 || e <= 8.01 / 65536 * std::abs(want_lse[i]))) ++bad_lse;
+      worst_lse = std::max(worst_lse, e);
+    }
+    const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
+    const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 5e-6;
+    std::printf(
+        "%s %-26s block %3d%s%s%s%s%s spread %d: max error %.1e, bad %zu/%zu, cosine %.1e, "
+        "lse %.1e, bad %zu, reruns differing %d\n",
+        ok ? "ok  " : "FAIL", x.label.c_str(), h.block_size, h.fillers ? " fillers" : "",
+        h.lengths ? " lengths" : "", h.sinks ? " sinks" : "", h.layer ? " layer" : "",
+        h.none_valid ? " none" : "", h.spread, worst, bad, got.size(), cosine, worst_lse, bad_lse,
+        differing);
+    if (bad)
+      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / kDv,
+                  first_bad % kDv, __bfloat162float(got[first_bad]), want[first_bad]);
+    std::fflush(stdout);
+    release();
+    return ok;
+  }
+
+  // Microseconds a call: calls in a graph, over indices of their own, that read 256 MB together.
+  double time(const Shape& x) {
+    const int64_t n = x.b * x.s_q, rows = n * x.topk;
+    const int calls = std::clamp<int64_t>((int64_t{256} << 20) / (rows * kRowBytes) + 1, 2, 128);
+    SparseDecodeParams p = make(x, std::vector<int>(n, x.topk), 10);
+    p.main.block_size = 64, p.main.block_bytes = 64 * kRowBytes;
+    p.main.num_blocks = p.main.layer_blocks = pool_rows / 64;
+    p.main.blocks = pool;
+    std::vector<const int32_t*> indices;
+    for (int call = 0; call < calls; ++call) {
+      std::vector<int32_t> v(rows);
+      for (int32_t& i : v) i = random() % (p.main.num_blocks * 64);
+      indices.push_back(upload(v));
+    }
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    for (int call = 0; call < calls; ++call) {
+      p.main.indices = indices[call];
+      CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, stream));
+    }
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t start, stop;
+    CHECK(cudaEventCreate(&start));
+    CHECK(cudaEventCreate(&stop));
+    std::vector<float> times;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    for (int i = 0; i < 12; ++i) {
+      CHECK(cudaEventRecord(start, stream));
+      CHECK(cudaGraphLaunch(exec, stream));
+      CHECK(cudaEventRecord(stop, stream));
+      CHECK(cudaStreamSynchronize(stream));
+      float ms;
+      CHECK(cudaEventElapsedTime(&ms, start, stop));
+      if (i >= 3) times.push_back(ms * 1000 / calls);
+    }
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(stream));
+    release();
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+  }
+};
+
+bool run_checks(Bench& bench, bool small) {
+  bool ok = true;
+  const Hostility plain{}, all{61, true, true, true, true, 0, false};
+  ok &= bench.check({"b1 h64 topk 64", 1, 1, 64, 64}, plain);
+  ok &= bench.check({"b2 h64 topk 300", 2, 1, 64, 300, 3}, all);
+  ok &= bench.check({"b3 h20 topk 65", 3, 1, 20, 65}, all);
+  if (small) return ok;
+  for (int h_q : {1, 8, 16, 20, 32, 64, 96, 128}) {
+    const std::string h = " h" + std::to_string(h_q);
+    ok &= bench.check({"b4 s3" + h + " topk 576", 4, 3, h_q, 576}, all);
+    ok &= bench.check({"b2 s1" + h + " topk 2048", 2, 1, h_q, 2048}, {2, true, false, false});
+    ok &= bench.check({"b74 s1" + h + " topk 200", 74, 1, h_q, 200}, {576, true, true, false});
+    ok &= bench.check({"b74 s1" + h + " topk 512", 74, 1, h_q, 512}, plain);
+  }
+  for (int h_q : {16, 32, 64, 128}) {
+    ok &= bench.check({"whole, sinks h" + std::to_string(h_q), 20, 1, h_q, 300, 1}, all);
+    ok &= bench.check({"64 rows h" + std::to_string(h_q), 5, 1, h_q, 300, 100}, {53, true, true});
+    ok &= bench.check({"none h" + std::to_string(h_q), 3, 1, h_q, 128},
+                      {64, false, false, false, false, 0, true});
+    for (int spread : {8, 100})
+      for (int topk : {1, 64, 500})
+        ok &= bench.check({"scales h" + std::to_string(h_q) + " topk " + std::to_string(topk), 3, 1,
+                           h_q, topk, spread == 100 ? 1 : 0},
+                          {64, true, false, false, false, spread}, 1);
+  }
+  ok &= bench.check({"b321 h64 topk 64", 321, 1, 64, 64}, all);
+  ok &= bench.check({"b321 s3 h128 topk 64", 321, 3, 128, 64}, {69, true, true});
+  return ok;
+}
+
+int main(int argc, char** argv) {
+  const std::string rows_path = argc > 1 ? argv[1] : "";
+  Bench bench;
+  const bool small = rows_path == "small";
+  bool ok = true;
+  if (argc <= 2 || std::strcmp(argv[2], "time") != 0) ok = run_checks(bench, small);
+  if (!ok) std::printf("CHECKS FAILED\n");
+  if (rows_path.empty() || small) return ok ? 0 : 1;
+  bench.pool_rows = 13000000 / 64 * 64;  // 8.5 GB
+  CHECK(cudaMalloc(&bench.pool, bench.pool_rows * kRowBytes));
+  fill_rows<<<4096, 128>>>(bench.pool, nullptr, bench.pool_rows, 1, 0);
+  CHECK(cudaDeviceSynchronize());
+
+  std::ifstream file(rows_path);
+  std::string line;
+  double log_ratio = 0, log_limit = 0;
+  int count = 0, compared = 0;
+  while (std::getline(file, line)) {
+    std::istringstream in(line);
+    Shape x;
+    in >> x.label >> x.b >> x.s_q >> x.h_q >> x.topk >> x.num_parts >> x.peer_us >> x.limit_us;
+    const double us = bench.time(x), rows = double(x.b) * x.s_q * x.topk;
+    std::printf("%-26s %8.2f us  limit %7.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", x.label.c_str(), us,
+                x.limit_us, us / x.limit_us, rows * x.h_q * 2 * (kDqk + kDv) / us * 1e-6,
+                rows * kRowBytes / us * 1e-3);
+    if (x.limit_us > 0) log_limit += std::log(us / x.limit_us), ++count;
+    if (x.peer_us > 0) {
+      std::printf("  peer %8.2f, speed x%.3f", x.peer_us, x.peer_us / us);
+      log_ratio += std::log(x.peer_us / us), ++compared;
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+  if (count)
+    std::printf("geometric mean: %.3f of the limit's time over %d rows\n",
+                std::exp(log_limit / count), count);
+  if (compared)
+    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n",
+                std::exp(log_ratio / compared), compared);
+  return ok ? 0 : 1;
+}

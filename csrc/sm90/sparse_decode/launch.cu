@@ -1,0 +1,95 @@
+#include "sm90/sparse_decode/launch.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "sm90/host/launch.h"
+#include "sm90/merge/launch.h"
+#include "sm90/sparse_decode/kernels.h"
+
+namespace flashmla::sm90 {
+namespace {
+
+// Rows of a head tile: as many heads as there are, up to 64; but 16 or 32 if the schedule has so
+// few parts that the multiprocessors take all such tiles at once, as schedules of small problems
+// do. Small tiles take less time each; but each gathers the rows for itself.
+int choose_rows(const SparseDecodeParams& params, int multiprocessors) {
+  for (const int rows : {16, 32}) {
+    const int64_t tiles = (params.h_q + rows - 1) / rows;
+    if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return rows;
+  }
+  return 64;
+}
+
+Status check_supported(const SparseDecodeParams& params) {
+  if (params.main.format != RowFormat::kV32 || params.extra.blocks != nullptr ||
+      params.dtype != DType::kBFloat16) {
+    return Status::InvalidArgument(
+        "the Hopper sparse_decode kernel takes v32 caches without an extra cache, and bf16 "
+        "queries");
+  }
+  if (params.d_qk != 576 || params.d_v != sparse::kValueDim) {
+    return Status::InvalidArgument(
+        "the Hopper sparse_decode kernel takes d_qk = 576 and d_v = 512, got d_qk = " +
+        std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v));
+  }
+  if (params.main.layer_blocks * params.main.block_size > INT32_MAX) {
+    return Status::InvalidArgument("sparse_decode takes layers of less than 2^31 slots");
+  }
+  return require_hopper();
+}
+
+sparse::SourceArgs make_source(const SparseSource& source) {
+  return {.blocks = static_cast<const uint8_t*>(source.blocks),
+          .first_block = source.first_block,
+          .indices = source.indices,
+          .topk_length = source.topk_length,
+          .block_bytes = source.block_bytes,
+          .last_first_block = std::max<int64_t>(source.num_blocks - source.layer_blocks, 0),
+          .topk = source.topk,
+          .block_size = source.block_size,
+          .layer_slots = static_cast<uint32_t>(std::min(source.layer_blocks, source.num_blocks) *
+                                               source.block_size)};
+}
+
+// The merge's view: a schedule row is a query token, whose rows are its heads.
+MergeParams merge_params(const SparseDecodeParams& params) {
+  return {.b = params.b * params.s_q,
+          .rows = params.h_q,
+          .h_q = params.h_q,
+          .d_v = params.d_v,
+          .num_parts = params.num_parts,
+          .dtype = params.dtype,
+          .cuts = params.cuts,
+          .out_accum = params.out_accum,
+          .lse_accum = params.lse_accum,
+          .attn_sink = params.attn_sink,
+          .out = params.out,
+          .lse = params.lse};
+}
+
+}  // namespace
+
+Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) {
+  if (int64_t{params.b} * params.s_q * params.h_q == 0) return Status::Ok();
+  if (Status status = check_supported(params); !status.ok()) return status;
+  int multiprocessors = 0;
+  if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
+  const int rows = choose_rows(params, multiprocessors);
+  const sparse::KernelArgs args{.main = make_source(params.main),
+                                .q = static_cast<const uint8_t*>(params.q),
+                                .attn_sink = params.attn_sink,
+                                .cuts = params.cuts,
+                                .out = params.out,
+                                .lse = params.lse,
+                                .out_accum = params.out_accum,
+                                .lse_accum = params.lse_accum,
+                                .queries = params.b * params.s_q,
+                                .h_q = params.h_q,
+                                .scale_log2 = params.sm_scale * 1.4426950408889634f};
+  if (Status s = sparse::launch_v32(args, rows, params.num_parts, stream); !s.ok()) return s;
+  return run_merge(merge_params(params), /*shares_sm=*/rows == 16, stream);
+}
+
+}  // namespace flashmla::sm90
