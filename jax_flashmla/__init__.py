@@ -5,6 +5,7 @@ from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks
 from jax_flashmla.cache.copy import copy_blocks
 from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.cache.paged import PagedCache
+from jax_flashmla.cache.quantise import dequantise, quantise
 from jax_flashmla.cache.table import BlockTable, Slots
 from jax_flashmla.compat import flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
@@ -12,6 +13,7 @@ from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode, kernel_refusal
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
+from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.sharding import decode_specs
 
 __version__ = "0.1.0"
@@ -28,10 +30,13 @@ __all__ = [
     "copy_blocks",
     "decode_specs",
     "dense_decode",
+    "dequantise",
     "export_checks",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "kernel_refusal",
     "make_schedule",
     "merge_lse",
+    "quantise",
+    "sparse_decode",
 ]

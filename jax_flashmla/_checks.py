@@ -26,6 +26,17 @@ def check_implementation(implementation: Any) -> None:
         raise ValueError(f'implementation must be None, "kernel" or "xla", got {implementation!r}')
 
 
+def check_query(q: Any) -> tuple[int, ...]:
+    """b, s_q, h_q and d_qk."""
+    b, s_q, h_q, d_qk = check_array("q", q, "[b, s_q, h_q, d_qk]", CACHE_DTYPES)
+    if b * s_q * h_q > INT32_MAX:
+        raise ValueError(
+            "q must have less than 2^31 rows b * s_q * h_q, got "
+            f"{b} * {s_q} * {h_q} = {b * s_q * h_q}"
+        )
+    return b, s_q, h_q, d_qk
+
+
 def as_cache_seqlens(cache_seqlens: Any) -> jax.Array:
     """[b] int32."""
     cache_seqlens = as_int32("cache_seqlens", cache_seqlens, "[b]")
@@ -88,6 +99,16 @@ def as_layer(layer: Any, layers: int, *, may_be_traced: bool = True) -> int | ja
     if not 0 <= int(layer) < layers:
         raise ValueError(f"layer must be between 0 and {layers - 1}, got {int(layer)}")
     return int(layer)
+
+
+def as_first_block(name: str, value: Any, last: int) -> jax.Array:
+    """[] int32: a layer's first block, at most `last`."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an integer scalar, got {describe(value)}")
+    value = as_int32(name, value, "[]")
+    if not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct) and not 0 <= value <= last:
+        raise ValueError(f"{name} must be between 0 and {last}, got {value}")
+    return value
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:

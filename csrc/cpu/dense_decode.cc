@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/attend/attend.h"
+#include "cpu/attend/base2.h"
 #include "cpu/attend/rows.h"
 #include "cpu/merge.h"
 #include "elements.h"
@@ -82,7 +83,6 @@ float value_scale(const DenseDecodeParams& params) {
 
 // Leaves row_max, row_sum and acc of the piece in `state`.
 void attend_piece(const DenseDecodeParams& params, const PieceTask& task, AttendState& state) {
-  constexpr float kLog2E = 1.44269504088896341f;
   const float scale = params.sm_scale * kLog2E * value_scale(params);
   state.begin(task.num_rows, params.d_qk, params.d_v);
   for (int row = 0; row < task.num_rows; ++row) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpu/attend/base2.h"
 #include "elements.h"
 
 namespace flashmla::cpu {

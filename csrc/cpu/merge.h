@@ -9,8 +9,6 @@
 
 namespace flashmla::cpu {
 
-constexpr float kLn2 = 0.693147180559945309f;
-
 // From the workspace slots of every cut sequence to out and lse. `cuts` are in order and span the
 // batch.
 void merge(const DenseDecodeParams& params, const std::vector<Cut>& cuts,

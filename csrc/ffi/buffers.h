@@ -15,8 +15,12 @@ using xla::ffi::AnyBuffer;  // rank and element type are checked where it is rea
 using F32R0 = xla::ffi::BufferR0<xla::ffi::F32>;
 using F32R3 = xla::ffi::BufferR3<xla::ffi::F32>;
 using F32R4 = xla::ffi::BufferR4<xla::ffi::F32>;
+using F32R1 = xla::ffi::BufferR1<xla::ffi::F32>;
+using F32R2 = xla::ffi::BufferR2<xla::ffi::F32>;
+using I32R0 = xla::ffi::BufferR0<xla::ffi::S32>;
 using I32R1 = xla::ffi::BufferR1<xla::ffi::S32>;
 using I32R2 = xla::ffi::BufferR2<xla::ffi::S32>;
+using I32R3 = xla::ffi::BufferR3<xla::ffi::S32>;
 template <typename Buffer>
 using Result = xla::ffi::Result<Buffer>;
 
@@ -59,26 +63,26 @@ struct BlocksExtents {
 };
 
 inline BlocksExtents read_fp8_blocks(ExtentChecks& checks, Dimensions got, Format format,
-                                     int64_t block_size) {
+                                     int64_t block_size, const char* name) {
   const FormatLayout layout = layout_of(format);
   const int64_t block_bytes = bytes_per_block(format, block_size);
   int64_t num_blocks = 0;
   if (layout.planes == 1) {
-    num_blocks = checks.read<4>("blocks", got, {"num_blocks", "block_size", "1", "bytes"})[0];
-    checks.expect("blocks", got,
+    num_blocks = checks.read<4>(name, got, {"num_blocks", "block_size", "1", "bytes"})[0];
+    checks.expect(name, got,
                   {{"num_blocks", num_blocks},
                    {"block_size", block_size},
                    {"h_kv", 1},
                    {"bytes", layout.plane_bytes[0]}});
   } else {
-    num_blocks = checks.read<2>("blocks", got, {"num_blocks", "block_bytes"})[0];
-    checks.expect("blocks", got, {{"num_blocks", num_blocks}, {"block_bytes", block_bytes}});
+    num_blocks = checks.read<2>(name, got, {"num_blocks", "block_bytes"})[0];
+    checks.expect(name, got, {{"num_blocks", num_blocks}, {"block_bytes", block_bytes}});
   }
   return {format, num_blocks, block_size, 1, layout.d_qk, block_bytes};
 }
 
 inline BlocksExtents read_blocks(ExtentChecks& checks, const AnyBuffer& blocks, int32_t format,
-                                 int32_t block_size) {
+                                 int32_t block_size, const char* name = "blocks") {
   if (format < 0 || format >= kNumFormats || block_size < 1) {
     checks.fail("format must be between 0 and " + std::to_string(kNumFormats - 1) +
                 " and block_size at least 1, got " + std::to_string(format) + " and " +
@@ -87,18 +91,19 @@ inline BlocksExtents read_blocks(ExtentChecks& checks, const AnyBuffer& blocks, 
   }
   if (format != static_cast<int32_t>(Format::kDense)) {
     if (blocks.element_type() != xla::ffi::U8) {
-      checks.fail("blocks must be uint8, the bytes of their format");
+      checks.fail(std::string(name) + " must be uint8, the bytes of their format");
     }
-    return read_fp8_blocks(checks, blocks.dimensions(), static_cast<Format>(format), block_size);
+    return read_fp8_blocks(checks, blocks.dimensions(), static_cast<Format>(format), block_size,
+                           name);
   }
-  const auto [num_blocks, tokens, h_kv, row_stride] = checks.read<4>(
-      "blocks", blocks.dimensions(), {"num_blocks", "block_size", "h_kv", "row_stride"});
-  checks.expect("blocks", blocks.dimensions(),
+  const auto [num_blocks, tokens, h_kv, row_stride] =
+      checks.read<4>(name, blocks.dimensions(), {"num_blocks", "block_size", "h_kv", "row_stride"});
+  checks.expect(name, blocks.dimensions(),
                 {{"num_blocks", num_blocks},
                  {"block_size", block_size},
                  {"h_kv", h_kv},
                  {"row_stride", row_stride}});
-  read_dtype(checks, "blocks", blocks.element_type());
+  read_dtype(checks, name, blocks.element_type());
   const auto itemsize = static_cast<int64_t>(xla::ffi::ByteWidth(blocks.element_type()));
   return {Format::kDense, num_blocks, block_size,
           h_kv,           row_stride, block_size * h_kv * row_stride * itemsize};

@@ -3,3 +3,4 @@
 #include "ffi/cache_append.h"
 #include "ffi/dense_decode.h"
 #include "ffi/make_schedule.h"
+#include "ffi/sparse_decode.h"

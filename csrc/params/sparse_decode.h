@@ -5,25 +5,25 @@
 
 #include <cstdint>
 
+#include "formats.h"
 #include "params/dtype.h"
 
 namespace flashmla {
 
-// How a token's row lies in a cache block; sparse_decode's formats (docs: bytes of each).
-enum class RowFormat : int32_t { kDense, kV32, kV32Nope, kV4, kV41, kV41Fp4 };
-
 // A paged cache and what each query token attends in it.
 struct SparseSource {
-  RowFormat format;
+  Format format;
   int64_t num_blocks;
   int64_t block_bytes;  // from a block to the next, padding included
+  int64_t row_stride;   // dense: elements from one row to the next, at least d_qk
   int block_size;       // tokens
   int topk;
-  // The layer that is attended: its blocks, of which the array has `num_blocks`.
+  // The layer that is attended: its blocks, of which the array has `num_blocks`. It has less than
+  // 2^31 slots.
   int64_t layer_blocks;
-  const int32_t* first_block;  // scalar on the device; null: 0
+  const int32_t* first_block;  // []; clamped to [0, num_blocks - layer_blocks]; null: 0
 
-  const void* blocks;
+  const void* blocks;  // dense: [num_blocks, block_size, 1, row_stride]; else bytes
   // [b, s_q, topk] slots of the layer, block * block_size + offset; others are not attended.
   const int32_t* indices;
   const int32_t* topk_length;  // [b, s_q] clamped to [0, topk]; null: topk
@@ -34,13 +34,14 @@ struct SparseSource {
 struct SparseDecodeParams {
   int b, s_q, h_q, d_qk, d_v;
   int num_parts;
-  DType dtype;  // of q and out
+  DType dtype;  // of q, out and dense blocks
   float sm_scale;
 
   SparseSource main;
   SparseSource extra;  // attended together with main; blocks null where there is none
 
   const void* q;           // [b, s_q, h_q, d_qk]
+  const float* kv_scale;   // [] factor of all codes; kFp8Row only
   const float* attn_sink;  // [h_q] natural log; scales out, not lse; null: none
   // [num_parts + 1, 2] (query token of b * s_q, tile): tiles of 64 indices, the main cache's
   // ceil(length / 64), then the extra cache's.

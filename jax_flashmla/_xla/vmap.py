@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from jax_flashmla import _limits
+
+if TYPE_CHECKING:
+    from jax_flashmla.cache.format import CacheFormat
 
 Dims = tuple[int | None, ...]
 
@@ -41,6 +46,45 @@ def fold_blocks(
     in_range = (block_table >= 0) & (block_table < num_blocks)
     ids = block_table + jnp.repeat(first, block_table.shape[0] // n)[:, None]
     return fold(blocks, dim, n), jnp.where(in_range, ids, -1)
+
+
+def slots_fit(
+    n: int, operands: tuple[jax.Array, ...], dims: Dims, format: CacheFormat, layer_blocks: int
+) -> bool:
+    """Whether `fold_slots` can count all slots."""
+    del layer_blocks
+    num_blocks, times = _num_blocks(operands[0], dims[0]), 1 if dims[0] is None else n
+    shifted = dims[0] is not None or dims[3] is not None
+    return not shifted or times * num_blocks * format.block_size <= _limits.INT32_MAX
+
+
+def fold_slots(
+    n: int, operands: tuple[jax.Array, ...], dims: Dims, format: CacheFormat, layer_blocks: int
+) -> tuple[tuple[jax.Array, ...], int]:
+    """A cache whose rows are named by slot, with n * b sequences; and its layer_blocks.
+
+    operands: blocks, indices and topk_length (with b first), and first_block. Where blocks or
+    first_block are mapped, slots then count from the beginning of the whole array.
+    """
+    blocks, indices, lengths, first = operands
+    blocks_dim, indices_dim, lengths_dim, first_dim = dims
+    indices, lengths = fold(indices, indices_dim, n), fold(lengths, lengths_dim, n)
+    if blocks_dim is None and first_dim is None:
+        return (blocks, indices, lengths, first), layer_blocks
+    num_blocks = _num_blocks(blocks, blocks_dim)
+    first = jnp.broadcast_to(jnp.clip(first, 0, num_blocks - layer_blocks), n)
+    if blocks_dim is not None:
+        first = first + jnp.arange(n, dtype=jnp.int32) * num_blocks
+        blocks = fold(blocks, blocks_dim, n)
+    inside = (indices >= 0) & (indices < layer_blocks * format.block_size)
+    shift = jnp.repeat(first * format.block_size, indices.shape[0] // n)[:, None, None]
+    indices = jnp.where(inside, indices + shift, -1)
+    return (blocks, indices, lengths, jnp.zeros((), jnp.int32)), blocks.shape[0]
+
+
+def _num_blocks(blocks: jax.Array, dim: int | None) -> int:
+    """Of each mapped index."""
+    return blocks.shape[1 if dim == 0 else 0]
 
 
 def check_folded(operation: str, n: int, b: int) -> None:

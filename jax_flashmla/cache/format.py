@@ -165,32 +165,36 @@ class CacheFormat:
         return jnp.zeros((num_blocks, *self.block_shape), self.storage_dtype, device=device)
 
 
-def format_of_blocks(format: CacheFormat | None, blocks: Any) -> CacheFormat:
+def format_of_blocks(format: CacheFormat | None, blocks: Any, prefix: str = "") -> CacheFormat:
     """The format of an operation's blocks [num_blocks, *block_shape], which are checked against it.
 
-    Without a format they are dense, and their shape and dtype say the rest.
+    Without a format they are dense, and their shape and dtype say the rest. Messages name both
+    arguments with the prefix.
     """
+    name = f"{prefix}blocks"
     if format is None:
         if getattr(blocks, "dtype", None) == jnp.uint8:
             raise TypeError(
-                "format must be given for blocks of uint8, whose bytes do not say what they hold: "
-                'CacheFormat(name="v32", ...) or another'
+                f"{prefix}format must be given for {name} of uint8, whose bytes do not say what "
+                'they hold: CacheFormat(name="v32", ...) or another'
             )
         _, block_size, h_kv, d_qk = _checks.check_array(
-            "blocks", blocks, "[num_blocks, block_size, h_kv, d_qk]", _checks.CACHE_DTYPES
+            name, blocks, "[num_blocks, block_size, h_kv, d_qk]", _checks.CACHE_DTYPES
         )
         return CacheFormat(
             d_qk=d_qk, d_v=d_qk, h_kv=h_kv, block_size=block_size, dtype=blocks.dtype
         )
     if not isinstance(format, CacheFormat):
-        raise TypeError(f"format must be a CacheFormat or None, got {_checks.describe(format)}")
+        raise TypeError(
+            f"{prefix}format must be a CacheFormat or None, got {_checks.describe(format)}"
+        )
     dims = ["block_bytes"] if len(format.block_shape) == 1 else ["block_size", "h_kv", "row"]
     shape = _checks.check_array(
-        "blocks", blocks, f"[num_blocks, {', '.join(dims)}]", (format.storage_dtype,)
+        name, blocks, f"[num_blocks, {', '.join(dims)}]", (format.storage_dtype,)
     )
     if shape[1:] != format.block_shape:
         raise ValueError(
-            f"blocks must be [num_blocks, {', '.join(map(str, format.block_shape))}] in the given "
+            f"{name} must be [num_blocks, {', '.join(map(str, format.block_shape))}] in the given "
             f"format, got shape {shape}"
         )
     return format

@@ -77,7 +77,8 @@ def dense_decode(
         NotImplementedError: implementation is "kernel" and there is none for this platform, device
             or these dimensions; or the kernel is differentiated.
     """
-    b, s_q, h_q, d_qk = _check_query(q)
+    b, s_q, h_q, d_qk = _checks.check_query(q)
+    _checks.check_batch("q", b)
     d_v = _checks.check_int("d_v", d_v, 1, _limits.INT32_MAX)
     if d_v > d_qk:
         raise ValueError(
@@ -181,17 +182,6 @@ def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str |
     if format.name != "dense":
         return f"the sm90 kernel of dense_decode takes dense caches, got format {format.name}"
     return _sm90_refusal(q.shape[-1], d_v, format.block_size, q.dtype)
-
-
-def _check_query(q: Any) -> tuple[int, ...]:
-    b, s_q, h_q, d_qk = _checks.check_array("q", q, "[b, s_q, h_q, d_qk]", _checks.CACHE_DTYPES)
-    _checks.check_batch("q", b)
-    if b * s_q * h_q > _limits.INT32_MAX:
-        raise ValueError(
-            "q must have less than 2^31 rows b * s_q * h_q, got "
-            f"{b} * {s_q} * {h_q} = {b * s_q * h_q}"
-        )
-    return b, s_q, h_q, d_qk
 
 
 def _results(

@@ -103,8 +103,8 @@ def make_schedule(
     return SplitSchedule(cuts, b=b, tile_rows=tile_rows)
 
 
-def check_schedule(schedule: Any, b: int) -> SplitSchedule:
-    """A schedule that an operation is given for a batch of b sequences."""
+def check_schedule(schedule: Any, b: int, made_for: str | None = None) -> SplitSchedule:
+    """A schedule that an operation is given for b sequences, or what else it was made for."""
     if not isinstance(schedule, SplitSchedule):
         raise TypeError(
             f"schedule must be a SplitSchedule from make_schedule, got {type(schedule).__name__}"
@@ -122,10 +122,8 @@ def check_schedule(schedule: Any, b: int) -> SplitSchedule:
             f"{cuts.shape}"
         )
     if schedule.b != b:
-        raise ValueError(
-            f"schedule must be made for q's batch of b = {b} sequences, got one made for "
-            f"b = {schedule.b}"
-        )
+        made_for = made_for or f"q's batch of b = {b} sequences"
+        raise ValueError(f"schedule must be made for {made_for}, got one made for b = {schedule.b}")
     tile_rows = (_limits.SMALL_TILE_ROWS, _limits.TILE_ROWS)
     if schedule.tile_rows not in tile_rows:
         raise ValueError(

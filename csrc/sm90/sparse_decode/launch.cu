@@ -23,7 +23,7 @@ int choose_rows(const SparseDecodeParams& params, int multiprocessors) {
 }
 
 Status check_supported(const SparseDecodeParams& params) {
-  if (params.main.format != RowFormat::kV32 || params.extra.blocks != nullptr ||
+  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
       params.dtype != DType::kBFloat16) {
     return Status::InvalidArgument(
         "the Hopper sparse_decode kernel takes v32 caches without an extra cache, and bf16 "

@@ -1,0 +1,13 @@
+#pragma once
+
+#include "cpu/parallel_for.h"
+#include "params/sparse_decode.h"
+#include "status.h"
+
+namespace flashmla::cpu {
+
+// Attention over the rows that indices name, any dimensions, formats and block sizes. Cuts are not
+// used: query tokens stay whole.
+Status run_sparse_decode(const SparseDecodeParams& params, const ParallelFor& parallel_for);
+
+}  // namespace flashmla::cpu
