@@ -105,10 +105,11 @@ def as_first_block(name: str, value: Any, last: int) -> jax.Array:
     """[] int32: a layer's first block, at most `last`."""
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an integer scalar, got {describe(value)}")
-    value = as_int32(name, value, "[]")
-    if not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct) and not 0 <= value <= last:
+    first = as_int32(name, value, "[]")
+    traced = isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
+    if not traced and not 0 <= int(value) <= last:
         raise ValueError(f"{name} must be between 0 and {last}, got {value}")
-    return value
+    return first
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:

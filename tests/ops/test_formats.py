@@ -19,43 +19,10 @@ import cases
 import tolerances
 from jax_flashmla import CacheFormat, cache_append, dense_decode
 from jax_flashmla.cache import quantise
+from stored import KV_SCALE, poisoned_blocks, scale_of, store
 
 CODED = ("v32", "v32_nope", "v4", "v41", "v41_fp4", "fp8_row", "fp8_index")
-KV_SCALE = np.float32(0.011)
 MAX_BLOCKS = 3
-
-
-def scale_of(format: CacheFormat) -> np.ndarray | None:
-    return KV_SCALE if format.name == "fp8_row" else None
-
-
-def poisoned_blocks(format: CacheFormat, num_blocks: int) -> np.ndarray:
-    fill = np.nan if format.name == "dense" else 0xFF
-    return np.full((num_blocks, *format.block_shape), fill, format.storage_dtype)
-
-
-@functools.cache
-def jitted_quantise(format: CacheFormat) -> Callable[..., tuple[jax.Array, ...]]:
-    return jax.jit(functools.partial(quantise.quantise, format))
-
-
-def store(format: CacheFormat, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    """Rows [n, h_kv, d_qk] at slots [n] of blocks, one plane of one token at a time."""
-    if format.name == "dense":
-        block, offset = np.divmod(slots, format.block_size)
-        blocks[block, offset, :, : format.d_qk] = rows
-        return
-    padded = np.zeros((256, format.d_qk), rows.dtype)  # one shape, so one compilation
-    padded[: len(rows)] = rows[:, 0]
-    planes = jitted_quantise(format)(padded, kv_scale=scale_of(format))
-    flat = blocks.reshape(len(blocks), -1)
-    assert flat.shape[1] == format.block_bytes
-    for k, plane in enumerate(np.asarray(p)[: len(rows)] for p in planes):
-        size, first = format.planes[k], sum(format.planes[:k]) * format.block_size
-        for slot, token_bytes in zip(slots, plane, strict=True):
-            block, offset = divmod(int(slot), format.block_size)
-            begin = first + offset * size
-            flat[block, begin : begin + size] = token_bytes
 
 
 def hostile_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:

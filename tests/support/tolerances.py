@@ -24,6 +24,10 @@ OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 # exp2 and log2 taken approximately.
 LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
 
+# FlashMLA's own for sparse decode, against attention over the dequantised cache: as OUT. The
+# absolute bound is a little wider, for rows are fewer, and averages over them larger.
+SPARSE_OUT = Tolerance(absolute=1e-3, relative=2.01 / 128, cosine=5e-6)
+
 # Of float32 caches against float64: each score is a sum of up to 576 products of which every one is
 # rounded (2^-24), and the weights' relative error is the scores' absolute one.
 F32_DECODE = {
