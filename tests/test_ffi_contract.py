@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_flashmla  # noqa: F401  (registers the targets)
+from ffi_calls import call, i32, refused, replaced, result, zeros
 
 b, s_q, h_q, h_kv, d_qk, d_v = 2, 1, 4, 2, 576, 512
 num_blocks, block_size, max_blocks, num_parts, s_new = 5, 64, 3, 6, 2
@@ -19,25 +19,6 @@ num_blocks, block_size, max_blocks, num_parts, s_new = 5, 64, 3, 6, 2
 def device(request):
     with jax.default_device(jax.devices(request.param)[0]):
         yield request.param
-
-
-def zeros(*shape, dtype=jnp.bfloat16):
-    return np.zeros(shape, dtype)
-
-
-def i32(*shape):
-    return zeros(*shape, dtype=jnp.int32)
-
-
-def result(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def call(target, operands, results, attributes, **options):
-    outputs = jax.ffi.ffi_call(f"flashmla_{target}_v1", list(results.values()), **options)(
-        *map(jnp.asarray, operands.values()), **attributes
-    )
-    return jax.block_until_ready(outputs)
 
 
 def make_schedule(**wrong):
@@ -88,20 +69,6 @@ def cache_append(aliases=((0, 0),), **wrong):
         *replaced(wrong, operands, results, attributes),
         input_output_aliases=dict(aliases),
     )
-
-
-def replaced(wrong, *groups):
-    """Each group with the values of `wrong` in place; None takes an entry out."""
-    known = {name for group in groups for name in group}
-    new = {name: value for name, value in wrong.items() if name not in known}
-    groups = [{name: wrong.get(name, value) for name, value in group.items()} for group in groups]
-    groups[-1].update(new)  # superfluous attributes
-    return [{k: v for k, v in group.items() if v is not None} for group in groups]
-
-
-def refused(operation, match, **wrong):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=match):
-        operation(**wrong)
 
 
 def test_the_good_calls_are_taken(device):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from jax_flashmla import _limits
-
-if TYPE_CHECKING:
-    from jax_flashmla.cache.format import CacheFormat
 
 Dims = tuple[int | None, ...]
 
@@ -49,17 +44,17 @@ def fold_blocks(
 
 
 def slots_fit(
-    n: int, operands: tuple[jax.Array, ...], dims: Dims, format: CacheFormat, layer_blocks: int
+    n: int, operands: tuple[jax.Array, ...], dims: Dims, block_size: int, layer_blocks: int
 ) -> bool:
     """Whether `fold_slots` can count all slots."""
     del layer_blocks
     num_blocks, times = _num_blocks(operands[0], dims[0]), 1 if dims[0] is None else n
     shifted = dims[0] is not None or dims[3] is not None
-    return not shifted or times * num_blocks * format.block_size <= _limits.INT32_MAX
+    return not shifted or times * num_blocks * block_size <= _limits.INT32_MAX
 
 
 def fold_slots(
-    n: int, operands: tuple[jax.Array, ...], dims: Dims, format: CacheFormat, layer_blocks: int
+    n: int, operands: tuple[jax.Array, ...], dims: Dims, block_size: int, layer_blocks: int
 ) -> tuple[tuple[jax.Array, ...], int]:
     """A cache whose rows are named by slot, with n * b sequences; and its layer_blocks.
 
@@ -76,8 +71,8 @@ def fold_slots(
     if blocks_dim is not None:
         first = first + jnp.arange(n, dtype=jnp.int32) * num_blocks
         blocks = fold(blocks, blocks_dim, n)
-    inside = (indices >= 0) & (indices < layer_blocks * format.block_size)
-    shift = jnp.repeat(first * format.block_size, indices.shape[0] // n)[:, None, None]
+    inside = (indices >= 0) & (indices < layer_blocks * block_size)
+    shift = jnp.repeat(first * block_size, indices.shape[0] // n)[:, None, None]
     indices = jnp.where(inside, indices + shift, -1)
     return (blocks, indices, lengths, jnp.zeros((), jnp.int32)), blocks.shape[0]
 

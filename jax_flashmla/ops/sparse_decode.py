@@ -111,6 +111,10 @@ def sparse_decode(
             extra_topk_length=extra_topk_length,
             extra_layer_blocks=extra_layer_blocks,
         )
+        if not isinstance(extra_first_block, int) or extra_first_block != 0:
+            raise ValueError(
+                f"extra_first_block must be 0 without extra_blocks, got {extra_first_block}"
+            )
     else:
         extra = as_source(
             "extra_",
@@ -190,7 +194,9 @@ def _as_sink(attn_sink: Any, h_q: int) -> jax.Array:
 def _refuse_extra(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name} must be None without extra_blocks, got {type(value)}")
+            raise ValueError(
+                f"{name} must be None without extra_blocks, got a {type(value).__name__}"
+            )
 
 
 def _make_cuts(
@@ -270,9 +276,10 @@ def _batch(
         assert dims[-1] is not None
         cuts = jax.lax.index_in_dim(cuts, 0, dims[-1], keepdims=False)
         return sparse_op.bind(*operands[:-1], cuts, **params, **layers), [None] * 4
-    sources = [(operands[1:5], dims[1:5], format, layer_blocks)]
+    sources = [(operands[1:5], dims[1:5], format.block_size, layer_blocks)]
     if extra_format is not None:
-        sources.append((operands[5:9], dims[5:9], extra_format, extra_layer_blocks))
+        extra_block_size = extra_format.block_size
+        sources.append((operands[5:9], dims[5:9], extra_block_size, extra_layer_blocks))
     if dims[9:11] != (None, None) or not all(vmap.slots_fit(n, *source) for source in sources):
         return _loop(operands, dims, {**params, **layers})
     q = vmap.fold(q, dims[0], n)
