@@ -157,11 +157,11 @@ def test_nnx_and_linen_layers_do_not_know_each_other():
 def test_layers_need_flax_in_the_modules_alone():
     """And of the core they take public names, and the checks of integers."""
     assert importers_of("flax") == {"layers.nnx", "layers.linen"}
-    assert importers_of("safetensors") == {"layers.tensor_reader"}
+    assert importers_of("safetensors") == {"layers.hf.tensor_reader"}
     # jaxlib brings ml_dtypes; rich is for the progress bar, where there is one.
     optional = {"flax", "safetensors", "ml_dtypes", "rich"}
     private = {"jax_flashmla._xla.operation", "jax_flashmla._cpu", "jax_flashmla._cuda"}
-    for path in sorted((PACKAGE / "layers").glob("*.py")):
+    for path in sorted((PACKAGE / "layers").rglob("*.py")):
         found = imports_of(path)
         assert not {name for name in found if name in private or name.startswith("jax._src")}
         roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
