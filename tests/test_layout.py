@@ -126,9 +126,14 @@ def test_operations_are_listed_once_in_cpp():
 
 
 def test_modules_import_each_other_in_no_circle():
+    """Leaving aside that a module in a package imports the package."""
     modules = {module_name(path): path for path in python_files()}
     graph = {
-        name: {found for found in imports_of(path) if found in modules} - {name, "jax_flashmla"}
+        name: {
+            found
+            for found in imports_of(path)
+            if found in modules and not f"{name}.".startswith(f"{found}.")
+        }
         for name, path in modules.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one

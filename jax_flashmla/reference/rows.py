@@ -75,7 +75,7 @@ def store_rows(
 
 
 def _values(
-    format: CacheFormat, planes: tuple[UInt8[Array, "*n bytes"], ...], kv_scale: Float32[Array, ""]
+    format: CacheFormat, planes: tuple[UInt8[Array, "*n _"], ...], kv_scale: Float32[Array, ""]
 ) -> Float[Array, "*n 1 d_qk"]:
     values = dequantise_f32(format, planes)
     rows = values * kv_scale if format.name == "fp8_row" else values.astype(format.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_flashmla import BlockTable, CacheFormat, PagedCache, cache_append
-from jax_flashmla.cache.quantise import dequantise
+from jax_flashmla.reference.rows import load_rows
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -24,7 +24,8 @@ def make_cache(**options: object) -> PagedCache:
 def keys_of(cache: PagedCache, layer: int, sequence: int, n: int) -> np.ndarray:
     """A sequence's first n keys [n, 128]."""
     view = cache.index_layer(layer)
-    rows = np.asarray(dequantise(INDEX, view.blocks), np.float32).reshape(-1, 64, 128)
+    rows = np.asarray(load_rows(INDEX, view.blocks, jnp.float32(1)), np.float32)
+    rows = rows.reshape(-1, 64, 128)
     return np.concatenate([rows[i] for i in np.asarray(view.block_table)[sequence]])[:n]
 
 
