@@ -127,7 +127,7 @@ def measure_heads(heads: int, arguments: argparse.Namespace, method: Method) -> 
         qk_nope_head_dim=128,
         qk_rope_head_dim=64,
         v_head_dim=128,
-        rope=RopeConfig(yarn=V3_YARN),
+        rope=RopeConfig(layout="deinterleaved", yarn=V3_YARN),
     )
     weights = make_weights(config, arguments.layers)
     cache = make_cache(config, arguments.layers, arguments.batch, arguments.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 import types
 
@@ -10,26 +11,27 @@ import numpy as np
 import pytest
 
 import jax_flashmla
-from jax_flashmla import _ffi, kernel_refusal, make_schedule
+from jax_flashmla import kernel_refusal, make_schedule
+from jax_flashmla._xla import modules
 
 
 def test_modules_were_built_for_an_ffi_that_this_jaxlib_has() -> None:
-    installed = _ffi._installed_ffi_version()
+    installed = modules._installed_ffi_version()
     assert installed is not None
-    assert _ffi._cpu.ffi_api_version() <= installed
+    assert modules._cpu.ffi_api_version() <= installed
 
 
 def test_jaxlib_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ffi, "_installed_ffi_version", lambda: (0, 0))
-    built = ".".join(map(str, _ffi._cpu.ffi_api_version()))
+    monkeypatch.setattr(modules, "_installed_ffi_version", lambda: (0, 0))
+    built = ".".join(map(str, modules._cpu.ffi_api_version()))
     message = f"jax_flashmla._cpu was built for XLA FFI {built}, but jaxlib .* has 0.0: install a"
     with pytest.raises(ImportError, match=message):
-        _ffi._load("_cpu", "cpu")
+        modules._load("_cpu", "cpu")
 
 
 def test_cpu_module_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ffi, "_cpu", None)
-    monkeypatch.setattr(_ffi, "_cpu_missing", "No module named 'jax_flashmla._cpu'")
+    monkeypatch.setattr(modules, "_cpu", None)
+    monkeypatch.setattr(modules, "_cpu_missing", "No module named 'jax_flashmla._cpu'")
     assert "cannot be imported (No module named" in kernel_refusal("cpu")
     with jax.default_device(jax.devices("cpu")[0]):
         message = r"make_schedule cannot run: the CPU module .*; reinstall jax_flashmla"
@@ -51,8 +53,8 @@ def test_kernels_on_a_gpu(
 ) -> None:
     device = types.SimpleNamespace(compute_capability=capability, device_kind="Some GPU")
     monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
-    monkeypatch.setattr(_ffi, "_cuda", types.ModuleType("_cuda") if has_module else None)
-    monkeypatch.setattr(_ffi, "_cuda_missing", "not built")
+    monkeypatch.setattr(modules, "_cuda", types.ModuleType("_cuda") if has_module else None)
+    monkeypatch.setattr(modules, "_cuda_missing", "not built")
     refusal = kernel_refusal("cuda")
     if expected is None:
         assert refusal is None
@@ -60,25 +62,15 @@ def test_kernels_on_a_gpu(
         assert re.search(expected, refusal)
 
 
-def test_top_level_names() -> None:
-    names = {
-        "BlockAllocator",
-        "BlockTable",
-        "CacheFormat",
-        "OutOfBlocks",
-        "PagedCache",
-        "Slots",
-        "SplitSchedule",
-        "cache_append",
-        "copy_blocks",
-        "decode_specs",
-        "dense_decode",
-        "export_checks",
-        "flash_mla_with_kvcache",
-        "get_mla_metadata",
-        "kernel_refusal",
-        "make_schedule",
-        "merge_lse",
-    }
-    assert names <= set(dir(jax_flashmla))
-    assert jax_flashmla.__version__
+def test_every_public_name_is_told_of() -> None:
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    for name in jax_flashmla.__all__:
+        assert hasattr(jax_flashmla, name)
+        assert re.search(rf"\b{name}\b", readme), name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", jax_flashmla.__version__)
+
+
+def test_gpu_means_cuda_and_other_platforms_are_named() -> None:
+    assert kernel_refusal("gpu", d_qk=32) == kernel_refusal("cuda", d_qk=32)
+    assert "got d_qk = 32" in kernel_refusal("gpu", d_qk=32)
+    assert kernel_refusal("tpu") == "there are kernels for cpu and cuda, not for tpu"

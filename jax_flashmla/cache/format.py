@@ -96,15 +96,14 @@ class CacheFormat:
         if dtype not in dtypes:
             raise TypeError(f"dtype must be {_checks.dtype_names(dtypes)}, got {dtype}")
         set_("dtype", dtype)
-        if self.name == "dense":
-            stride = self.d_qk if self.row_stride is None else self.row_stride
-            set_("row_stride", _checks.check_int("row_stride", stride, 1, _limits.INT32_MAX))
-            if self.row_stride < self.d_qk:  # type: ignore[operator]
-                raise ValueError(
-                    f"row_stride must be at least d_qk = {self.d_qk}, got {self.row_stride}"
-                )
-        else:
+        if self.name != "dense":
             self._check_named(layout)
+        elif self.row_stride is not None:
+            stride = _checks.check_int("row_stride", self.row_stride, 1, _limits.INT32_MAX)
+            if stride < self.d_qk:
+                raise ValueError(f"row_stride must be at least d_qk = {self.d_qk}, got {stride}")
+            # None is d_qk's own, so that equal formats are equal.
+            set_("row_stride", None if stride == self.d_qk else stride)
 
     def _check_named(self, layout: Layout) -> None:
         fixed = {"d_qk": layout.d_qk, "d_v": layout.d_v, "h_kv": 1, "row_stride": None}
@@ -131,8 +130,7 @@ class CacheFormat:
         """Bytes that one token takes in one layer, without the padding of blocks."""
         if self.name != "dense":
             return sum(LAYOUTS[self.name].planes)
-        assert self.row_stride is not None
-        return self.h_kv * self.row_stride * self.storage_dtype.itemsize
+        return self.h_kv * (self.row_stride or self.d_qk) * self.storage_dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
@@ -145,8 +143,7 @@ class CacheFormat:
         """A block's shape: [block_size, h_kv, row_stride] in `dense`, [block_size, 1, bytes] with
         one plane, [block_bytes] with several."""
         if self.name == "dense":
-            assert self.row_stride is not None
-            return self.block_size, self.h_kv, self.row_stride
+            return self.block_size, self.h_kv, self.row_stride or self.d_qk
         if len(self.planes) > 1:
             return (self.block_bytes,)
         return self.block_size, 1, self.bytes_per_token

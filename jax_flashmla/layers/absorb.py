@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import MLAParams, check_params
+from jax_flashmla.layers.params import MLAParams, check_array, check_params
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +31,7 @@ class AbsorbedWeights:
             ("w_q", (inputs, num_heads, config.d_qk)),
             ("w_o", (num_heads, config.kv_lora_rank, config.hidden_size)),
         ):
+            check_array(f"absorbed.{name}", getattr(self, name))
             got = getattr(self, name).shape
             if got != expected:
                 raise ValueError(f"absorbed.{name} must be {expected}, got {got}")
@@ -51,7 +52,12 @@ def absorb(config: MLAConfig, params: MLAParams) -> AbsorbedWeights:
     Returns:
         The products, in the dtype of the output projection.
     """
-    check_params(config, params, params.w_o.shape[0])
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    if isinstance(params, MLAParams):
+        check_array("params.w_o", params.w_o)
+    # One device's share has fewer heads than the config.
+    check_params(config, params, params.w_o.shape[0] if isinstance(params, MLAParams) else 1)
     w_q = params.w_q if config.q_lora_rank is None else params.w_uq
     dtype = params.w_o.dtype
     w_nope, w_rope = jnp.split(w_q.astype(jnp.float32), [config.qk_nope_head_dim], axis=-1)

@@ -10,7 +10,7 @@ from jax_flashmla import PagedCache, Slots, SplitSchedule
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import decode
-from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.params import MLAParams, check_array
 from jax_flashmla.layers.prefill import prefill
 from jax_flashmla.layers.project import manual_axis
 
@@ -51,7 +51,7 @@ class MLACalls:
         return decode(
             self.config,
             self.params,
-            x if self.dtype is None else x.astype(self.dtype),
+            _cast(x, self.dtype),
             cache,
             slots=slots,
             layer=layer,
@@ -75,7 +75,7 @@ class MLACalls:
         return prefill(
             self.config,
             self.params,
-            x if self.dtype is None else x.astype(self.dtype),
+            _cast(x, self.dtype),
             cache,
             slots=slots,
             layer=layer,
@@ -83,3 +83,8 @@ class MLACalls:
             heads_axis=manual_axis(self.heads_axis),
             implementation=implementation,
         )
+
+
+def _cast(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    check_array("x", x)
+    return x if dtype is None else x.astype(dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_flashmla.layers.config import MLAConfig
@@ -118,6 +119,9 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
     expected = MLAParams.shapes(dataclasses.replace(config, num_heads=num_heads))
     wrong = []
     for field in dataclasses.fields(MLAParams):
+        if getattr(params, field.name) is not None:
+            check_array(f"params.{field.name}", getattr(params, field.name))
+    for field in dataclasses.fields(MLAParams):
         want, got = getattr(expected, field.name), getattr(params, field.name)
         want_shape = None if want is None else want.shape
         got_shape = None if got is None else tuple(got.shape)
@@ -125,6 +129,21 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
             wrong.append(f"params.{field.name} must be {want_shape}, got {got_shape}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def check_array(name: str, x: Any) -> None:
+    """That x is an array of JAX or NumPy, or stands for one; masked arrays do not count."""
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return
+    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
+        return
+    way = "; jax.dlpack.from_dlpack takes it over" if hasattr(x, "__dlpack__") else ""
+    if isinstance(x, np.ma.MaskedArray):
+        way = ", whose mask would be ignored; fill it first"
+    kind = type(x)
+    raise TypeError(
+        f"{name} must be an array of JAX or NumPy, got {kind.__module__}.{kind.__qualname__}{way}"
+    )
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:

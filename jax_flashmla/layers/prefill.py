@@ -60,6 +60,7 @@ def prefill(
         TypeError, ValueError: an argument is not as described.
     """
     check_call(config, params, x, cache, slots, heads_axis)
+    x = jnp.asarray(x)
     positions = positions_of(slots)
     latent, k_rope = project_rows(config, params, x, positions)
     cache = write_rows(cache, latent, k_rope, slots, layer, implementation)

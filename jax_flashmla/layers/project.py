@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_flashmla import PagedCache, Slots
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import MLAParams, check_params
+from jax_flashmla.layers.params import MLAParams, check_array, check_params
 from jax_flashmla.layers.rope import rotate
 
 
@@ -40,6 +40,7 @@ def check_call(
             f"cache must have config.cache_format()'s d_qk = {config.d_qk}, d_v = "
             f"{config.kv_lora_rank} and h_kv = 1, got {cache.format}"
         )
+    check_array("x", x)
     b = cache.table.block_table.shape[0]
     if jnp.shape(x) != (b, slots.s_new, config.hidden_size):
         raise ValueError(

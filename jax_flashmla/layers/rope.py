@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla.layers.config import MLAConfig, YarnConfig
+from jax_flashmla.layers.config import MLAConfig
+from jax_flashmla.layers.rope_config import YarnConfig
 
 
 def inverse_frequencies(config: MLAConfig) -> np.ndarray:
@@ -21,11 +22,13 @@ def inverse_frequencies(config: MLAConfig) -> np.ndarray:
     wavelengths = (float(rope.theta) ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
     one = np.float32(1)
     if rope.longrope is not None:
-        return one / (np.array(rope.longrope.factors, np.float32) * wavelengths)
+        with np.errstate(over="ignore"):  # beyond float32, a pair does not turn
+            return one / (np.array(rope.longrope.factors, np.float32) * wavelengths)
     if rope.yarn is None:
         return one / wavelengths
     kept = one - _yarn_ramp(rope.yarn, dim, float(rope.theta))
-    interpolated = one / (np.float32(rope.yarn.factor) * wavelengths)
+    with np.errstate(over="ignore"):  # beyond float32, a pair does not turn
+        interpolated = one / (np.float32(rope.yarn.factor) * wavelengths)
     return interpolated * (one - kept) + one / wavelengths * kept
 
 
@@ -46,13 +49,6 @@ def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> np.ndarray:
     return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def rotation_scale(config: MLAConfig) -> float:
-    """What cos and sin are multiplied by."""
-    if config.rope.yarn is not None:
-        return config.rope.yarn.rotation_scale
-    return 1.0 if config.rope.longrope is None else config.rope.longrope.attention_factor
-
-
 def rotate(config: MLAConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Applies the rotary embedding.
 
@@ -69,7 +65,7 @@ def rotate(config: MLAConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
         return x
     frequencies = inverse_frequencies(config)[None, None, None, :]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = (f(angles) * np.float32(rotation_scale(config)) for f in (jnp.cos, jnp.sin))
+    cos, sin = (f(angles) * np.float32(config.rope.rotation_scale) for f in (jnp.cos, jnp.sin))
     wide = x.astype(jnp.float32)
     if layout == "half":
         first, second = jnp.split(wide, 2, axis=-1)

@@ -431,3 +431,9 @@ def test_documented_example():
     result = doctest.testfile(str(DOCS / "paged_cache.md"), module_relative=False)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_cache_is_shown_without_its_arrays():
+    shown = repr(make_cache([[0, 1], [2, -1]], [5, 1]))
+    assert shown.startswith("PagedCache(b=2, max_blocks=2, num_blocks=12, layers=1, format=")
+    assert "Array" not in shown

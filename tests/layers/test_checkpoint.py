@@ -93,6 +93,90 @@ def test_longcat_has_two_attentions_in_a_layer(tmp_path):
     check_params(V3, second, tensors, "model.layers.1.self_attn.1.")
 
 
+@pytest.mark.parametrize(
+    "prefix", ["model.", "language_model.model.", "model.language_model.", "", "thinker.model."]
+)
+def test_prefix_is_found(tmp_path, prefix):
+    tensors = make_tensors(V3, f"{prefix}layers.1.self_attn.")
+    x = np.ones((3, 4), np.float32)
+    others = {
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight": x,
+        "vision_model.layers.0.self_attn.o_proj.weight": x,
+        "lm_head.weight": x,
+        # What predicts a further token is no model of its own.
+        **make_tensors(LITE, f"{prefix}mtp.layers.0.self_attn."),
+    }
+    directory = write_checkpoint(tmp_path / "model", tensors | others, shards=2)
+    for options in ({}, {"prefix": prefix}):
+        (params,) = load_attention(directory, V3, [1], dtype="float32", **options)
+        check_params(V3, params, tensors, f"{prefix}layers.1.self_attn.")
+    with pytest.raises(ValueError, match=r"prefix must be one that names in .* have before"):
+        load_attention(directory, V3, [1], prefix="other.")
+
+
+def test_ambiguous_prefixes_are_named(tmp_path):
+    tensors = make_tensors(V3, "model.layers.0.self_attn.")
+    tensors |= make_tensors(LITE, "draft.model.layers.0.self_attn.")
+    directory = write_checkpoint(tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=r"prefix must be one of \['draft.model.', 'model.'\]: "):
+        load_attention(directory, V3, [0])
+    for prefix, config in (("model.", V3), ("draft.model.", LITE)):
+        (params,) = load_attention(directory, config, [0], dtype="float32", prefix=prefix)
+        check_params(config, params, tensors, f"{prefix}layers.0.self_attn.")
+
+
+def test_checkpoint_without_latent_attention(tmp_path):
+    tensors = {"model.layers.0.self_attn.k_proj.weight": np.ones((3, 4), np.float32)}
+    directory = write_checkpoint(tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=r"must have latent attention, .*k_proj.weight'\] and oth"):
+        load_attention(directory, V3, [0])
+
+
+def test_layers_are_numbers_of_layers(tmp_path):
+    tensors = make_tensors(V3, "model.layers.1.self_attn.0.")
+    tensors |= make_tensors(V3, "model.layers.1.self_attn.1.")
+    directory = write_checkpoint(tmp_path / "model", tensors)
+    for wrong in (3, None, "3", 2.0, b"3"):
+        with pytest.raises(TypeError, match=r"layers must be the numbers of layers, such as range"):
+            load_attention(directory, V3, wrong)
+    for wrong in (["3"], [2.0], [None]):
+        with pytest.raises(TypeError, match="layers must be integers, got"):
+            load_attention(directory, V3, wrong)
+    for wrong in ([4], range(2, 9), [True], [2**70]):
+        with pytest.raises(ValueError, match=r"layers must be between 0 and 3, as .* has 4 layers"):
+            load_attention(directory, V3, wrong)
+    assert len(list(load_attention(directory, V3, np.array([2, 3])))) == 2
+    assert list(load_attention(directory, V3, [])) == []
+
+
+def test_other_arguments_are_checked(tmp_path):
+    directory = write_checkpoint(tmp_path / "model", make_tensors(V3, "model.layers.0.self_attn."))
+    with pytest.raises(TypeError, match="config must be an MLAConfig, got PosixPath"):
+        load_attention(V3, directory, [0])
+    with pytest.raises(TypeError, match="dtype must be floating, got int8"):
+        load_attention(directory, V3, [0], dtype="int8")
+    with pytest.raises(TypeError, match="prefix must be a string or None, got 3"):
+        load_attention(directory, V3, [0], prefix=3)
+    with pytest.raises(FileNotFoundError, match="snapshot_download"):
+        load_attention("org/name", V3, [0])
+
+
+def test_scales_that_are_not_used_are_passed_over(tmp_path):
+    prefix = "model.layers.0.self_attn."
+    tensors = make_tensors(V3, prefix)
+    one = np.ones((), np.float32)
+    strays = ("k_scale", "v_scale", "attn.k_scale", "o_proj.input_scale", "kv_scale", "q_scale")
+    directory = write_checkpoint(
+        tmp_path / "model", tensors | {prefix + name: one for name in strays}
+    )
+    (params,) = load_attention(directory, V3, [0], dtype="float32")
+    check_params(V3, params, tensors, prefix)
+    tensors[prefix + "o_proj.weight_scale"] = one  # by which weights would be multiplied
+    directory = write_checkpoint(tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=r"extra .*o_proj\.weight_scale"):
+        load_attention(directory, V3, [0])
+
+
 def test_one_error_names_the_tensors_of_all_layers(tmp_path):
     tensors = make_tensors(V3, "model.layers.0.self_attn.")
     tensors |= make_tensors(LITE, "model.layers.1.self_attn.")  # another kind
@@ -112,7 +196,10 @@ def test_one_error_names_the_tensors_of_all_layers(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"extra model.layers.2.self_attn.surprise"):
         load_attention(directory, V3, [2])
-    with pytest.raises(ValueError, match="layers must be between 0 and"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers must be between 0 and 2, .* 3 layers .*, got -1",
+    ):
         load_attention(directory, V3, [-1])
 
 

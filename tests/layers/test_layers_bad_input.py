@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import layer_cases
@@ -14,6 +16,14 @@ from jax_flashmla.layers import AbsorbedWeights, decode, prefill
 from layer_cases import LITE, V3
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+class Foreign:
+    """Like a tensor of torch."""
+
+    shape, dtype = (2, 2, 24), "torch.float32"
+
+    def __dlpack__(self): ...
 
 
 def right() -> dict[str, Any]:
@@ -27,7 +37,7 @@ def right() -> dict[str, Any]:
     }
 
 
-def other_cache(**format: int):
+def other_cache(**format: int | None):
     cache = right()["cache"]
     return dataclasses.replace(cache, format=dataclasses.replace(cache.format, **format))
 
@@ -47,7 +57,7 @@ WRONG = {
     ),
     "cache of another type": ({"cache": None}, TypeError, "cache must be a PagedCache, got None"),
     "cache of wider rows": (
-        {"cache": other_cache(d_qk=32)},
+        {"cache": other_cache(d_qk=32, row_stride=None)},
         ValueError,
         r"cache must have config.cache_format\(\)'s d_qk = 24, d_v = 16 and h_kv = 1, got",
     ),
@@ -62,6 +72,26 @@ WRONG = {
     "x of more tokens than slots": ({"x": jnp.ones((2, 3, 24))}, ValueError, r"\(2, 2, 24\), got"),
     "x of another width": ({"x": jnp.ones((2, 2, 23))}, ValueError, r"\(2, 2, 24\), got"),
     "x of integers": ({"x": jnp.ones((2, 2, 24), jnp.int32)}, TypeError, "floating dtype, got in"),
+    "x of another library": (
+        {"x": Foreign()},
+        TypeError,
+        r"x must be .*Foreign; jax.dlpack",
+    ),
+    "x of a list": (
+        {"x": [1.0]},
+        TypeError,
+        "x must be an array of JAX or NumPy, got bu",
+    ),
+    "x with a mask": (
+        {"x": np.ma.masked_array(np.ones((2, 2, 24), np.float32))},
+        TypeError,
+        "x must be an array of JAX or NumPy, got .*MaskedArray, whose mask would be ignored",
+    ),
+    "params of another library": (
+        {"params": dataclasses.replace(layer_cases.make_params(V3), w_uk=Foreign())},
+        TypeError,
+        "params.w_uk must be an array of JAX or NumPy",
+    ),
     "a layer past the last": ({"layer": 1}, ValueError, "layer must be between 0 and 0, got 1"),
     "an implementation": ({"implementation": "gpu"}, ValueError, "implementation must be None"),
 }
@@ -83,3 +113,12 @@ def test_absorbed_weights_of_another_layer():
 
 def test_a_format_that_no_layer_has():
     assert V3.cache_format() == CacheFormat(d_qk=24, d_v=16)
+
+
+@pytest.mark.parametrize("function", [decode, prefill])
+def test_arrays_of_numpy_are_taken(function):
+    arguments = right()
+    _, expected = function(**arguments)
+    params = jax.tree.map(np.asarray, arguments["params"])
+    _, got = function(**{**arguments, "params": params, "x": np.ones((2, 2, 24), np.float32)})
+    np.testing.assert_array_equal(got, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import jax.numpy as jnp
@@ -12,96 +11,31 @@ import pytest
 
 import layer_cases
 import tolerances
+from hf_configs import (
+    DEEPSEEK_YARN,
+    GLM,
+    KIMI_K2,
+    LONGCAT,
+    LONGROPE,
+    MINICPM3,
+    V2_LITE,
+    V3,
+    without,
+)
 from jax_flashmla import CacheFormat
 from jax_flashmla.layers import LongRopeConfig, MLAConfig, RopeConfig, YarnConfig
 from jax_flashmla.layers.rope import inverse_frequencies, rotate
 
-# What the published config.json files say of attention.
-
-DEEPSEEK_YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-V3 = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "attention_bias": False,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": DEEPSEEK_YARN,
-}
-V2_LITE = {
-    **V3,
-    "model_type": "deepseek_v2",
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "q_lora_rank": None,
-    "rope_scaling": {**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-}
-KIMI_K2 = {
-    **V3,
-    "model_type": "kimi_k2",
-    "num_attention_heads": 64,
-    "rope_theta": 50000.0,
-    "rope_scaling": {**DEEPSEEK_YARN, "beta_fast": 1.0, "factor": 64.0},
-}
-GLM = {
-    "model_type": "glm4_moe_lite",
-    "hidden_size": 2048,
-    "num_attention_heads": 20,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 1},
-}
-LONGCAT = {
-    "model_type": "longcat_flash",
-    "hidden_size": 6144,
-    "num_attention_heads": 64,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "mla_scale_q_lora": True,
-    "mla_scale_kv_lora": True,
-    "rope_theta": 10000000.0,
-}
-LONGROPE = [1.0 + 0.25 * i for i in range(16)]
-MINICPM3 = {
-    "model_type": "minicpm3",
-    "hidden_size": 2560,
-    "num_attention_heads": 40,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 256,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "max_position_embeddings": 32768,
-    "rope_scaling": {
-        "type": "longrope",
-        "long_factor": LONGROPE,
-        "short_factor": LONGROPE,
-        "original_max_position_embeddings": 32768,
-    },
-}
-
 YARN = YarnConfig(factor=40, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
+DIMS = {
+    "hidden_size": 24,
+    "num_heads": 8,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+}
 FIELDS = (
     "hidden_size",
     "num_heads",
@@ -189,20 +123,6 @@ def test_published_models(hf, dims, rope, sm_scale, kv_scale):
     assert hash(config) == hash(MLAConfig.from_hf(dict(hf)))
 
 
-def test_files_and_folders(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(V3))
-    assert MLAConfig.from_hf(tmp_path) == MLAConfig.from_hf(V3)
-    assert MLAConfig.from_hf(str(tmp_path / "config.json")) == MLAConfig.from_hf(V3)
-    with pytest.raises(FileNotFoundError):
-        MLAConfig.from_hf(tmp_path / "nowhere.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config must be JSON"):
-        MLAConfig.from_hf(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="config must be a JSON object"):
-        MLAConfig.from_hf(tmp_path)
-
-
 def test_names_of_every_release():
     """rope_parameters of transformers 5, which holds rope_theta, and rope_scaling of 4."""
     scaling = {key: value for key, value in DEEPSEEK_YARN.items() if key != "type"}
@@ -216,66 +136,38 @@ def test_names_of_every_release():
     assert MLAConfig.from_hf({**V3, "rope_scaling": implied}) == MLAConfig.from_hf(V3)
 
 
-def without(hf, key):
-    return {name: value for name, value in hf.items() if name != key}
-
-
-@pytest.mark.parametrize(
-    ("hf", "error", "message"),
-    [
-        ({**V3, "model_type": "llama"}, NotImplementedError, r"must be one of .*got 'llama'$"),
-        ({**V3, "model_type": "glm_moe_dsa"}, NotImplementedError, "attention is sparse"),
-        ({**V3, "model_type": "kimi_linear"}, NotImplementedError, "linear attention"),
-        (
-            {"model_type": "kimi_k25", "text_config": V3},
-            NotImplementedError,
-            r'pass config\["text_config"\]',
-        ),
-        ({**V3, "attention_bias": True}, NotImplementedError, "attention_bias must be false"),
-        (
-            {**V3, "rope_scaling": {"type": "linear", "factor": 2}},
-            NotImplementedError,
-            "rope_type must be default, yarn or longrope, got 'linear'",
-        ),
-        (
-            {**GLM, "rope_parameters": {"full_attention": {}, "other": {}}},
-            NotImplementedError,
-            "got them by layer type",
-        ),
-        (
-            {**GLM, "partial_rotary_factor": 0.5, "rope_parameters": None},
-            NotImplementedError,
-            "partial_rotary_factor must be 1",
-        ),
-        (
-            {**MINICPM3, "max_position_embeddings": 65536, "rope_scaling": {
-                **MINICPM3["rope_scaling"], "long_factor": [2.0] * 16}},
-            NotImplementedError,
-            "long_factor must be short_factor where max_position_embeddings = 65536",
-        ),
-        (without(V3, "model_type"), ValueError, "must have the key model_type"),
-        (without(V3, "q_lora_rank"), ValueError, "must have the key q_lora_rank"),
-        (without(V3, "v_head_dim"), ValueError, "must have the key v_head_dim"),
-        ({**V3, "kv_lora_rank": None}, ValueError, "must have the key kv_lora_rank"),
-        ({**V3, "kv_lora_rank": 0}, ValueError, "kv_lora_rank must be between 1"),
-        ({**V3, "kv_lora_rank": "512"}, TypeError, "kv_lora_rank must be a Python int"),
-        ({**V3, "qk_rope_head_dim": 63}, ValueError, "qk_rope_head_dim must be even"),
-        (3, TypeError, "config must be a dict, a config.json or its folder, got int"),
-    ],
-)  # fmt: skip
-def test_what_is_not_supported_says_why(hf, error, message):
-    with pytest.raises(error, match=message):
-        MLAConfig.from_hf(hf)
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: RopeConfig(layout="v3"), ValueError, "rope.layout must be one of"),
-        (lambda: RopeConfig(theta=0), ValueError, "rope.theta must be positive"),
-        (lambda: RopeConfig(theta="1"), TypeError, "rope.theta must be a number"),
+        (lambda: RopeConfig(), TypeError, "layout"),
+        (lambda: MLAConfig(**DIMS), TypeError, "rope"),
+        (lambda: RopeConfig(layout="half", theta=0.5), ValueError, "theta must be at least 1"),
+        (lambda: RopeConfig(layout="half", theta=1, yarn=YARN), ValueError, "must be more than 1"),
+        (lambda: RopeConfig(layout="half", yarn={}), TypeError, "yarn must be a YarnConfig or"),
         (
-            lambda: RopeConfig(yarn=YARN, longrope=LongRopeConfig(factors=(1.0,))),
+            lambda: RopeConfig(layout="half", longrope=[1.0]),
+            TypeError,
+            "longrope must be a LongRopeConfig or None, got",
+        ),
+        (lambda: dataclasses.replace(YARN, truncate=1), TypeError, "truncate must be a bool"),
+        (
+            lambda: dataclasses.replace(YARN, original_max_positions=4096.0),
+            TypeError,
+            "yarn.original_max_positions",
+        ),
+        (
+            lambda: dataclasses.replace(
+                layer_cases.V3,
+                rope=RopeConfig(layout="half", yarn=dataclasses.replace(YARN, mscale_all_dim=1e30)),
+            ),
+            ValueError,
+            "sm_scale, which comes from q_scale and rope, must be positive",
+        ),
+        (lambda: RopeConfig(layout="v3"), ValueError, "rope.layout must be one of"),
+        (lambda: RopeConfig(layout="half", theta=0), ValueError, "rope.theta must be positive"),
+        (lambda: RopeConfig(layout="half", theta="1"), TypeError, "rope.theta must be a number"),
+        (
+            lambda: RopeConfig(layout="half", yarn=YARN, longrope=LongRopeConfig(factors=(1.0,))),
             ValueError,
             "yarn or longrope, not both",
         ),
@@ -291,7 +183,8 @@ def test_what_is_not_supported_says_why(hf, error, message):
         ),
         (
             lambda: dataclasses.replace(
-                layer_cases.V3, rope=RopeConfig(longrope=LongRopeConfig(factors=(1.0,)))
+                layer_cases.V3,
+                rope=RopeConfig(layout="half", longrope=LongRopeConfig(factors=(1.0,))),
             ),
             ValueError,
             "must have qk_rope_head_dim / 2 = 4 numbers, got 1",
@@ -305,6 +198,45 @@ def test_what_is_not_supported_says_why(hf, error, message):
 def test_wrong_configs_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+NOT_POSITIVE = [-1, math.nan, math.inf, 1e-46, 1e39, "1.0", [1.0], True]
+YARN_LEAVES = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+
+
+@pytest.mark.parametrize("value", [0, *NOT_POSITIVE], ids=str)
+@pytest.mark.parametrize("leaf", YARN_LEAVES)
+def test_leaves_of_yarn_are_checked(leaf, value):
+    if value == 0 and leaf.startswith("mscale"):
+        assert dataclasses.replace(YARN, **{leaf: 0}).softmax_scale >= 1
+        return
+    with pytest.raises((TypeError, ValueError), match=f"yarn.{leaf} must be "):
+        dataclasses.replace(YARN, **{leaf: value})
+
+
+@pytest.mark.parametrize("value", [0, *NOT_POSITIVE, None], ids=str)
+def test_leaves_of_longrope_are_checked(value):
+    with pytest.raises((TypeError, ValueError), match=r"longrope.factors\[1\] must be "):
+        LongRopeConfig(factors=(1.0, value))
+    if not isinstance(value, list):
+        with pytest.raises(TypeError, match=r"longrope.factors must be a tuple"):
+            LongRopeConfig(factors=value)
+    for leaf in ("attention_factor", "softmax_scale"):
+        with pytest.raises((TypeError, ValueError), match=f"longrope.{leaf} must be "):
+            LongRopeConfig(factors=(1.0,), **{leaf: value})
+
+
+def test_numbers_are_stored_as_python_has_them():
+    """So that configurations are hashable, and equal ones are one to jit."""
+    longrope = LongRopeConfig(factors=[1, np.float32(2)])
+    assert longrope == LongRopeConfig(factors=(1.0, 2.0))
+    assert hash(longrope) == hash(LongRopeConfig(factors=(1.0, 2.0)))
+    yarn = dataclasses.replace(YARN, factor=np.int64(40), original_max_positions=np.int32(4096))
+    assert (yarn, hash(yarn)) == (YARN, hash(YARN))
+    config = dataclasses.replace(layer_cases.V3, num_heads=np.int16(8), q_scale=np.float32(1))
+    assert type(config.num_heads) is int
+    assert type(config.q_scale) is float
+    assert config == layer_cases.V3
 
 
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():

@@ -52,7 +52,9 @@ CONFIGS = {
             longrope=LongRopeConfig(factors=(1.0, 1.5, 2.0, 3.0), attention_factor=1.1),
         ),
     ),
-    "longcat": dataclasses.replace(V3, q_scale=1.6, kv_scale=0.7, rope=RopeConfig(theta=1e7)),
+    "longcat": dataclasses.replace(
+        V3, q_scale=1.6, kv_scale=0.7, rope=RopeConfig(layout="deinterleaved", theta=1e7)
+    ),
     "kimi-linear": dataclasses.replace(LITE, rope=RopeConfig(layout="none")),
     "wide values": dataclasses.replace(V3, v_head_dim=20, q_norm_eps=0.1, kv_norm_eps=0.2),
     "no rope": dataclasses.replace(LITE, qk_rope_head_dim=0, rope=RopeConfig(layout="none")),

@@ -1,0 +1,1 @@
+"""Hugging Face models: their configurations, and the tensors of their checkpoints."""
