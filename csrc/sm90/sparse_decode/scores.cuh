@@ -111,7 +111,6 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   const uint32_t tokens = smem_address(smem.ring[stage][thread / 32]);
   uint32_t rows = tokens + lane % 16 * Format::kRowBytes + lane / 16 * 16;
   uint32_t scales = tokens + lane / 4 * Format::kRowBytes + Format::kScaleOffset;
-  uint64_t query = k_major_desc(smem_address(smem.query[0]));
   uint32_t a[2][16], raw[8];
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
@@ -120,6 +119,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
 #pragma unroll 1
   for (int group = 0; group < Format::kScaleGroups; ++group) {
     const float scale[2] = {load_scale(scales), load_scale(scales + 8 * Format::kRowBytes)};
+    const uint32_t query = operand_at(smem.query[0]) + group * (kGroupColumns / 64) * kQueryStep;
     uint32_t factor[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -140,15 +140,15 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_rs<T>(s, keys + 4 * k, query + c * kQueryStep + 2 * k, 1);
+        wgmma_rs<T>(s, keys + 4 * k, descriptor(query + c * kQueryStep + 2 * k), 1);
       }
       wgmma_commit();
     }
     rows += kGroupColumns;
     scales += 4;
-    query += kGroupColumns / 64 * kQueryStep;
   }
   if constexpr (Format::kRope) {
+    const uint32_t query = operand_at(smem.query[kLatentColumns / 64]);
     wgmma_wait<1>();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     }
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<T>(s, a[0] + 4 * k, query + 2 * k, 1);
+    for (int k = 0; k < 4; ++k) wgmma_rs<T>(s, a[0] + 4 * k, descriptor(query + 2 * k), 1);
     wgmma_commit();
   }
   wgmma_wait<0>();
