@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem,
   const uint32_t flags = *reinterpret_cast<const uint32_t*>(smem.flags[buffer.slot()]);
   if (flags & kRescaled) rescale_output<kRows, kCount>(o, smem.rescale[buffer.slot()]);
   const uint32_t probabilities = operand_at(smem.probabilities[buffer.slot()]);
-  if (flags & kHasLargeScales) {
+  if (flags & (kHasLargeScales * 0x01010101u)) {
     add_products<Format, kRows, kCount, true>(smem, ring.stage, rows, raw, probabilities, o);
   } else {
     add_products<Format, kRows, kCount, false>(smem, ring.stage, rows, raw, probabilities, o);
