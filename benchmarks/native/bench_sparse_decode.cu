@@ -161,13 +161,14 @@ struct Hostility {
   bool none_valid = false;
 };
 
+// Parts for which the launch takes tiles of 16 or 32 heads where the problem is small; else as many
+// as fill the multiprocessors with tiles of 64.
 int choose_parts(const Shape& x) {
   if (x.num_parts > 0) return x.num_parts;
   const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
-  const int tokens = (x.topk + 63) / 64;
-  for (int rows : {16, 32})
-    if (x.b * x.s_q * tokens * tiles(rows) <= 2 * 132 && tiles(rows) <= 132)
-      return 132 / tiles(rows);
+  const int tokens = x.b * x.s_q * ((x.topk + 63) / 64);
+  if (tokens * tiles(16) <= 2 * 132) return 132 / tiles(16);
+  if (tokens * tiles(32) <= 8 * 132) return 132 / tiles(32);
   return std::max(1, 132 / tiles(64));
 }
 

@@ -1,9 +1,19 @@
 // wgmma with A in registers: D[64 x N] (+)= A[64 x 16] * B[N x 16], B K-major, N = 16, 32 or 64.
 #pragma once
 
+#include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::sparse {
+
+// The lower half of k_major_desc's descriptor, which steps as that does; the upper half is
+// constant.
+__device__ __forceinline__ uint32_t operand_at(const void* chunk) {
+  return static_cast<uint32_t>(k_major_desc(smem_address(chunk)));
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t operand) {
+  return (k_major_desc(0) & ~uint64_t{0xffffffff}) | operand;
+}
 
 // clang-format off
 #define FLASHMLA_WGMMA_N16_RS(TYPE) \

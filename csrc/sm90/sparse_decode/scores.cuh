@@ -14,20 +14,71 @@
 
 namespace flashmla::sm90::sparse {
 
-// Takes a piece's queries out of the ring. Latent columns are permuted within each sixteen as
-// convert_keys permutes the keys': column pair 2t to place t, 2t + 1 to t + 4.
+// The power of two by which a tile's queries are divided, so that their largest is just within f16.
+// All its items are in the ring. Infinities and NaN do not count.
 template <typename Format, int kRows>
-__device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, int count,
-                                           RingPosition<kStages<kRows>>& ring) {
-  constexpr int kUnits = Format::kHeadDim / 16;  // of a head: 32 bytes each
+__device__ __forceinline__ int find_query_exponent(SharedStorage<Format, kRows>& smem, int count,
+                                                   RingPosition<kStages<kRows>> ring) {
+  constexpr int kUnits = Format::kHeadDim / 8;  // of a head: 16 bytes each
   constexpr int kItemHeads = kSlotHeads<kRows> * kTileSlots;
   const int thread = reread_thread();
+  uint32_t peak = 0;
 #pragma unroll 1
   for (int item = 0; item < kQueryItems<kRows>; ++item) {
 #pragma unroll
     for (int slot = 0; slot < kTileSlots; ++slot) {
       mbarrier_wait(smem_address(&smem.full[ring.stage][slot]), ring.parity);
     }
+    const int heads = min(count - item * kItemHeads, kItemHeads);
+#pragma unroll 4
+    for (int i = thread; i < heads * kUnits; i += kWarpgroupThreads) {
+      const int head = i / kUnits;
+      const uint4 v = load_shared(smem_address(smem.ring[ring.stage][head / kSlotHeads<kRows>]) +
+                                  (head % kSlotHeads<kRows> * kUnits + i % kUnits) * 16);
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t magnitude = words[j] & 0x7fff7fff;
+        peak = __vmaxu2(peak, magnitude & __vcmpltu2(magnitude, 0x7f807f80));
+      }
+    }
+    ring.advance();
+  }
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) {
+    peak = __vmaxu2(peak, __shfl_xor_sync(~0u, peak, lane));
+  }
+  if (thread % 32 == 0) smem.query_peak[thread / 32] = peak;
+  named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) peak = __vmaxu2(peak, smem.query_peak[warp]);
+  const int exponent = int(max(peak & 0xffff, peak >> 16) >> 7) - 127;
+  return min(max(exponent - 14, -100), 112);
+}
+
+// Four pairs of bf16 queries, times a power of two, in f16 or bf16.
+template <typename T>
+__device__ __forceinline__ uint4 scale_queries(uint4 v, float factor) {
+  uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    words[j] = pack<T>(__uint_as_float(words[j] << 16) * factor,
+                       __uint_as_float(words[j] & 0xffff0000) * factor);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Takes a piece's queries out of the ring, times `factor`: the latent columns in f16, the rope in
+// bf16. Latent columns are permuted within each sixteen as convert_keys permutes the keys': column
+// pair 2t to place t, 2t + 1 to t + 4.
+template <typename Format, int kRows>
+__device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, int count,
+                                           float factor, RingPosition<kStages<kRows>>& ring) {
+  constexpr int kUnits = Format::kHeadDim / 16;  // of a head: 32 bytes each
+  constexpr int kItemHeads = kSlotHeads<kRows> * kTileSlots;
+  const int thread = reread_thread();
+#pragma unroll 1
+  for (int item = 0; item < kQueryItems<kRows>; ++item) {
     for (int i = thread; i < kItemHeads * kUnits; i += kWarpgroupThreads) {
       const int head = i / kUnits, unit = i % kUnits;
       const int row = item * kItemHeads + head;
@@ -39,11 +90,16 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
         high = load_shared(source + 16);
       }
       const uint32_t target = smem_address(smem.query[unit / 4]);
-      const bool natural = Format::kRope && unit / 4 == Format::kHeadDim / kChunkColumns - 1;
-      store_shared(target + swizzled_offset(row, unit % 4 * 2),
-                   natural ? low : uint4{low.x, low.z, high.x, high.z});
-      store_shared(target + swizzled_offset(row, unit % 4 * 2 + 1),
-                   natural ? high : uint4{low.y, low.w, high.y, high.w});
+      if (Format::kRope && unit / 4 == Format::kHeadDim / kChunkColumns - 1) {
+        low = scale_queries<__nv_bfloat16>(low, factor);
+        high = scale_queries<__nv_bfloat16>(high, factor);
+      } else {
+        const uint4 even = {low.x, low.z, high.x, high.z}, odd = {low.y, low.w, high.y, high.w};
+        low = scale_queries<__half>(even, factor);
+        high = scale_queries<__half>(odd, factor);
+      }
+      store_shared(target + swizzled_offset(row, unit % 4 * 2), low);
+      store_shared(target + swizzled_offset(row, unit % 4 * 2 + 1), high);
     }
     // On behalf of the value warps, for which queries are not.
     __syncwarp();
@@ -59,22 +115,34 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
 
-// Puts the bf16 scales of this warp's tokens where the value warps read them. Returns whether there
-// are scales that one factor does not hold.
+// Puts the scales of this warp's tokens where they are read: bf16 for the value warps; relative ones
+// for this warp. Returns whether there are scales that one factor does not hold.
+// score_scale: what all products are to be multiplied with.
 template <typename Format, int kRows>
-__device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& smem, int stage) {
+__device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& smem, int stage,
+                                               float score_scale) {
   static_assert(Format::kScaleGroups == 4);
   const int thread = reread_thread(), warp = thread / 32, lane = thread % 32;
-  const int token = lane / 2, group = lane % 2 * 2;
+  const int token = lane / 2, group = lane % 2 * 2, row = warp * kSlotTokens + token;
   const uint32_t address = smem_address(smem.ring[stage][warp]) + token * Format::kRowBytes +
                            Format::kScaleOffset + group * 4;
   const float scale[2] = {load_scale(address), load_scale(address + 4)};
+  float largest = fmaxf(fabsf(scale[0]), fabsf(scale[1]));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  const int exponent = token_exponent(largest);
+  const float inverse = power_of_two(-exponent);
   const int place = warp / 2 * 32 + token % 8 / 2 * 8 + (warp % 2 * 2 + token / 8) * 2 + token % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     smem.scales[stage][group + i][place] =
         __bfloat16_as_ushort(__float2bfloat16_rn(clamp_scale(scale[i]) * kPlaced));
+    smem.key_scales[row][group + i] = f16_twice(scale[i] * inverse);
   }
+  if (group == 0) {
+    smem.rope_scale[row] = bf16_twice(inverse);
+    smem.score_scale[row] = power_of_two(exponent) * score_scale;
+  }
+  __syncwarp();
   return __any_sync(~0u, is_large(scale[0]) || is_large(scale[1]));
 }
 
@@ -93,25 +161,21 @@ __device__ __forceinline__ void convert_keys(uint32_t (&a)[16], const uint32_t (
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int row = i % 2;
-    a[i / 2 * 4 + row] = multiply_bf16x2(place_codes<kBytes01>(raw[i]), factor[row]);
-    a[i / 2 * 4 + row + 2] = multiply_bf16x2(place_codes<kBytes23>(raw[i]), factor[row]);
+    a[i / 2 * 4 + row] = multiply_f16x2(codes_to_f16<false>(raw[i]), factor[row]);
+    a[i / 2 * 4 + row + 2] = multiply_f16x2(codes_to_f16<true>(raw[i]), factor[row]);
   }
 }
 
-// large_scales: some scale of the tile takes two factors.
 template <typename Format, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
-                                               const SharedStorage<Format, kRows>& smem, int stage,
-                                               bool large_scales) {
-  using T = __nv_bfloat16;
+                                               const SharedStorage<Format, kRows>& smem,
+                                               int stage) {
   constexpr int kLatentColumns = 512, kGroupColumns = kLatentColumns / Format::kScaleGroups;
-  constexpr int kQueryStep =
-      kRows * kChunkRowBytes / 16;  // of a descriptor, for a chunk of 64 columns
+  constexpr int kQueryStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
   const int thread = reread_thread(), lane = thread % 32;
-  const uint32_t tokens = smem_address(smem.ring[stage][thread / 32]);
-  uint32_t rows = tokens + lane % 16 * Format::kRowBytes + lane / 16 * 16;
-  uint32_t scales = tokens + lane / 4 * Format::kRowBytes + Format::kScaleOffset;
-  uint64_t query = k_major_desc(smem_address(smem.query[0]));
+  const int token = thread / 32 * kSlotTokens + lane / 4;
+  uint32_t rows = smem_address(smem.ring[stage][thread / 32]) + lane % 16 * Format::kRowBytes +
+                  lane / 16 * 16;
   uint32_t a[2][16], raw[8];
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
@@ -119,45 +183,39 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   pin_registers(s);
 #pragma unroll 1
   for (int group = 0; group < Format::kScaleGroups; ++group) {
-    const float scale[2] = {load_scale(scales), load_scale(scales + 8 * Format::kRowBytes)};
-    uint32_t factor[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      factor[row] = bf16_twice(clamp_scale(scale[row]) * kPlaced);
-    }
+    const uint32_t query = operand_at(smem.query[0]) + group * (kGroupColumns / 64) * kQueryStep;
+    const uint32_t factor[2] = {smem.key_scales[token][group], smem.key_scales[token + 8][group]};
 #pragma unroll
     for (int c = 0; c < kGroupColumns / 64; ++c) {
-      uint32_t (&keys)[16] = a[c % 2];
+      uint32_t(&keys)[16] = a[c % 2];
       wgmma_wait<1>();
       convert_keys(keys, raw, factor);
-      if (large_scales) {
-        const uint32_t excess[2] = {bf16_twice(excess_of(scale[0])),
-                                    bf16_twice(excess_of(scale[1]))};
-#pragma unroll
-        for (int i = 0; i < 16; ++i) keys[i] = multiply_bf16x2(keys[i], excess[i % 2]);
-      }
       load_keys(raw, rows, c + 1);  // after the last columns bytes that no one uses
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma_rs<T>(s, keys + 4 * k, query + c * kQueryStep + 2 * k, 1);
+        wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c * kQueryStep + 2 * k), 1);
       }
       wgmma_commit();
     }
     rows += kGroupColumns;
-    scales += 4;
-    query += kGroupColumns / 64 * kQueryStep;
   }
   if constexpr (Format::kRope) {
+    const uint32_t query = operand_at(smem.query[kLatentColumns / 64]);
+    const uint32_t factor[2] = {smem.rope_scale[token], smem.rope_scale[token + 8]};
     wgmma_wait<1>();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(a[0] + 4 * k),
+      load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(a[0] + 4 * k),
                      rows + Format::kRopeOffset - kLatentColumns + k * 32);
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) a[0][i] = multiply_bf16x2(a[0][i], factor[i % 2]);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_rs<T>(s, a[0] + 4 * k, query + 2 * k, 1);
+    for (int k = 0; k < 4; ++k) {
+      wgmma_rs<__nv_bfloat16>(s, a[0] + 4 * k, descriptor(query + 2 * k), 1);
+    }
     wgmma_commit();
   }
   wgmma_wait<0>();
@@ -239,16 +297,20 @@ __device__ __forceinline__ void store_probabilities(const float (&p)[kRows / 2],
 
 // Softmax of a tile's scores s, which become probabilities. Returns whether references moved.
 template <typename Format, int kRows>
-__device__ __forceinline__ bool make_probabilities(const KernelArgs& args,
-                                                   SharedStorage<Format, kRows>& smem,
+__device__ __forceinline__ bool make_probabilities(SharedStorage<Format, kRows>& smem,
                                                    float (&s)[kRows / 2], uint32_t valid,
                                                    bool first, uint8_t* rescale) {
   constexpr int kMine = kThreadRows<kRows>;
   const int thread = reread_thread(), token = thread % 32 / 4;
   // Products and differences are rounded one by one, so that the largest of huge scores, less
   // itself, is 0.
+  const int row = thread / 32 * kSlotTokens + token;
+  const float scale[2] = {smem.score_scale[row], smem.score_scale[row + 8]};
 #pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) s[i] = __fmul_rn(s[i], args.scale_log2);
+  for (int i = 0; i < kMine; ++i) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) s[element(i, m)] = __fmul_rn(s[element(i, m)], scale[m]);
+  }
   if (valid != (1 << kSlotTokens) - 1) {
     const bool seen[2] = {(valid >> token & 1) != 0, (valid >> (token + 8) & 1) != 0};
 #pragma unroll
@@ -343,19 +405,20 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
     }
 #pragma unroll
     for (int i = 0; i < kThreadRows<kRows> / 4; ++i) smem.sums[i][threadIdx.x] = float4{};
-    take_query(smem, heads.count, ring);
+    const int exponent = find_query_exponent(smem, heads.count, ring);
+    take_query(smem, heads.count, power_of_two(-exponent), ring);
+    const float score_scale = args.scale_log2 * power_of_two(exponent);
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       mbarrier_wait(smem_address(&smem.full[ring.stage][warp]), ring.parity);
       const bool large_scales =
-          named_barrier_any(kScoreBarrier, kWarpgroupThreads, prepare_scales(smem, ring.stage));
+          named_barrier_any(kScoreBarrier, kWarpgroupThreads, prepare_scales(smem, ring.stage, score_scale));
       float s[kRows / 2];
-      compute_scores<Format, kRows>(s, smem, ring.stage, large_scales);
+      compute_scores<Format, kRows>(s, smem, ring.stage);
       const uint32_t valid = smem.valid[ring.stage][warp];
       // Of the buffer's last round; passes at once in the first.
       mbarrier_wait(smem_address(&smem.probabilities_empty[buffer.slot()]), buffer.parity() ^ 1);
-      const bool rescaled = make_probabilities<Format, kRows>(
-          args, smem, s, valid, tile == piece.tile_begin, smem.rescale[buffer.slot()]);
+      const bool rescaled = make_probabilities<Format, kRows>(smem, s, valid, tile == piece.tile_begin, smem.rescale[buffer.slot()]);
       if (lane == 0) {
         smem.flags[buffer.slot()][warp] =
             (rescaled ? kRescaled : 0) | (large_scales ? kHasLargeScales : 0);

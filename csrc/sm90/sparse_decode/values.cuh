@@ -72,7 +72,7 @@ __device__ __forceinline__ void rescale_output(float (&o)[kCount][kRows / 2],
 template <typename Format, int kRows, int kCount, bool kLargeScales>
 __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, int stage,
                                              uint32_t rows, uint32_t (&raw)[4],
-                                             uint64_t probabilities,
+                                             uint32_t probabilities,
                                              float (&o)[kCount][kRows / 2]) {
   using T = __nv_bfloat16;
   const int thread = reread_thread(), lane = thread % 32;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
                              next % kCount * value_tile_stride(kCount) * 64);
       }
       wgmma_fence();
-      wgmma_rs<T>(o[m], a[k], probabilities + 4 * half + 2 * k, 1);
+      wgmma_rs<T>(o[m], a[k], descriptor(probabilities + 4 * half + 2 * k), 1);
       wgmma_commit();
     }
   }
@@ -131,8 +131,8 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem,
   mbarrier_wait(smem_address(&smem.probabilities_full[buffer.slot()]), buffer.parity());
   const uint32_t flags = *reinterpret_cast<const uint32_t*>(smem.flags[buffer.slot()]);
   if (flags & kRescaled) rescale_output<kRows, kCount>(o, smem.rescale[buffer.slot()]);
-  const uint64_t probabilities = k_major_desc(smem_address(smem.probabilities[buffer.slot()]));
-  if (flags & kHasLargeScales) {
+  const uint32_t probabilities = operand_at(smem.probabilities[buffer.slot()]);
+  if (flags & (kHasLargeScales * 0x01010101u)) {
     add_products<Format, kRows, kCount, true>(smem, ring.stage, rows, raw, probabilities, o);
   } else {
     add_products<Format, kRows, kCount, false>(smem, ring.stage, rows, raw, probabilities, o);
