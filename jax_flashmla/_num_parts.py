@@ -9,6 +9,8 @@ from jax_flashmla._xla.dispatch import local_cuda_device
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _SMALL_TILES = 2  # tiles of tokens and SMALL_TILE_ROWS rows for each multiprocessor
+# Tiles of indices and so many heads for each multiprocessor up to which smaller ones are faster.
+_FEW_SPARSE_TILES = {_limits.SMALL_TILE_ROWS: 2, 32: 8}
 
 
 class Split(NamedTuple):
@@ -35,6 +37,19 @@ def default_split(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | No
         if most <= _SMALL_TILES * sm_count:
             tile_rows, tiles = _limits.SMALL_TILE_ROWS, small_tiles
     return Split(min(max(1, sm_count // tiles), _limits.MAX_PARTS), tile_rows)
+
+
+def sparse_num_parts(*, tiles: int, h_q: int) -> int:
+    """Parts of sparse_decode's query tokens, which have so many tiles of indices together.
+
+    In a small problem so few that the Hopper kernel takes smaller tiles of heads: it reads that off
+    their number (choose_rows in csrc/sm90/sparse_decode/launch.cu).
+    """
+    sm_count = _sm_count()
+    for rows, few in _FEW_SPARSE_TILES.items():
+        if tiles * -(-h_q // rows) <= few * sm_count:
+            return min(max(1, sm_count // -(-h_q // rows)), _limits.MAX_PARTS)
+    return min(max(1, sm_count // -(-h_q // _limits.TILE_ROWS)), _limits.MAX_PARTS)
 
 
 def _sm_count() -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
-from jax_flashmla._num_parts import default_split
+from jax_flashmla._num_parts import sparse_num_parts
 from jax_flashmla._sparse_source import as_source
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.operation import Operation
@@ -203,21 +203,19 @@ def _make_cuts(
     topk_lengths: list[jax.Array], topks: list[int], h_q: int, implementation: str | None
 ) -> jax.Array:
     """[num_parts + 1, 2] for topk_lengths [b, s_q] of each cache."""
-    n = topk_lengths[0].size
+    n, tile = topk_lengths[0].size, _limits.SPLIT_TILE
+    most_tiles = sum(-(-topk // tile) for topk in topks)  # of a query token
+    num_parts = sparse_num_parts(tiles=n * most_tiles, h_q=h_q)
     if n > _limits.MAX_BATCH:  # as many whole query tokens to each part
-        num_parts, _ = default_split(b=n, s_q=1, h_q=h_q, h_kv=1, max_seqlen=None)
         query = np.arange(num_parts + 1, dtype=np.int64) * n // num_parts
         return jnp.asarray(np.stack([query, np.zeros_like(query)], axis=1).astype(np.int32))
-    tile = _limits.SPLIT_TILE
     tiles = sum(
         -(-jnp.clip(length, 0, topk) // tile)
         for length, topk in zip(topk_lengths, topks, strict=True)
     )
-    most = _limits.INT32_MAX // tile
-    lengths = jnp.minimum(tiles, most).reshape(n) * tile
-    room = min(sum(-(-topk // tile) for topk in topks), most) * tile
-    made = make_schedule(lengths, h_q=h_q, max_seqlen=room, implementation=implementation)
-    return made.cuts
+    tokens = jnp.minimum(tiles, _limits.INT32_MAX // tile).reshape(n) * tile
+    schedule = make_schedule(tokens, h_q=h_q, num_parts=num_parts, implementation=implementation)
+    return schedule.cuts
 
 
 def _refusal(q: Any, *_: Any, format: Any, extra_format: Any, d_v: int, **__: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -284,6 +285,21 @@ def test_lowering_for_a_platform_without_kernels_is_the_reference() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "flashmla" not in lowered(*v32_call(), "tpu")
+
+
+@pytest.mark.parametrize(
+    ("b", "h_q", "num_parts"),
+    [(1, 16, 132), (1, 128, 16), (8, 128, 33), (64, 128, 66), (64, 64, 132), (64, 200, 33)],
+)
+def test_parts_are_as_many_as_the_kernel_takes_at_once(b: int, h_q: int, num_parts: int) -> None:
+    """Of an H100's 132 multiprocessors: tiles of 16 or 32 heads in a small problem, else of 64."""
+    shapes = (
+        jax.ShapeDtypeStruct((b, 1, h_q, 24), jnp.float32),
+        jax.ShapeDtypeStruct((2, 4, 1, 24), jnp.float32),
+        jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32),
+    )
+    jaxpr = str(jax.make_jaxpr(functools.partial(sparse_decode, d_v=16))(*shapes))
+    assert re.findall(r"flashmla_make_schedule\[[^\]]*num_parts=(\d+)", jaxpr) == [str(num_parts)]
 
 
 def test_a_step_with_many_layers_makes_one_schedule() -> None:
