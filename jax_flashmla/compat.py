@@ -1,6 +1,7 @@
 """FlashMLA's own names and conventions, so that code written for it ports by changing imports.
 
-Differences from `dense_decode`: lse is [b, h_q, s_q], and +inf in a row with nothing to attend.
+Differences from `dense_decode` and `sparse_decode`: lse is [b, h_q, s_q], and +inf in a row with
+nothing to attend.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._num_parts import sparse_num_parts
+from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.ops.dense_decode import dense_decode
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
+from jax_flashmla.ops.sparse_decode import sparse_decode
 
 
 def get_mla_metadata(
@@ -32,20 +37,20 @@ def get_mla_metadata(
         cache_seqlens: [b] int32, tokens in each sequence's cache.
         num_q_tokens_per_head_k: s_q * h_q // h_kv, the query rows that read one cache head.
         num_heads_k: h_kv, heads of the cache.
-        num_heads_q: h_q; only FlashMLA's sparse attention needs it.
-        is_fp8_kvcache: True is not supported.
-        topk: sparse attention, not supported: None.
+        num_heads_q: h_q; only sparse attention needs it.
+        is_fp8_kvcache: changes nothing here.
+        topk: of sparse attention, indices of a query token; its schedule has a row for each of the
+            b * s_q query tokens. Above 16384 of them it returns (None, None).
 
     Returns:
         tile_scheduler_metadata: a SplitSchedule, a pytree of one array.
-        num_splits: [b + 1] int32; sequence i is computed in num_splits[i + 1] - num_splits[i]
-            pieces.
+        num_splits: [b + 1] int32, or [b * s_q + 1] of sparse attention; sequence (query token) i
+            is computed in num_splits[i + 1] - num_splits[i] pieces.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        NotImplementedError: fp8 or sparse attention is asked for.
     """
-    _refuse(is_fp8_kvcache=is_fp8_kvcache, topk=topk)
+    _checks.check_bool("is_fp8_kvcache", is_fp8_kvcache)
     if cache_seqlens is None and num_q_tokens_per_head_k is None and num_heads_k is None:
         return None, None
     rows = _checks.check_int(
@@ -59,7 +64,20 @@ def get_mla_metadata(
                 "num_heads_q must divide num_q_tokens_per_head_k * num_heads_k = s_q * h_q = "
                 f"{rows * h_kv}, got {num_heads_q}"
             )
-    schedule = make_schedule(cache_seqlens, h_q=rows * h_kv, h_kv=h_kv)  # type: ignore[arg-type]
+    if topk is None:
+        schedule = make_schedule(cache_seqlens, h_q=rows * h_kv, h_kv=h_kv)  # type: ignore[arg-type]
+    else:
+        topk = _checks.check_int("topk", topk, 1, _limits.INT32_MAX)
+        if num_heads_q is None:
+            raise TypeError("num_heads_q must be given with topk, got None")
+        b = _checks.as_cache_seqlens(cache_seqlens).shape[0]
+        tokens = b * (rows * h_kv // num_heads_q)
+        if tokens > _limits.MAX_BATCH:
+            return None, None
+        lengths = jnp.full(tokens, topk, jnp.int32)
+        tiles = tokens * -(-topk // _limits.SPLIT_TILE)
+        num_parts = sparse_num_parts(tiles=tiles, h_q=num_heads_q)
+        schedule = make_schedule(lengths, h_q=num_heads_q, num_parts=num_parts)
     sequence, tile = schedule.cuts[1:-1, 0], schedule.cuts[1:-1, 1]
     inside = jnp.where(tile > 0, sequence, schedule.b)  # a cut at tile 0 splits nothing
     pieces = 1 + jnp.bincount(inside, length=schedule.b + 1)[: schedule.b]
@@ -70,8 +88,8 @@ def get_mla_metadata(
 def flash_mla_with_kvcache(
     q: jax.Array,
     k_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
+    block_table: jax.Array | None,
+    cache_seqlens: jax.Array | None,
     head_dim_v: int,
     tile_scheduler_metadata: SplitSchedule | jax.Array | None,
     num_splits: jax.Array | None = None,
@@ -85,21 +103,30 @@ def flash_mla_with_kvcache(
     topk_length: jax.Array | None = None,
     extra_topk_length: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`dense_decode` under FlashMLA's name, argument order and conventions.
+    """`dense_decode`, or with indices `sparse_decode`, under FlashMLA's name, argument order and
+    conventions.
+
+    The format of an fp8 cache, uint8 or float8_e4m3fn, is told by its shape and by q's d_qk: for
+    d_qk = 576 [num_blocks, block_size, 1, 656] is "v32"; for d_qk = 512 [num_blocks, block_bytes]
+    is "v4", whose blocks are padded to a multiple of 576 bytes. Others are refused: 528 bytes may
+    be "v32_nope" or "v41", so call `sparse_decode`, which takes the format.
 
     Args:
         q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32.
-        k_cache: [num_blocks, block_size, h_kv, d_qk] in q's dtype.
-        block_table: [b, max_blocks] int32.
-        cache_seqlens: [b] int32, tokens in each sequence's cache, the new ones included.
+        k_cache: [num_blocks, block_size, h_kv, d_qk] in q's dtype, or an fp8 cache.
+        block_table: [b, max_blocks] int32; not read with indices.
+        cache_seqlens: [b] int32, tokens in each sequence's cache, the new ones included; not read
+            with indices.
         head_dim_v: d_v, columns of a value.
         tile_scheduler_metadata: the SplitSchedule of `get_mla_metadata`, its cuts alone, or None.
         num_splits: from `get_mla_metadata`; the schedule alone is enough, so it is not read.
         softmax_scale: by default d_qk ** -0.5.
-        causal: query i sees keys below cache_seqlens - (s_q - 1 - i).
-        is_fp8_kvcache: True is not supported.
-        indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
-            extra_topk_length: of sparse attention, not supported: None.
+        causal: query i sees keys below cache_seqlens - (s_q - 1 - i); False with indices.
+        is_fp8_kvcache: whether k_cache and extra_k_cache are fp8 caches.
+        indices: [b, s_q, topk] int32 slots; -1, or any other outside the cache, is not attended.
+        attn_sink: [h_q] float32.
+        extra_k_cache, extra_indices_in_kvcache: a cache that is attended together with k_cache.
+        topk_length, extra_topk_length: [b] int32, leftmost indices that count.
 
     Returns:
         out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend.
@@ -107,43 +134,104 @@ def flash_mla_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        NotImplementedError: fp8 or sparse attention is asked for.
     """
     del num_splits
-    _refuse(
-        is_fp8_kvcache=is_fp8_kvcache,
-        indices=indices,
-        attn_sink=attn_sink,
-        extra_k_cache=extra_k_cache,
-        extra_indices_in_kvcache=extra_indices_in_kvcache,
-        topk_length=topk_length,
-        extra_topk_length=extra_topk_length,
-    )
+    b, s_q, _, d_qk = _checks.check_query(q)
+    _checks.check_bool("is_fp8_kvcache", is_fp8_kvcache)
     schedule = tile_scheduler_metadata
     if schedule is not None and not isinstance(schedule, SplitSchedule):
-        schedule = SplitSchedule(schedule, b=_checks.as_cache_seqlens(cache_seqlens).shape[0])
-    out, lse = dense_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        d_v=head_dim_v,
-        sm_scale=softmax_scale,
-        causal=causal,
-        schedule=schedule,
-    )
+        schedule = SplitSchedule(schedule, b=b if indices is None else b * s_q)
+    blocks, format = _as_blocks("k_cache", k_cache, d_qk, q.dtype, is_fp8_kvcache)
+    if indices is None:
+        _refuse_without_indices(
+            attn_sink=attn_sink,
+            extra_k_cache=extra_k_cache,
+            extra_indices_in_kvcache=extra_indices_in_kvcache,
+            topk_length=topk_length,
+            extra_topk_length=extra_topk_length,
+        )
+        out, lse = dense_decode(
+            q,
+            blocks,
+            block_table,  # type: ignore[arg-type]  # None is refused by name
+            cache_seqlens,  # type: ignore[arg-type]
+            d_v=head_dim_v,
+            sm_scale=softmax_scale,
+            causal=causal,
+            format=format,
+            schedule=schedule,
+        )
+    else:
+        _checks.check_bool("causal", causal)
+        if causal:
+            raise ValueError("causal must be False with indices, got True")
+        extra, extra_format = None, None
+        if extra_k_cache is not None:
+            extra, extra_format = _as_blocks(
+                "extra_k_cache", extra_k_cache, d_qk, q.dtype, is_fp8_kvcache
+            )
+        out, lse = sparse_decode(
+            q,
+            blocks,
+            indices,
+            format=format,
+            d_v=head_dim_v,
+            sm_scale=softmax_scale,
+            topk_length=topk_length,
+            attn_sink=attn_sink,
+            extra_blocks=extra,
+            extra_indices=extra_indices_in_kvcache,
+            extra_format=extra_format,
+            extra_topk_length=extra_topk_length,
+            schedule=schedule,
+        )
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     return out, jnp.swapaxes(lse, 1, 2)
 
 
-def _refuse(*, is_fp8_kvcache: bool, **sparse: Any) -> None:
-    if is_fp8_kvcache:
-        raise NotImplementedError(
-            f"is_fp8_kvcache must be False: fp8 caches are not supported, got {is_fp8_kvcache!r}"
+def _as_blocks(
+    name: str, cache: Any, d_qk: int, dtype: Any, is_fp8: bool
+) -> tuple[jax.Array, CacheFormat | None]:
+    """A cache as our operations take it, and its format."""
+    if not is_fp8:
+        if getattr(cache, "dtype", None) in _BYTES:
+            raise TypeError(f"{name} of {cache.dtype} needs is_fp8_kvcache = True")
+        return cache, None
+    _checks.refuse_foreign(name, cache, "[num_blocks, ...]")
+    if cache.dtype not in _BYTES:
+        raise TypeError(
+            f"{name} must have dtype {_checks.dtype_names(_BYTES)} with is_fp8_kvcache, got "
+            f"{cache.dtype}"
         )
-    for name, value in sparse.items():
+    format = _format_of(cache.shape, d_qk, dtype)
+    if format is None or cache.shape[1:] != format.block_shape:
+        raise ValueError(
+            f"{name} with is_fp8_kvcache must be [num_blocks, block_size, 1, 656] for d_qk = 576 "
+            "(v32) or [num_blocks, block_bytes], block_bytes a multiple of 576, for d_qk = 512 "
+            f"(v4), got shape {tuple(cache.shape)} for d_qk = {d_qk}: other formats go to "
+            "sparse_decode, with their format"
+        )
+    if cache.dtype != jnp.uint8:
+        cache = jax.lax.bitcast_convert_type(cache, jnp.uint8)
+    return cache, format
+
+
+_BYTES = (np.dtype(jnp.uint8), np.dtype(jnp.float8_e4m3fn))
+
+
+def _format_of(shape: tuple[int, ...], d_qk: int, dtype: Any) -> CacheFormat | None:
+    if len(shape) == 4 and d_qk == 576 and shape[1] >= 1:
+        return CacheFormat(name="v32", block_size=shape[1], dtype=dtype)
+    if len(shape) == 2 and d_qk == 512 and shape[1] >= 2 * 576:
+        # 72 tokens of 584 bytes are 73 times 576: no two block sizes have as many bytes.
+        return CacheFormat(name="v4", block_size=shape[1] // 576 * 72 // 73, dtype=dtype)
+    return None
+
+
+def _refuse_without_indices(**arguments: Any) -> None:
+    for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(
-                f"{name} must be None: sparse attention is not supported, got a "
+            raise ValueError(
+                f"{name} must be None without indices (it is of sparse attention), got a "
                 f"{type(value).__name__}"
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import runpy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,19 @@ import numpy as np
 import pytest
 
 import cases
+import sparse_cases
 import tolerances
-from jax_flashmla import SplitSchedule, flash_mla_with_kvcache, get_mla_metadata, make_schedule
+from jax_flashmla import (
+    CacheFormat,
+    SplitSchedule,
+    compat,
+    dense_decode,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    make_schedule,
+    quantise,
+)
+from sparse_cases import Cache, Problem, SparseCase
 
 CASE = cases.DecodeCase(4, 2, 300, 6, 2, causal=True, zero_lengths=True, d_qk=80, d_v=64)
 
@@ -100,8 +113,9 @@ def wrong_metadata_calls() -> list:
         ((lengths, 4, -1), {}, ValueError, "num_heads_k must be between 1 .* got -1"),
         ((lengths, 4, 1, 3), {}, ValueError, "num_heads_q must divide .* = 4, got 3"),
         ((None, 4, 1), {}, TypeError, "cache_seqlens must be an array .* got None"),
-        ((lengths, 4, 1), {"is_fp8_kvcache": True}, NotImplementedError, "is_fp8_kvcache must be"),
-        ((lengths, 4, 1), {"topk": 64}, NotImplementedError, "topk must be None.* got a int"),
+        ((lengths, 4, 1), {"is_fp8_kvcache": 1}, TypeError, "is_fp8_kvcache must be a Python bool"),
+        ((lengths, 4, 1), {"topk": 64}, TypeError, "num_heads_q must be given with topk, got None"),
+        ((lengths, 4, 1, 4), {"topk": 0}, ValueError, "topk must be between 1 .* got 0"),
     ]
 
 
@@ -114,10 +128,19 @@ def test_wrong_metadata_calls(args: tuple, kwargs: dict, error: type, message: s
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"is_fp8_kvcache": True}, NotImplementedError, "is_fp8_kvcache must be False"),
+        (
+            {"is_fp8_kvcache": True},
+            TypeError,
+            "k_cache must have dtype uint8 or float8_e4m3fn with is_fp8_kvcache, got bfloat16",
+        ),
         *(
-            ({name: np.zeros(3, np.int32)}, NotImplementedError, f"{name} must be None: sparse")
-            for name in ("indices", "attn_sink", "topk_length", "extra_k_cache")
+            ({name: np.zeros(3, np.int32)}, ValueError, f"{name} must be None without indices")
+            for name in ("attn_sink", "topk_length", "extra_k_cache", "extra_topk_length")
+        ),
+        (
+            {"indices": np.zeros((4, 2, 3), np.int32), "causal": True},
+            ValueError,
+            "causal must be False with indices, got True",
         ),
         (
             {"softmax_scale": -1.0},
@@ -139,6 +162,127 @@ def test_wrong_decode_calls(
     kwargs = {"head_dim_v": 64, "tile_scheduler_metadata": None} | kwargs
     with pytest.raises(error, match=message):
         flash_mla_with_kvcache(*inputs.arguments, **kwargs)
+
+
+# Sparse attention.
+
+
+def sparse_call(case: SparseCase) -> tuple[Problem, dict[str, Any]]:
+    """A problem, and its arguments under FlashMLA's names."""
+    problem = sparse_cases.make_problem(dataclasses.replace(case, first_invalid=True))
+    given = problem.arguments
+    names = {
+        "q": "q",
+        "blocks": "k_cache",
+        "indices": "indices",
+        "attn_sink": "attn_sink",
+        "topk_length": "topk_length",
+        "extra_blocks": "extra_k_cache",
+        "extra_indices": "extra_indices_in_kvcache",
+        "extra_topk_length": "extra_topk_length",
+    }
+    call = {new: given[old] for old, new in names.items() if old in given}
+    coded = case.main.name != "dense"
+    return problem, {**call, "is_fp8_kvcache": coded, "head_dim_v": 512}
+
+
+def check_sparse(got: tuple, problem: Problem) -> None:
+    out, lse = problem.expected
+    assert np.isneginf(lse[0]).all()
+    lse = np.where(np.isneginf(lse), np.inf, lse).swapaxes(1, 2)
+    tolerances.assert_decoded(got, (out, lse), out=tolerances.SPARSE_OUT)
+
+
+REST = {"block_table": None, "cache_seqlens": None}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SparseCase(Cache("v32", 300, 200, 61), s_q=2, h_q=16, sink=True, lengths="b"),
+        SparseCase(Cache("v4", 90, 70, 2), Cache("v4", 80, 9, 73), h_q=8, b=6, lengths="b"),
+        SparseCase(Cache("dense", 90, 70, 7), Cache("dense", 9, 5, 1), b=6, lengths="b"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["schedule", "cuts", "none"])
+@pytest.mark.usefixtures("on_cpu")
+def test_sparse_call_with_flashmlas_conventions(case: SparseCase, form: str) -> None:
+    problem, call = sparse_call(case)
+    schedule, num_splits = get_mla_metadata(
+        np.zeros(case.b, np.int32), case.s_q * case.h_q, 1, case.h_q, True, case.main.topk
+    )
+    assert (schedule.b, num_splits.shape) == (case.b * case.s_q, (case.b * case.s_q + 1,))
+    metadata = {"schedule": schedule, "cuts": schedule.cuts, "none": None}[form]
+    got = flash_mla_with_kvcache(**call, **REST, tile_scheduler_metadata=metadata)
+    check_sparse(got, problem)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_cache_of_float8_is_taken_for_its_bytes() -> None:
+    case = SparseCase(Cache("v32", 50, 70, 64), b=3, lengths="b")
+    problem, call = sparse_call(case)
+    call["k_cache"] = call["k_cache"].view(jnp.float8_e4m3fn)
+    run = jax.jit(lambda x: flash_mla_with_kvcache(**{**call, "k_cache": x}, **REST,
+                                                   tile_scheduler_metadata=None))  # fmt: skip
+    check_sparse(run(call["k_cache"]), problem)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_dense_attention_over_an_fp8_cache() -> None:
+    format = CacheFormat(name="v32", block_size=16)
+    rng = np.random.default_rng(0)
+    rows = cases.normal(rng, (4 * 16, 576), "bfloat16", cases.ROW_SCALE)
+    (planes,) = quantise(format, rows)
+    blocks = planes.reshape(4, 16, 1, 656)
+    q = cases.normal(rng, (2, 1, 4, 576), "bfloat16", cases.QUERY_SCALE)
+    table, lengths = np.array([[0, 1], [3, 2]], np.int32), np.array([20, 31], np.int32)
+    got = flash_mla_with_kvcache(q, blocks, table, lengths, 512, None, is_fp8_kvcache=True)
+    out, lse = dense_decode(q, blocks, table, lengths, format=format)
+    np.testing.assert_array_equal(got[0], out)
+    np.testing.assert_array_equal(got[1], lse.swapaxes(1, 2))
+
+
+def test_every_block_size_of_v4_is_told_by_its_bytes() -> None:
+    for block_size in [*range(1, 300), 576, 1024]:
+        format = CacheFormat(name="v4", block_size=block_size)
+        assert compat._format_of((5, format.block_bytes), 512, jnp.bfloat16) == format
+
+
+@pytest.mark.parametrize(
+    ("d_qk", "shape"),
+    [
+        (512, (5, 64, 1, 528)),  # v32_nope or v41
+        (512, (5, 64, 1, 584)),  # v4 as FlashMLA strides it
+        (512, (5, 64 * 584)),
+        (512, (5, 74 * 576)),  # between 72 tokens and 73
+        (576, (5, 64, 1, 576)),
+        (576, (5, 64, 2, 656)),
+        (512, (5, 64, 1, 656)),
+        (576, (5, 65 * 576)),
+    ],
+    ids=str,
+)
+def test_cache_whose_bytes_do_not_tell_its_format(d_qk: int, shape: tuple) -> None:
+    call = {"q": np.zeros((1, 1, 4, d_qk), jnp.bfloat16), "k_cache": np.zeros(shape, np.uint8)}
+    indices = np.zeros((1, 1, 3), np.int32)
+    message = r"k_cache with is_fp8_kvcache must be .* got shape .*: other formats go to"
+    with pytest.raises(ValueError, match=message):
+        flash_mla_with_kvcache(
+            **call, **REST, head_dim_v=512, tile_scheduler_metadata=None, is_fp8_kvcache=True,
+            indices=indices,
+        )  # fmt: skip
+
+
+def test_bytes_without_is_fp8_kvcache() -> None:
+    q, cache = np.zeros((1, 1, 4, 576), jnp.bfloat16), np.zeros((5, 64, 1, 656), np.uint8)
+    with pytest.raises(TypeError, match="k_cache of uint8 needs is_fp8_kvcache = True"):
+        flash_mla_with_kvcache(q, cache, None, None, 512, None)
+
+
+def test_more_query_tokens_than_a_schedule_holds() -> None:
+    lengths = np.zeros(4097, np.int32)
+    assert get_mla_metadata(lengths, 4 * 16, 1, 16, True, 64) == (None, None)
 
 
 def test_ported_example_runs() -> None:

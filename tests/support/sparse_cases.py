@@ -53,6 +53,7 @@ class SparseCase:
     lengths: str | None = None  # "b" or "b s_q"
     sink: bool = False
     all_invalid: bool = False
+    first_invalid: bool = False  # all indices of the first sequence
     sm_scale: float | None = None
 
     def __str__(self) -> str:
@@ -102,6 +103,8 @@ def make_indices(
     flat[where[-some:]] = rng.choice(hostile_indices(slots), some)
     if case.all_invalid:
         flat[:] = rng.choice(hostile_indices(slots), flat.size)
+    if case.first_invalid:
+        indices[0] = rng.choice(hostile_indices(slots), shape[1:])
     lengths = None
     within = np.full(shape, True)
     if case.lengths:
