@@ -35,7 +35,7 @@ struct DenseDecodeParams {
   float* lse;  // [b, s_q, h_q] natural log; -inf where nothing is attended
   // Workspace for sequences cut between parts, one slot per piece: part p keeps the piece that it
   // continues in slot 2p and the piece that it leaves unfinished in slot 2p + 1. Its contents are
-  // the implementation's own business (sm90's is in sm90/partial.cuh).
+  // the implementation's own business (sm90's is in sm90/attention/partial.cuh).
   float* out_accum;  // [2 * num_parts, s_q, h_q, d_v]
   float* lse_accum;  // [2 * num_parts, s_q, h_q] base-2 log
 };

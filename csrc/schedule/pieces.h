@@ -48,4 +48,9 @@ FLASHMLA_HOST_DEVICE constexpr int piece_slot(int part, bool continued) {
   return 2 * part + (continued ? 0 : 1);
 }
 
+// Where a piece's results go: the workspace slot if it is partial, else its sequence.
+FLASHMLA_HOST_DEVICE constexpr int result_index(Piece piece, int part, int sequence) {
+  return piece.partial() ? piece_slot(part, piece.continued) : sequence;
+}
+
 }  // namespace flashmla

@@ -72,6 +72,11 @@ struct KernelArgs {
   __device__ __forceinline__ int clamp_seqlen(int seqlen) const {
     return min(max(seqlen, 0), max_tokens);
   }
+
+  // The log-sum-exps of a sequence or, if partial, of a workspace slot.
+  __device__ __forceinline__ float* lse_rows(int index, bool partial) const {
+    return (partial ? lse_accum : lse) + int64_t{index} * rows;
+  }
 #endif
 };
 

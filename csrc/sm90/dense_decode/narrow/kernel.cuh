@@ -10,7 +10,7 @@
 //   score  | S^T = K Q^T (t) | softmax (t) -> P^T | S^T (t+1) | softmax (t+1) ...
 //   values |                                      | O^T += V^T P^T (t), refill slot of t
 //
-// docs/dense_decode.md tells the whole story.
+// docs/kernels/dense_decode.md tells the whole story.
 #pragma once
 
 #include "sm90/dense_decode/narrow/load.cuh"

@@ -2,8 +2,9 @@
 // and P^T for the value warpgroups. Registers named by `i` belong to a thread's query rows.
 #pragma once
 
+#include "sm90/attention/mask.cuh"
+#include "sm90/attention/softmax.cuh"
 #include "sm90/dense_decode/narrow/shared_storage.cuh"
-#include "sm90/dense_decode/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
@@ -72,24 +73,22 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
 
 // Sets scores of keys that a row may not see to -inf.
 template <int kRows>
-__device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedStorage<kRows>& smem,
+__device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
                                           float (&s)[kRows / 2], int tile, int seqlen) {
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < thread_rows(kRows); ++i) {
-    // A causal row sees all but the tokens of later queries.
-    const uint32_t row = smem.row_tile.first + query_row(i);
-    const int query = row / args.h_q;
-    const int seen = args.causal ? seqlen - (args.s_q - 1 - query) : seqlen;
+    const uint32_t row = first_row + query_row(i);
+    const int seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
     if (token >= seen) s[element(i, 0)] = -INFINITY;
     if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
   }
 }
 
-// Combines the values that all threads of the warpgroup hold of a row. `turn` is another one in
+// Combines the values that all threads of the warpgroup hold of a row. exchange: another one in
 // each call.
 template <int kRows, typename Combine>
-__device__ __forceinline__ void combine_rows(SharedStorage<kRows>& smem, int turn,
+__device__ __forceinline__ void combine_rows(float (&exchange)[kWarpgroupWarps][kRows],
                                              float (&x)[thread_rows(kRows)], Combine combine) {
 #pragma unroll
   for (int lane = 4; lane <= 16; lane *= 2) {
@@ -101,8 +100,7 @@ __device__ __forceinline__ void combine_rows(SharedStorage<kRows>& smem, int tur
   if (threadIdx.x % 32 < 4) {
 #pragma unroll
     for (int i = 0; i < thread_rows(kRows); i += 2) {
-      *reinterpret_cast<float2*>(&smem.exchange[turn][threadIdx.x / 32][query_row(i)]) = {x[i],
-                                                                                          x[i + 1]};
+      *reinterpret_cast<float2*>(&exchange[threadIdx.x / 32][query_row(i)]) = {x[i], x[i + 1]};
     }
   }
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
@@ -111,7 +109,7 @@ __device__ __forceinline__ void combine_rows(SharedStorage<kRows>& smem, int tur
     float2 of[kWarpgroupWarps];
 #pragma unroll
     for (int warp = 0; warp < kWarpgroupWarps; ++warp) {
-      of[warp] = *reinterpret_cast<const float2*>(&smem.exchange[turn][warp][query_row(i)]);
+      of[warp] = *reinterpret_cast<const float2*>(&exchange[warp][query_row(i)]);
     }
     x[i] = combine(combine(of[0].x, of[1].x), combine(of[2].x, of[3].x));
     x[i + 1] = combine(combine(of[0].y, of[1].y), combine(of[2].y, of[3].y));
@@ -145,7 +143,7 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
                                           const float (&reference)[thread_rows(kRows)],
                                           const float (&sum)[thread_rows(kRows)], bool partial,
                                           int index) {
-  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
+  float* target = args.lse_rows(index, partial) + tile.first;
 #pragma unroll
   for (int i = 0; i < thread_rows(kRows); ++i) {
     const float lse = row_lse(reference[i], sum[i], partial);
@@ -168,7 +166,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
     ring.advance();
     const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(begin, end, sequence, seqlen);
-    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
+    const int unmasked_tiles = count_unmasked_tiles(seqlen, args.s_q, args.causal);
     float reference[kThreadRows], sum[kThreadRows];
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
@@ -180,7 +178,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       const int slot = ring.slot;
       float s[kRows / 2], peak[kThreadRows];
       compute_scores<T>(s, smem, ring);
-      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, seqlen);
+      if (tile >= unmasked_tiles) mask_tile<kRows>(args, smem.row_tile.first, s, tile, seqlen);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
       bool raise = true;  // past a sequence's first tiles it is seldom
@@ -193,7 +191,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       }
       int power[kThreadRows] = {};
       if (raise) {
-        combine_rows(smem, turn, peak, [](float a, float b) { return fmaxf(a, b); });
+        combine_rows<kRows>(smem.exchange[turn], peak,
+                            [](float a, float b) { return fmaxf(a, b); });
         turn ^= 1;
 #pragma unroll
         for (int i = 0; i < kThreadRows; ++i) {
@@ -221,7 +220,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
 
     const bool empty = piece.tile_begin >= piece.tile_end;
     if (!empty) {
-      combine_rows(smem, turn, sum, [](float a, float b) { return a + b; });
+      combine_rows<kRows>(smem.exchange[turn], sum, [](float a, float b) { return a + b; });
       turn ^= 1;
     }
     if (threadIdx.x < 4) {
@@ -233,7 +232,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
         mbarrier_arrive(smem_address(&smem.sums_full));
       }
       store_lse<kRows>(args, smem.row_tile, reference, sum, piece.partial(),
-                       piece.partial() ? piece_slot(blockIdx.z, piece.continued) : sequence);
+                       result_index(piece, blockIdx.z, sequence));
     }
     sums_parity ^= !empty;
     __syncwarp();

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "sm90/attention/partial.cuh"
+#include "sm90/attention/softmax.cuh"
 #include "sm90/dense_decode/narrow/shared_storage.cuh"
 #include "sm90/dense_decode/output.cuh"
-#include "sm90/dense_decode/softmax.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"

@@ -7,7 +7,7 @@
 //   score  | S = Q K^T (t)  | softmax (t) -> P | S (t+1)      | softmax (t+1) ...
 //   values |                                   ... | O += P V (t)             | refill slot of t
 //
-// docs/dense_decode.md tells the whole story.
+// docs/kernels/dense_decode.md tells the whole story.
 #pragma once
 
 #include "sm90/dense_decode/wide/score.cuh"

@@ -2,7 +2,8 @@
 // warpgroups.
 #pragma once
 
-#include "sm90/dense_decode/softmax.cuh"
+#include "sm90/attention/mask.cuh"
+#include "sm90/attention/softmax.cuh"
 #include "sm90/dense_decode/wide/query.cuh"
 #include "sm90/dense_decode/wide/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -56,16 +57,14 @@ __device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& 
 }
 
 // Sets scores of keys that a row may not see to -inf.
-__device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedStorage& smem,
-                                          float (&s)[32], int tile, int seqlen) {
+__device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row, float (&s)[32],
+                                          int tile, int seqlen) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int first = tile * kTileTokens + thread % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint32_t row = smem.row_tile.first + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-    // A causal row sees all but the tokens of later queries.
-    const int query = row / args.h_q;
-    const int seen = args.causal ? seqlen - (args.s_q - 1 - query) : seqlen;
+    const uint32_t row = first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+    const int seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       if (first + 2 * i >= seen) s[i + 2 * r] = -INFINITY;
@@ -76,8 +75,9 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedSt
 
 // Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
 // sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
-__device__ __forceinline__ void update_references(SharedStorage& smem, const float (&s)[32],
-                                                  SoftmaxRows& rows, float scale_log2, int slot) {
+__device__ __forceinline__ void update_references(uint8_t (&rescale)[kTileRows],
+                                                  const float (&s)[32], SoftmaxRows& rows,
+                                                  float scale_log2) {
   float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void update_references(SharedStorage& smem, const flo
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // The four lanes of a row all write the same.
-    smem.rescale[slot][thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power[r];
+    rescale[thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power[r];
   }
 }
 
@@ -137,14 +137,14 @@ __device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows&
 }
 
 // The rows' sums over all columns, and their inverses for the value warpgroups.
-__device__ __forceinline__ void finish_sums(SharedStorage& smem, SoftmaxRows& rows, int parity) {
+__device__ __forceinline__ void finish_sums(float (&inverse_sum)[kTileRows], SoftmaxRows& rows) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
     const float inverse = inverse_of_sum(rows.sum[r]);
-    if (lane % 4 == 0) smem.inverse_sum[parity][row + 8 * r] = inverse;
+    if (lane % 4 == 0) inverse_sum[row + 8 * r] = inverse;
   }
 }
 
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
                                           const SoftmaxRows& rows, bool partial, int index) {
   const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
   if (lane % 4 != 0) return;
-  float* target = (partial ? args.lse_accum : args.lse) + int64_t{index} * args.rows + tile.first;
+  float* target = args.lse_rows(index, partial) + tile.first;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float lse = row_lse(rows.reference[r], rows.sum[r], partial);
@@ -178,7 +178,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     take_query(smem, ring, args.query_box, kScoreBarrier, q);
     const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
-    const int unmasked_tiles = (seqlen - (args.causal ? args.s_q - 1 : 0)) / kTileTokens;
+    const int unmasked_tiles = count_unmasked_tiles(seqlen, args.s_q, args.causal);
     if (warp_leader) {
       // Nobody waits for the first three here: arriving keeps their parity aligned with the ring.
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
@@ -198,12 +198,13 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
       if (tile >= unmasked_tiles)
-        mask_tile(args, smem, s, tile, args.clamp_seqlen(args.cache_seqlens[sequence]));
-      update_references(smem, s, rows, args.scale_log2, ring.slot);
+        mask_tile(args, smem.row_tile.first, s, tile,
+                  args.clamp_seqlen(args.cache_seqlens[sequence]));
+      update_references(smem.rescale[ring.slot], s, rows, args.scale_log2);
       store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
                              scores_done, ring.parity);
       const bool last = tile + 1 == piece.tile_end;
-      if (last) finish_sums(smem, rows, odd_piece);
+      if (last) finish_sums(smem.inverse_sum[odd_piece], rows);
       fence_async_proxy();
       __syncwarp();
       if (warp_leader) {
@@ -224,7 +225,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     }
     odd_piece ^= piece.tile_begin < piece.tile_end;
     store_lse(args, smem.row_tile, rows, piece.partial(),
-              piece.partial() ? piece_slot(blockIdx.z, piece.continued) : sequence);
+              result_index(piece, blockIdx.z, sequence));
   }
 }
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "sm90/attention/partial.cuh"
+#include "sm90/attention/softmax.cuh"
 #include "sm90/dense_decode/output.cuh"
-#include "sm90/dense_decode/softmax.cuh"
 #include "sm90/dense_decode/wide/load.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"

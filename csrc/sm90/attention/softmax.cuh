@@ -3,7 +3,7 @@
 
 #include "sm90/ptx/math.cuh"
 
-namespace flashmla::sm90::dense_decode {
+namespace flashmla::sm90 {
 
 // How far (base-2) a row's maximum may outgrow its reference before the output is rescaled.
 // Probabilities then reach 2^8, harmless in f32 sums and in 16-bit products.
@@ -51,4 +51,4 @@ __device__ __forceinline__ float row_lse(float reference, float sum, bool partia
   return partial ? lse : lse * kLn2;
 }
 
-}  // namespace flashmla::sm90::dense_decode
+}  // namespace flashmla::sm90
