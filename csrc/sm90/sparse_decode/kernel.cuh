@@ -21,7 +21,7 @@ namespace flashmla::sm90::sparse {
 template <int kRows>
 constexpr int kRegisters = kRows == 16 ? 88 : 128;
 // With 64 rows what each warpgroup has afterwards.
-constexpr int kScoreRegisters = 112, kWideRegisters = 144, kNarrowRegisters = 112;
+constexpr int kScoreRegisters = 128, kWideRegisters = 136, kNarrowRegisters = 112;
 
 template <int kRegisters>
 __device__ __forceinline__ void set_registers(bool move) {
