@@ -5,10 +5,11 @@
 // multiplied with. What of a key is below 2^-33 of the token's largest code * scale is lost; f32
 // sums lose it too.
 //
-// Values become bf16, as outputs need each group's own range. The bits of a code, moved to bf16's sign, low exponent and high mantissa bits, are the code's
-// value times 2^-120, subnormals included; one multiplication by 2^120 * scale then gives what
-// bf16(code) * bf16(scale) gives. That factor is finite for scales up to 2^7 only: where a tile has
-// larger ones, the rest of the scale is multiplied in by itself. NaN codes (0x7f, 0xff) become
+// Values become bf16, as outputs need each group's own range. The bits of a code, moved to bf16's
+// sign, low exponent and high mantissa bits, are the code's value times 2^-120, subnormals
+// included; one multiplication by 2^120 * scale then gives what bf16(code) * bf16(scale) gives.
+// That factor is finite for scales up to 2^7 only: where a tile has larger ones, the rest of the
+// scale is multiplied in by itself. NaN codes (0x7f, 0xff) become
 // +-480 * scale.
 #pragma once
 

@@ -17,11 +17,11 @@
 
 namespace flashmla::sm90::sparse {
 
-// Of a thread at the launch. With 16 rows there must be room beside for a block of the merge.
+// Of a thread at the launch.
 template <int kRows>
-constexpr int kRegisters = kRows == 16 ? 88 : 128;
+constexpr int kRegisters = kRows == 16 ? 96 : 128;
 // With 64 rows what each warpgroup has afterwards.
-constexpr int kScoreRegisters = 112, kWideRegisters = 144, kNarrowRegisters = 112;
+constexpr int kScoreRegisters = 128, kWideRegisters = 136, kNarrowRegisters = 112;
 
 template <int kRegisters>
 __device__ __forceinline__ void set_registers(bool move) {
@@ -91,7 +91,6 @@ __global__ void __maxnreg__(kRegisters<16>) sparse_decode_small_kernel(const Ker
   decode<T, Format, 16>(args);
 }
 
-// With most_shared the merge's blocks find room beside 16 rows.
 template <typename T, typename Format, int kRows>
 Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream) {
   const dim3 grid((args.h_q + kRows - 1) / kRows, num_parts);

@@ -89,7 +89,7 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
   if (Status s = sparse::launch_v32(args, rows, params.num_parts, stream); !s.ok()) return s;
-  return run_merge(merge_params(params), /*shares_sm=*/rows == 16, stream);
+  return run_merge(merge_params(params), /*shares_sm=*/false, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -115,9 +115,9 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
 
-// Puts the scales of this warp's tokens where they are read: bf16 for the value warps; relative ones
-// for this warp. Returns whether there are scales that one factor does not hold.
-// score_scale: what all products are to be multiplied with.
+// Puts the scales of this warp's tokens where they are read: bf16 for the value warps; relative
+// ones for this warp. Returns whether there are scales that one factor does not hold. score_scale:
+// what all products are to be multiplied with.
 template <typename Format, int kRows>
 __device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& smem, int stage,
                                                float score_scale) {
@@ -174,8 +174,8 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   constexpr int kQueryStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
   const int thread = reread_thread(), lane = thread % 32;
   const int token = thread / 32 * kSlotTokens + lane / 4;
-  uint32_t rows = smem_address(smem.ring[stage][thread / 32]) + lane % 16 * Format::kRowBytes +
-                  lane / 16 * 16;
+  uint32_t rows =
+      smem_address(smem.ring[stage][thread / 32]) + lane % 16 * Format::kRowBytes + lane / 16 * 16;
   uint32_t a[2][16], raw[8];
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
@@ -187,7 +187,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     const uint32_t factor[2] = {smem.key_scales[token][group], smem.key_scales[token + 8][group]};
 #pragma unroll
     for (int c = 0; c < kGroupColumns / 64; ++c) {
-      uint32_t(&keys)[16] = a[c % 2];
+      uint32_t (&keys)[16] = a[c % 2];
       wgmma_wait<1>();
       convert_keys(keys, raw, factor);
       load_keys(raw, rows, c + 1);  // after the last columns bytes that no one uses
@@ -206,7 +206,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     wgmma_wait<1>();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      load_matrix_x4(*reinterpret_cast<uint32_t(*)[4]>(a[0] + 4 * k),
+      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(a[0] + 4 * k),
                      rows + Format::kRopeOffset - kLatentColumns + k * 32);
     }
 #pragma unroll
@@ -411,14 +411,15 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
 
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
       mbarrier_wait(smem_address(&smem.full[ring.stage][warp]), ring.parity);
-      const bool large_scales =
-          named_barrier_any(kScoreBarrier, kWarpgroupThreads, prepare_scales(smem, ring.stage, score_scale));
+      const bool large_scales = named_barrier_any(kScoreBarrier, kWarpgroupThreads,
+                                                  prepare_scales(smem, ring.stage, score_scale));
       float s[kRows / 2];
       compute_scores<Format, kRows>(s, smem, ring.stage);
       const uint32_t valid = smem.valid[ring.stage][warp];
       // Of the buffer's last round; passes at once in the first.
       mbarrier_wait(smem_address(&smem.probabilities_empty[buffer.slot()]), buffer.parity() ^ 1);
-      const bool rescaled = make_probabilities<Format, kRows>(smem, s, valid, tile == piece.tile_begin, smem.rescale[buffer.slot()]);
+      const bool rescaled = make_probabilities<Format, kRows>(
+          smem, s, valid, tile == piece.tile_begin, smem.rescale[buffer.slot()]);
       if (lane == 0) {
         smem.flags[buffer.slot()][warp] =
             (rescaled ? kRescaled : 0) | (large_scales ? kHasLargeScales : 0);

@@ -12,8 +12,8 @@ template <int kRows>
 constexpr int kQueryItems = kRows == 64 ? 2 : 1;
 template <int kRows>
 constexpr int kSlotHeads = kRows / (kQueryItems<kRows> * kTileSlots);
-// Items that the ring holds: as many as there is room for. With 16 rows there must be room beside
-// for a block of the merge.
+// Items that the ring holds: as many as there is room for with 64 rows; else two are in use and two
+// on their way.
 template <int kRows>
 constexpr int kStages = kRows == 64 ? 3 : 4;
 
@@ -42,11 +42,12 @@ struct alignas(1024) SharedStorage {
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
   alignas(16) uint16_t scales[kStages<kRows>][Format::kScaleGroups][kTileTokens];
   // Of a tile's tokens the scales by group relative to the largest, f16 twice; what 1 / the largest
-  // is, bf16 twice; and what products with its keys are to be multiplied with. Each score warp's own.
+  // is, bf16 twice; and what products with its keys are to be multiplied with. Each score warp's
+  // own.
   alignas(16) uint32_t key_scales[kTileTokens][Format::kScaleGroups];
   uint32_t rope_scale[kTileTokens];
   float score_scale[kTileTokens];
-  uint32_t query_peak[kWarps];  // largest magnitudes of queries, bf16x2
+  uint32_t query_peak[kWarps];                 // largest magnitudes of queries, bf16x2
   float4 sums[kRows / 16][kWarpgroupThreads];  // each score thread's, of its rows
   float reference[kRows];                      // of the piece so far, and what is subtracted for it
   float offset[kRows];
