@@ -13,13 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tolerances
-from jax_flashmla import BlockTable, CacheFormat, PagedCache, cache_append, dense_decode
+from jax_flashmla import (
+    BlockTable,
+    CacheFormat,
+    PagedCache,
+    cache_append,
+    dense_decode,
+    sparse_decode,
+)
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 STEP_NAMES = ("advance", "append", "with_table", "write", "layer")
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 NAMES = ("q", "blocks", "rows", "block_table", "cache_seqlens", "positions", "num_new", "schedule")
+NAMES += ("indices", "topk_length", "attn_sink", "first_block", "layer_blocks")
 NAMES += ("format", "kv_scale", "layer", "slots", "d_v", "sm_scale", "causal", "implementation")
 
 # Few extents, so that calls repeat shapes of which some are compiled; 0 and misfits among them.
@@ -74,6 +82,33 @@ def outcome(call: Callable[[], Any]) -> Any:
 def test_dense_decode(format: Any, **arguments: Any) -> None:
     got = outcome(lambda: dense_decode(**arguments, format=format))
     expected = outcome(lambda: dense_decode(**arguments, format=format, implementation="xla"))
+    assert (got is None) == (expected is None)
+    if got is not None:
+        bound = tolerances.Tolerance(absolute=1e-2, relative=1e-2)
+        tolerances.assert_decoded(got, expected, out=bound, lse=bound)
+
+
+few = st.none() | st.none() | odd_values
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    q=floats((2, 1, 2, 8), (2, 1, 2, 8), (2, 2, 2, 8), (2, 1, 2, 4)),
+    blocks=floats((3, 2, 1, 8), (3, 2, 1, 8), (3, 2, 1, 8), (3, 2, 2, 8), (0, 2, 1, 8)),
+    indices=ints((2, 1, 3), (2, 1, 3), (2, 1, 3), (2, 2, 3), (2, 1, 0), (2, 3)),
+    topk_length=st.none() | ints((2,), (2, 1), (2, 1, 1), (3,)),
+    attn_sink=few | floats((2,), (2,), (3,)),
+    first_block=st.sampled_from([0, 0, 0]) | ints((), (1,)),
+    layer_blocks=few,
+    extra_blocks=few | floats((3, 2, 1, 8), (4, 3, 1, 8)),
+    extra_indices=few | ints((2, 1, 3), (2, 1, 4)),
+    extra_topk_length=few,
+    kv_scale=few,
+    format=st.sampled_from([None, None, None, CacheFormat(), "dense"]),
+)
+def test_sparse_decode(**arguments: Any) -> None:
+    got = outcome(lambda: sparse_decode(**arguments, d_v=4))
+    expected = outcome(lambda: sparse_decode(**arguments, d_v=4, implementation="xla"))
     assert (got is None) == (expected is None)
     if got is not None:
         bound = tolerances.Tolerance(absolute=1e-2, relative=1e-2)
