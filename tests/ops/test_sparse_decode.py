@@ -60,6 +60,18 @@ def test_matches_naive_attention(
         np.testing.assert_array_equal(bits(x), bits(y))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", sparse_cases.hopper_cases(), ids=str)
+def test_hopper_matches_naive_attention(case: SparseCase) -> None:
+    made = sparse_cases.make_problem(case)
+    with jax.default_device(jax.devices("cuda")[0]):
+        got = run(made.arguments, "kernel")
+        again = run(made.arguments, "kernel")
+    check(got, case, made.expected)
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
 V32 = SparseCase(Cache("v32", 300, 200, 53), s_q=2, h_q=20, lengths="b s_q", sink=True)
 
 

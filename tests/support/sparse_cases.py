@@ -191,7 +191,7 @@ def sparse_cases() -> list[SparseCase]:
     """FlashMLA's space scaled down in b, every format, pair and block size; other dimensions."""
     found = []
     alone = ["v32", "v4", "v32_nope", "v41", "dense", "fp8_row"]
-    for i, name in enumerate([*alone, *alone, "v32", "v4"]):
+    for i, name in enumerate([*alone, "v32", "v4", "dense"]):
         found.append(
             SparseCase(
                 Cache(name, *SPACE[i % len(SPACE)], layers=1 + 2 * (i % 2)),
@@ -200,13 +200,13 @@ def sparse_cases() -> list[SparseCase]:
                 h_q=(64, 8, 128, 20, 1)[i % 5],
                 lengths=(None, "b", "b s_q")[i % 3],
                 sink=i % 4 != 3,
-                dtype="float16" if i % 7 == 5 else "bfloat16",
+                dtype="float16" if i in (5, 6) else "bfloat16",
                 d_qk=512 if i > 6 else 576,
                 sm_scale=(None, 576**-0.55)[i % 2],
             )
         )
     pairs = [("v4", "v4"), ("v41", "v41_fp4"), ("dense", "dense"), ("v41", "v41")]
-    for i, (name, extra) in enumerate(pairs * 2):
+    for i, (name, extra) in enumerate([*pairs, pairs[0]]):
         found.append(
             SparseCase(
                 Cache(name, *SPACE[i], layers=1 + i % 3),
@@ -216,19 +216,36 @@ def sparse_cases() -> list[SparseCase]:
                 h_q=(16, 64, 5)[i % 3],
                 lengths=("b", None, "b s_q")[i % 3],
                 sink=i % 2 == 0,
-                dtype="float16" if i in (1, 6) else "bfloat16",
+                dtype="float16" if i == 1 else "bfloat16",
                 d_qk=512 if i < 4 else 576,
             )
         )
     for i, corner in enumerate(CORNERS):
-        for name in ("v32", "v4"):
-            found.append(
-                SparseCase(Cache(name, *corner), s_q=1 + i, h_q=64, all_invalid=True, sink=True)
-            )
-        extra = Cache("v41_fp4", *CORNERS[1 - i])
-        found.append(SparseCase(Cache("v41", *corner), extra, s_q=3, all_invalid=True))
+        main = Cache("v32", *corner)
+        found.append(SparseCase(main, s_q=1 + i, h_q=64, all_invalid=True, sink=True))
+        name, extra = (("v41", "v41_fp4"), ("v4", "v4"))[i]
+        main, extra = Cache(name, *corner), Cache(extra, *CORNERS[1 - i])
+        found.append(SparseCase(main, extra, s_q=3, all_invalid=True))
     return [
         *found,
         SparseCase(Cache("dense", 100, 70, 8), d_qk=24, d_v=16, dtype="float32", lengths="b s_q"),
         SparseCase(Cache("dense", 100, 1, 1), Cache("dense", 9, 130, 5), d_qk=35, d_v=7, sink=True),
+    ]
+
+
+def hopper_cases() -> list[SparseCase]:
+    """FlashMLA's space of v32 in full, with any number of heads."""
+    heads = (64, 128, 16, 1, 8, 20, 32, 96)
+    return [
+        SparseCase(
+            Cache("v32", *space, layers=1 + 2 * (i % 2)),
+            b=(4, 74)[i % 5 == 0],
+            s_q=s_q,
+            h_q=heads[(3 * i + j) % len(heads)],
+            lengths=(None, "b s_q")[j // 2],
+            sink=(i + j) % 3 > 0,
+            first_invalid=True,
+        )
+        for i, space in enumerate([*SPACE, *CORNERS])
+        for j, s_q in enumerate((1, 3, 1, 3))
     ]
