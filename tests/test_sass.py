@@ -118,7 +118,7 @@ def test_no_kernel_has_a_stack(instructions, resources):
 
 
 def test_the_build_fails_where_ptxas_made_a_slow_kernel(tmp_path):
-    """By the launcher that CMake puts before nvcc, here before a script that prints as nvcc does."""
+    """By the launcher that CMake puts before nvcc, here before a script that prints as it does."""
     launcher = pathlib.Path(__file__).parents[1] / "cmake" / "check_ptxas.py"
     good = (
         "ptxas info    : Compiling entry function 'good' for 'sm_90a'\n"
@@ -136,6 +136,9 @@ def test_the_build_fails_where_ptxas_made_a_slow_kernel(tmp_path):
         command = [sys.executable, str(launcher), sys.executable, str(compiler)]
         ran = subprocess.run(command, capture_output=True, text=True)
         assert (ran.returncode, said in ran.stderr) == (status, True)
+        command.insert(2, "--warn")
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert (ran.returncode, said.replace("error", "warning") in ran.stderr) == (0, True)
 
 
 def test_the_merge_fits_beside_the_narrow_kernel(resources):
