@@ -1,7 +1,7 @@
 """Compiler launcher: runs nvcc and fails where ptxas made a slow kernel of the source.
 
-That is where it serialised wgmma or ignored setmaxnreg (its notes C75xx), or spilled registers. With
-`--warn` before the command it only says so: for compilers that are not the project's own choice.
+That is where it serialised wgmma or ignored setmaxnreg (its notes C75xx), or spilled registers.
+With `--warn` before the command it only says so: for compilers that the project did not choose.
 """
 
 import re
