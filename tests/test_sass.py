@@ -1,4 +1,4 @@
-"""What the compiled CUDA module holds, read without a GPU: its SASS and what ptxas said of it."""
+"""What the compiled CUDA module holds, read without a GPU: its machine code and resources."""
 
 import collections
 import importlib.util
@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -51,8 +52,13 @@ def instructions() -> dict[str, collections.Counter[str]]:
 
 
 @pytest.fixture(scope="module")
-def ptxas_report() -> str:
-    return (PACKAGE / "_cuda.ptxas.txt").read_text()
+def resources() -> dict[str, dict[str, int]]:
+    """Of each kernel what it takes: REG a thread, STACK and LOCAL bytes a thread, and others."""
+    lines = re.findall(r"Function (\S+):\n\s*(.*)", cuobjdump("--dump-resource-usage"))
+    return {
+        name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+        for name, usage in lines
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -106,30 +112,41 @@ def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, ele
     assert (loads - 3) % (3 * boxes) == 0
 
 
-def test_ptxas_reported_on_every_kernel(instructions, ptxas_report):
-    reported = set(re.findall(r"Compiling entry function '(\S+)'", ptxas_report))
-    assert reported == set(instructions)
+def test_no_kernel_has_a_stack(instructions, resources):
+    assert set(resources) == set(instructions)
+    assert all(used["STACK"] == used["LOCAL"] == 0 for used in resources.values())
 
 
-def test_ptxas_serialised_no_wgmma(ptxas_report):
-    """C75xx: wgmma that ptxas had to serialise, setmaxnreg that it ignored, and their like."""
-    assert not re.findall(r".*\bC75\d\d\b.*", ptxas_report)
+def test_the_build_fails_where_ptxas_made_a_slow_kernel(tmp_path):
+    """By the launcher that CMake puts before nvcc, here before a script that prints as it does."""
+    launcher = pathlib.Path(__file__).parents[1] / "cmake" / "check_ptxas.py"
+    good = (
+        "ptxas info    : Compiling entry function 'good' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    )
+    wgmma = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async are serialized\n"
+    spill = good.replace("good", "bad").replace("0 bytes spill stores", "16 bytes spill stores")
+    for report, status, said in (
+        (good, 0, ""),
+        (good + wgmma, 1, "error: ptxas: good: ptxas info    : (C7510)"),
+        (good + spill, 1, "error: ptxas: bad: 0 bytes stack frame, 16 bytes spill stores"),
+    ):
+        compiler = tmp_path / "nvcc.py"
+        compiler.write_text(f"import sys; sys.stderr.write({report!r})")
+        command = [sys.executable, str(launcher), sys.executable, str(compiler)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert (ran.returncode, said in ran.stderr) == (status, True)
+        command.insert(2, "--warn")
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert (ran.returncode, said.replace("error", "warning") in ran.stderr) == (0, True)
 
 
-def test_ptxas_spilled_no_register(ptxas_report):
-    frames = re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores.*", ptxas_report)
-    assert set(frames) == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
-
-
-def test_the_merge_fits_beside_the_narrow_kernel(ptxas_report):
+def test_the_merge_fits_beside_the_narrow_kernel(resources):
     """On one of a multiprocessor's four register files: 4 of 13 warps beside 2 of 8."""
 
-    def registers(kernel: str) -> int:
-        pattern = rf"entry function '\S*{kernel}\S*'.*?Used (\d+) registers"
-        return max(int(used) for used in re.findall(pattern, ptxas_report, re.DOTALL))
-
     def allocated(kernel: str) -> int:  # to a warp
-        return 32 * -(-registers(kernel) // 8) * 8
+        most = max(used["REG"] for name, used in resources.items() if re.search(kernel, name))
+        return 32 * -(-most // 8) * 8
 
     narrow = allocated(r"narrow_decode_kernelI\d+\w+?Li16E")
     assert 4 * narrow + 2 * allocated("merge_kernel") <= 16384
