@@ -15,7 +15,14 @@ MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
 
 DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel")
-KERNELS = ("make_schedule_kernel", *DECODE_KERNELS, "merge_kernel", "cache_append_kernel")
+SPARSE_KERNELS = ("sparse_decode_kernel", "sparse_decode_small_kernel")
+KERNELS = (
+    "make_schedule_kernel",
+    *DECODE_KERNELS,
+    *SPARSE_KERNELS,
+    "merge_kernel",
+    "cache_append_kernel",
+)
 
 
 def tool(name: str) -> str:
@@ -88,6 +95,19 @@ def test_dense_decode_uses_tensor_cores_and_bulk_copies(instructions):
             continue
         assert count["HGMMA"] > 0, name
         assert count["UTMALDG"] + count["UBLKCP"] > 0, name
+        assert count["HMMA"] == 0, name
+
+
+def test_sparse_decode_uses_tensor_cores_and_bulk_copies(instructions):
+    found = {
+        name: count
+        for name, count in instructions.items()
+        if any(kernel in name for kernel in SPARSE_KERNELS)
+    }
+    assert found
+    for name, count in found.items():
+        assert count["HGMMA"] > 0, name
+        assert count["UBLKCP"] > 0, name
         assert count["HMMA"] == 0, name
 
 

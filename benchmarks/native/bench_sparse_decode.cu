@@ -210,7 +210,7 @@ struct Bench {
     fill_queries<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
     p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
-    p.main.format = flashmla::RowFormat::kV32, p.main.topk = x.topk;
+    p.main.format = flashmla::Format::kV32, p.main.topk = x.topk;
     int32_t* cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.cuts = cuts;
     CHECK_STATUS(
