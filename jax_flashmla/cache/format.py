@@ -46,9 +46,9 @@ class CacheFormat:
     | name | bytes of a token | content |
     |---|---|---|
     | `dense` | h_kv * row_stride * itemsize | rows as they are |
-    | `v32` | 656 | 512 e4m3, 4 float32 scales (one per 128 columns), 64 16-bit rope columns |
+    | `v32` | 656 | 512 e4m3, 4 float32 scales (one per 128 columns), 64 bfloat16 rope columns |
     | `v32_nope` | 528 | 512 e4m3, 4 float32 scales |
-    | `v4` | 584 | 448 e4m3, 64 16-bit rope columns; in a plane of their own 7 ue8m0 scales |
+    | `v4` | 584 | 448 e4m3, 64 bfloat16 rope columns; in a plane of their own 7 ue8m0 scales |
     | `v41` | 528 | 512 e4m3, 16 ue8m0 scales (one per 32 columns) |
     | `v41_fp4` | 288 | 512 e2m1, 32 e4m3 scales (one per 16 columns) |
     | `fp8_row` | 576 | 576 e4m3; one float32 scale for the whole cache, an argument of operations |

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import layer_cases
 import tolerances
@@ -209,8 +211,19 @@ def test_init_has_unit_variance_and_norms_of_ones() -> None:
     assert params.w_q is None
 
 
-def test_documentation_runs() -> None:
-    page = pathlib.Path(__file__).parents[2] / "docs" / "mla_layers.md"
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("name", ["mla_layers.md", "paged_cache.md"])
+def test_documentation_runs(
+    monkeypatch: pytest.MonkeyPatch, name: str, axis_type: AxisType
+) -> None:
+    """Also with meshes as jax.make_mesh makes them from jax 0.12 on."""
+    make_mesh = jax.make_mesh
+
+    def with_type(shape: tuple, names: tuple, **options: Any) -> jax.sharding.Mesh:
+        return make_mesh(shape, names, axis_types=(axis_type,) * len(names), **options)
+
+    monkeypatch.setattr(jax, "make_mesh", with_type)
+    page = pathlib.Path(__file__).parents[2] / "docs" / name
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted > 20
     assert result.failed == 0
