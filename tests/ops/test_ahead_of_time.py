@@ -17,6 +17,7 @@ import pytest
 import cases
 import tolerances
 from jax_flashmla import (
+    CacheFormat,
     cache_append,
     dense_decode,
     export_checks,
@@ -177,3 +178,30 @@ def test_symbolic_extents_are_refused_by_name() -> None:
         export = jax.export.export(jax.jit(decode), disabled_checks=export_checks())
         with pytest.raises(NotImplementedError, match=rf"{name} \[.*must have known extents"):
             export(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (
+            CacheFormat(row_stride=640),
+            "takes rows without padding, got CacheFormat.*row_stride=640",
+        ),
+        (CacheFormat(name="v32"), "takes dense caches, got format v32"),
+    ],
+    ids=["wide rows", "v32"],
+)
+def test_caches_that_the_hopper_kernel_does_not_take(format: CacheFormat, message: str) -> None:
+    def call(implementation: str | None) -> str:
+        q = jax.ShapeDtypeStruct((2, 1, 16, 576), jnp.bfloat16)
+        blocks = jax.ShapeDtypeStruct((4, *format.block_shape), format.storage_dtype)
+        ids = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+        step = functools.partial(dense_decode, format=format, implementation=implementation)
+        lowered = jax.jit(step).trace(q, blocks, *ids).lower(lowering_platforms=("cuda",))
+        return lowered.as_text()
+
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=message):
+        assert "flashmla_dense_decode_v1" not in call(None)
+    with pytest.raises(NotImplementedError, match=message):
+        call("kernel")
