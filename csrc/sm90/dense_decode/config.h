@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "schedule/pieces.h"
+#include "sm90/ptx/warpgroup.h"
 
 namespace flashmla::sm90::dense_decode {
 
@@ -32,8 +33,6 @@ constexpr int kTokenGroupBytes = kHalfChunks * kTokenGroup * kChunkRowBytes;
 constexpr int kHalfBytes = kHalfChunks * kChunkBytes;
 constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper reserves 1 KB
 
-constexpr int kWarpgroupThreads = 128;
-constexpr int kWarpgroupWarps = kWarpgroupThreads / 32;
 // Warpgroups that compute: scores, left values, right values.
 constexpr int kComputeThreads = 3 * kWarpgroupThreads;
 // Named barriers: the score warpgroup's, the left value warpgroup's; the right one has the next.

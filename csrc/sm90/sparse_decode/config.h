@@ -5,6 +5,7 @@
 
 #include "schedule/pieces.h"
 #include "sm90/attention/partial.cuh"
+#include "sm90/ptx/warpgroup.h"
 
 namespace flashmla::sm90::sparse {
 
@@ -15,8 +16,7 @@ constexpr int kTileSlots = kTileTokens / kSlotTokens;
 constexpr int kChunkRowBytes = 128;  // 64 16-bit columns
 constexpr int kSharedBase = 1024;    // where dynamic shared memory starts: Hopper reserves 1 KB
 
-constexpr int kWarpgroupThreads = 128;
-constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
+constexpr int kWarps = kWarpgroupWarps;
 // Warpgroups: scores; values of the 64-column tiles 0-2, 4-6, and 3 and 7. The last one also
 // gathers.
 constexpr int kThreads = 4 * kWarpgroupThreads;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "sm90/attention/mask.cuh"
-#include "sm90/attention/softmax.cuh"
+#include "sm90/attention/softmax_rows.cuh"
 #include "sm90/dense_decode/wide/query.cuh"
 #include "sm90/dense_decode/wide/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -12,12 +12,6 @@
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::dense_decode::wide {
-
-// Running state of this thread's two rows, lane / 4 and lane / 4 + 8 of the warp's 16.
-struct SoftmaxRows {
-  float reference[2] = {-INFINITY, -INFINITY};  // base-2 exponent that maps to 1
-  float sum[2] = {0.0f, 0.0f};                  // this thread's columns only
-};
 
 template <typename T>
 __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragments& q,
@@ -73,95 +67,6 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
   }
 }
 
-// Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
-// sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
-__device__ __forceinline__ void update_references(uint8_t (&rescale)[kTileRows],
-                                                  const float (&s)[32], SoftmaxRows& rows,
-                                                  float scale_log2) {
-  float peak[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int i = 0; i < 32; i += 4) {
-    peak[0] = fmaxf(peak[0], fmaxf(s[i], s[i + 1]));
-    peak[1] = fmaxf(peak[1], fmaxf(s[i + 2], s[i + 3]));
-  }
-  int power[2] = {0, 0};
-  if (__any_sync(~0u, outgrows(peak[0], scale_log2, rows.reference[0]) ||
-                          outgrows(peak[1], scale_log2, rows.reference[1]))) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int lane = 1; lane <= 2; lane *= 2) {
-        peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], lane));
-      }
-      power[r] = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
-    }
-  }
-  const int thread = threadIdx.x % kWarpgroupThreads;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // The four lanes of a row all write the same.
-    rescale[thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power[r];
-  }
-}
-
-// Turns scores into probabilities, adds them to the rows' sums and stores them to the slot of the
-// rope columns, once all warps have read these.
-template <typename T>
-__device__ __forceinline__ void store_probabilities(float (&s)[32], SoftmaxRows& rows,
-                                                    float scale_log2, uint32_t slot,
-                                                    uint32_t scores_done, uint32_t parity) {
-  const int lane = threadIdx.x % 32;
-  const int row = (threadIdx.x % kWarpgroupThreads) / 32 * 16 + (lane & 15);
-  const float offset[2] = {finite_reference(rows.reference[0]),
-                           finite_reference(rows.reference[1])};
-  float sum[2][2] = {};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    uint32_t packed[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {  // row j % 2, columns 16 k + 8 (j / 2) and the next
-      float& low = s[8 * k + 2 * j];
-      float& high = s[8 * k + 2 * j + 1];
-      low = exp2_approx(fmaf(low, scale_log2, -offset[j % 2]));
-      high = exp2_approx(fmaf(high, scale_log2, -offset[j % 2]));
-      sum[j % 2][0] += low;
-      sum[j % 2][1] += high;
-      packed[j] = pack<T>(low, high);
-    }
-    if (k == 0) mbarrier_wait(scores_done, parity);
-    store_matrix_x4(slot + swizzled_offset(row, k * 2 + lane / 16), packed[0], packed[1], packed[2],
-                    packed[3]);
-  }
-  rows.sum[0] += sum[0][0] + sum[0][1];
-  rows.sum[1] += sum[1][0] + sum[1][1];
-}
-
-// The rows' sums over all columns, and their inverses for the value warpgroups.
-__device__ __forceinline__ void finish_sums(float (&inverse_sum)[kTileRows], SoftmaxRows& rows) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
-    rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
-    const float inverse = inverse_of_sum(rows.sum[r]);
-    if (lane % 4 == 0) inverse_sum[row + 8 * r] = inverse;
-  }
-}
-
-// Stores the rows' log-sum-exps, from their finished sums. index: the sequence or, if partial, the
-// workspace slot.
-__device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
-                                          const SoftmaxRows& rows, bool partial, int index) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroupThreads / 32 * 16 + lane / 4;
-  if (lane % 4 != 0) return;
-  float* target = args.lse_rows(index, partial) + tile.first;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float lse = row_lse(rows.reference[r], rows.sum[r], partial);
-    if (row + 8 * r < tile.count) target[row + 8 * r] = lse;
-  }
-}
-
 template <typename T>
 __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const int thread = threadIdx.x % kWarpgroupThreads;
@@ -201,8 +106,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
         mask_tile(args, smem.row_tile.first, s, tile,
                   args.clamp_seqlen(args.cache_seqlens[sequence]));
       update_references(smem.rescale[ring.slot], s, rows, args.scale_log2);
-      store_probabilities<T>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
-                             scores_done, ring.parity);
+      store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
+                                    scores_done, ring.parity);
       const bool last = tile + 1 == piece.tile_end;
       if (last) finish_sums(smem.inverse_sum[odd_piece], rows);
       fence_async_proxy();
@@ -224,8 +129,9 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       wgmma_wait<0>();
     }
     odd_piece ^= piece.tile_begin < piece.tile_end;
-    store_lse(args, smem.row_tile, rows, piece.partial(),
-              result_index(piece, blockIdx.z, sequence));
+    store_lse(args.lse_rows(result_index(piece, blockIdx.z, sequence), piece.partial()) +
+                  smem.row_tile.first,
+              smem.row_tile.count, rows, piece.partial());
   }
 }
 

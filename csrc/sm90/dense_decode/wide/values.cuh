@@ -2,8 +2,8 @@
 // thread of the right warpgroup issues all loads.
 #pragma once
 
-#include "sm90/attention/partial.cuh"
 #include "sm90/attention/softmax.cuh"
+#include "sm90/attention/store_rows.cuh"
 #include "sm90/dense_decode/output.cuh"
 #include "sm90/dense_decode/wide/load.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -12,88 +12,6 @@
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::dense_decode::wide {
-
-// Transposes a 4x4 of words between the four lanes of a quad: lane i's v[j] becomes lane j's v[i].
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int j = 0; j < 4; j += 2) {
-    const uint32_t other = __shfl_xor_sync(~0u, odd ? v[j] : v[j + 1], 1);
-    if (odd)
-      v[j] = other;
-    else
-      v[j + 1] = other;
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const uint32_t other = __shfl_xor_sync(~0u, upper ? v[j] : v[j + 2], 2);
-    if (upper)
-      v[j] = other;
-    else
-      v[j + 2] = other;
-  }
-}
-
-// Writes the normalised half of row `row` (o's row r) in 16 bit. A lane holds two neighbours of
-// each 8 columns; quads exchange them so that a lane stores 8 at once.
-template <typename T>
-__device__ __forceinline__ void store_row(const KernelArgs& args, const float (&o)[128], int r,
-                                          int column, float inverse_sum, int sequence, int row,
-                                          bool valid) {
-  T* target = static_cast<T*>(args.out) + output_offset(args, sequence, row, column);
-#pragma unroll
-  for (int i = 0; i < 32; i += 4) {
-    uint32_t v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      v[j] =
-          pack<T>(o[4 * (i + j) + 2 * r] * inverse_sum, o[4 * (i + j) + 2 * r + 1] * inverse_sum);
-    }
-    transpose_quad(v);
-    if (valid) *reinterpret_cast<uint4*>(target + i * 8) = uint4{v[0], v[1], v[2], v[3]};
-  }
-}
-
-// Writes the half row of a partial piece to the workspace (partial.cuh).
-__device__ __forceinline__ void store_partial_row(const KernelArgs& args, const float (&o)[128],
-                                                  int r, int half, float inverse_sum, int slot,
-                                                  int row, bool valid) {
-  float peaks[4] = {};
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    peaks[i % 4] = fmaxf(peaks[i % 4], fmaxf(fabsf(o[4 * i + 2 * r]), fabsf(o[4 * i + 2 * r + 1])));
-  }
-  float peak = fmaxf(fmaxf(peaks[0], peaks[1]), fmaxf(peaks[2], peaks[3]));
-  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-  if (!valid) return;
-  const int exponent = partial_exponent(peak * inverse_sum);
-  const float factor = inverse_sum * power_of_two(-exponent);
-  const int quad_lane = threadIdx.x % 4;
-  auto* target = reinterpret_cast<uint4*>(args.out_accum + output_offset(args, slot, row, 0));
-#pragma unroll
-  for (int i = 0; i < 32; i += 4) {
-    uint32_t v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      v[j] = pack<__half>(o[4 * (i + j) + 2 * r] * factor, o[4 * (i + j) + 2 * r + 1] * factor);
-    }
-    target[half * 32 + i + quad_lane] = uint4{v[0], v[1], v[2], v[3]};
-  }
-  if (quad_lane == 0) {
-    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = power_of_two(exponent);
-  }
-}
-
-// Zeros, of whichever type, for a row of a piece without keys, whose o is undefined.
-__device__ __forceinline__ void store_zero_row(uint4* target, bool partial, int half, bool valid) {
-  if (!valid) return;
-  const int quad_lane = threadIdx.x % 4;
-#pragma unroll 1
-  for (int i = 0; i < 32; i += 4) target[half * 32 + i + quad_lane] = uint4{};
-  if (partial && quad_lane == 0)
-    reinterpret_cast<float*>(target)[partial_scale(kValueDim) + half] = 1.0f;
-}
 
 // Writes what a piece has accumulated. All but o is read and derived anew: registers are short
 // here.
@@ -119,16 +37,18 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
       const uint64_t offset = output_offset(args, index, tile.first + row, 0);
       void* target = partial ? static_cast<void*>(args.out_accum + offset)
                              : static_cast<T*>(args.out) + offset;
-      store_zero_row(static_cast<uint4*>(target), partial, half, valid);
+      store_zero_half_row(static_cast<uint4*>(target), partial, half, valid);
       continue;
     }
     const float inverse_sum = smem.inverse_sum[odd_piece][row];
     if (!partial) {
-      store_row<T>(args, o, r, half * (kValueDim / 2) + thread % 4 * 8, inverse_sum, sequence,
-                   tile.first + row, valid);
+      store_half_row<T>(static_cast<T*>(args.out) +
+                            output_offset(args, sequence, tile.first + row, half * (kValueDim / 2)),
+                        o, r, inverse_sum, valid);
     } else {
-      store_partial_row(args, o, r, half, inverse_sum, piece_slot(blockIdx.z, continued),
-                        tile.first + row, valid);
+      store_partial_half_row(args.out_accum + output_offset(args, piece_slot(blockIdx.z, continued),
+                                                            tile.first + row, 0),
+                             o, r, half, inverse_sum, valid);
     }
   }
 }
