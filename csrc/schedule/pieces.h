@@ -33,14 +33,18 @@ FLASHMLA_HOST_DEVICE inline bool owns_work(Cut begin, Cut end, int sequence) {
          (sequence < end.sequence || (sequence == end.sequence && end.tile > 0));
 }
 
-FLASHMLA_HOST_DEVICE inline Piece piece_of(Cut begin, Cut end, int sequence, int32_t seqlen) {
-  const int32_t tiles = num_tiles(seqlen);
+// tiles: of the sequence.
+FLASHMLA_HOST_DEVICE inline Piece piece_of_tiles(Cut begin, Cut end, int sequence, int32_t tiles) {
   Piece piece;
   piece.continued = sequence == begin.sequence && begin.tile > 0;
   piece.unfinished = sequence == end.sequence && end.tile > 0;
   piece.tile_begin = piece.continued ? begin.tile : 0;
   piece.tile_end = piece.unfinished && end.tile < tiles ? end.tile : tiles;
   return piece;
+}
+
+FLASHMLA_HOST_DEVICE inline Piece piece_of(Cut begin, Cut end, int sequence, int32_t seqlen) {
+  return piece_of_tiles(begin, end, sequence, num_tiles(seqlen));
 }
 
 // Workspace slot of a piece that is continued or unfinished.

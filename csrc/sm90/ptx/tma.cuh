@@ -15,6 +15,15 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
+__device__ __forceinline__ void tma_load_3d(uint32_t destination, const CUtensorMap* map,
+                                            uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 // Coordinates out of the map's bounds are written as zeros and count as loaded.
 __device__ __forceinline__ void tma_load_5d(uint32_t destination, const CUtensorMap* map,
                                             uint32_t barrier, int c0, int c1, int c2, int c3,

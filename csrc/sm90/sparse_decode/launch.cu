@@ -6,36 +6,51 @@
 
 #include "sm90/host/launch.h"
 #include "sm90/merge/launch.h"
-#include "sm90/sparse_decode/kernels.h"
+#include "sm90/sparse_decode/narrow/kernels.h"
+#include "sm90/sparse_decode/wide/launch.h"
 
 namespace flashmla::sm90 {
 namespace {
 
-// Rows of a head tile: as many heads as there are, up to 64; but 16 or 32 if the schedule has so
-// few parts that the multiprocessors take all such tiles at once, as schedules of small problems
-// do. Small tiles take less time each; but each gathers the rows for itself.
-int choose_rows(const SparseDecodeParams& params, int multiprocessors) {
+// Whether the narrow kernel takes less time, in tiles of how many heads; else 0. It gathers the
+// rows anew for each tile: that pays where there is one, or where the multiprocessors take all at
+// once, as they do with schedules of small problems.
+int narrow_rows(const SparseDecodeParams& params, int multiprocessors) {
+  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
+      params.dtype != DType::kBFloat16) {
+    return 0;
+  }
   for (const int rows : {16, 32}) {
     const int64_t tiles = (params.h_q + rows - 1) / rows;
     if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return rows;
   }
-  return 64;
+  return 0;
+}
+
+Status check_source(const SparseSource& source) {
+  if (source.layer_blocks * source.block_size > INT32_MAX) {
+    return Status::InvalidArgument("sparse_decode takes layers of less than 2^31 slots");
+  }
+  if (source.format == Format::kDense && source.row_stride % 8 != 0) {
+    return Status::InvalidArgument(
+        "the Hopper sparse_decode kernel takes rows a multiple of 8 columns wide, got " +
+        std::to_string(source.row_stride));
+  }
+  return Status::Ok();
 }
 
 Status check_supported(const SparseDecodeParams& params) {
-  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
-      params.dtype != DType::kBFloat16) {
-    return Status::InvalidArgument(
-        "the Hopper sparse_decode kernel takes v32 caches without an extra cache, and bf16 "
-        "queries");
+  if (params.dtype == DType::kFloat32) {
+    return Status::InvalidArgument("the Hopper sparse_decode kernel takes 16-bit queries");
   }
-  if (params.d_qk != 576 || params.d_v != sparse::kValueDim) {
+  if ((params.d_qk != 576 && params.d_qk != 512) || params.d_v != sparse::kValueDim) {
     return Status::InvalidArgument(
-        "the Hopper sparse_decode kernel takes d_qk = 576 and d_v = 512, got d_qk = " +
+        "the Hopper sparse_decode kernel takes d_qk = 576 or 512 and d_v = 512, got d_qk = " +
         std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v));
   }
-  if (params.main.layer_blocks * params.main.block_size > INT32_MAX) {
-    return Status::InvalidArgument("sparse_decode takes layers of less than 2^31 slots");
+  if (Status s = check_source(params.main); !s.ok()) return s;
+  if (params.extra.blocks != nullptr) {
+    if (Status s = check_source(params.extra); !s.ok()) return s;
   }
   return require_hopper();
 }
@@ -46,6 +61,8 @@ sparse::SourceArgs make_source(const SparseSource& source) {
           .indices = source.indices,
           .topk_length = source.topk_length,
           .block_bytes = source.block_bytes,
+          .row_bytes = source.format == Format::kDense ? source.row_stride * 2
+                                                       : layout_of(source.format).plane_bytes[0],
           .last_first_block = std::max<int64_t>(source.num_blocks - source.layer_blocks, 0),
           .topk = source.topk,
           .block_size = source.block_size,
@@ -76,8 +93,8 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
   if (Status status = check_supported(params); !status.ok()) return status;
   int multiprocessors = 0;
   if (Status s = count_multiprocessors(&multiprocessors); !s.ok()) return s;
-  const int rows = choose_rows(params, multiprocessors);
   const sparse::KernelArgs args{.main = make_source(params.main),
+                                .extra = make_source(params.extra),
                                 .q = static_cast<const uint8_t*>(params.q),
                                 .attn_sink = params.attn_sink,
                                 .cuts = params.cuts,
@@ -88,7 +105,10 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .queries = params.b * params.s_q,
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
-  if (Status s = sparse::launch_v32(args, rows, params.num_parts, stream); !s.ok()) return s;
+  const int rows = narrow_rows(params, multiprocessors);
+  Status status = rows > 0 ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
+                           : sparse::wide::launch(params, args, stream);
+  if (!status.ok()) return status;
   return run_merge(merge_params(params), /*shares_sm=*/false, stream);
 }
 

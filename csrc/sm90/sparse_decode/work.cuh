@@ -5,6 +5,13 @@
 
 namespace flashmla::sm90::sparse {
 
+// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
+__device__ __forceinline__ int reread_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The up to kRows heads that this block computes.
 struct HeadTile {
   int first, count;
@@ -21,6 +28,20 @@ __device__ __forceinline__ int load_length(const SourceArgs& source, int query) 
   if (source.topk_length == nullptr) return source.topk;
   return min(max(source.topk_length[query], 0), source.topk);
 }
+
+// A query token's tiles: the main cache's, then the extra one's.
+struct QueryTiles {
+  int main_length, extra_length, main, all;
+
+  static __device__ __forceinline__ QueryTiles of(const sparse::KernelArgs& args, int query) {
+    QueryTiles tiles;
+    tiles.main_length = load_length(args.main, query);
+    tiles.extra_length = args.extra.blocks != nullptr ? load_length(args.extra, query) : 0;
+    tiles.main = num_tiles(tiles.main_length);
+    tiles.all = tiles.main + num_tiles(tiles.extra_length);
+    return tiles;
+  }
+};
 
 // The first block of the layer, wherever `first_block` points.
 __device__ __forceinline__ const uint8_t* find_layer(const SourceArgs& source) {

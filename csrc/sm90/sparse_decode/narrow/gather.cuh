@@ -4,10 +4,10 @@
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/shared_storage.cuh"
+#include "sm90/sparse_decode/narrow/shared_storage.cuh"
 #include "sm90/sparse_decode/work.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // Copies bytes (a multiple of 16, as the addresses are) and completes them on the mbarrier.
 __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
@@ -170,4 +170,4 @@ __device__ __forceinline__ void fill_ring(const KernelArgs& args,
   __syncwarp();
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

@@ -6,9 +6,9 @@
 #include "sm90/sparse_decode/config.h"
 #include "status.h"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // rows: of a head tile, 16, 32 or 64.
 Status launch_v32(const KernelArgs& args, int rows, int num_parts, cudaStream_t stream);
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

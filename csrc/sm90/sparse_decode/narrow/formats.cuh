@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // 512 e4m3 codes; 4 f32 scales, one per 128 columns; 64 bf16 columns of rope.
 struct V32 {
@@ -23,4 +23,4 @@ struct V32Nope {
   static constexpr int kScaleGroups = 4;
 };
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

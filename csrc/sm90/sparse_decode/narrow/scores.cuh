@@ -5,13 +5,13 @@
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/keys.cuh"
-#include "sm90/sparse_decode/query.cuh"
-#include "sm90/sparse_decode/shared_storage.cuh"
+#include "sm90/sparse_decode/narrow/keys.cuh"
+#include "sm90/sparse_decode/narrow/query.cuh"
+#include "sm90/sparse_decode/narrow/shared_storage.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
 #include "sm90/sparse_decode/work.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // Combines what all threads of the warpgroup have of a row. Ends with all warps having read.
 template <int kRows, typename Combine>
@@ -237,4 +237,4 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
   }
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

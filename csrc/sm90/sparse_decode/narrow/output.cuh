@@ -4,10 +4,10 @@
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/shared_storage.cuh"
+#include "sm90/sparse_decode/narrow/shared_storage.cuh"
 #include "sm90/sparse_decode/work.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // The first of a value warpgroup's kCount tiles of 64 columns.
 template <int kCount>
@@ -109,4 +109,4 @@ __device__ __forceinline__ void store_result(const KernelArgs& args, const Stora
   }
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

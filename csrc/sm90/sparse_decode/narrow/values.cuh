@@ -3,14 +3,14 @@
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
-#include "sm90/sparse_decode/convert.cuh"
-#include "sm90/sparse_decode/formats.cuh"
-#include "sm90/sparse_decode/gather.cuh"
-#include "sm90/sparse_decode/output.cuh"
-#include "sm90/sparse_decode/products.cuh"
+#include "sm90/sparse_decode/codes.cuh"
+#include "sm90/sparse_decode/narrow/formats.cuh"
+#include "sm90/sparse_decode/narrow/gather.cuh"
+#include "sm90/sparse_decode/narrow/output.cuh"
+#include "sm90/sparse_decode/narrow/products.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // Raw bytes of the warp's sixteen columns of 32 tokens, by eights of tokens: of each lane columns
 // 2g and 2g + 1, g = lane / 4, of tokens 2t and 2t + 1, t = lane % 4.
@@ -182,4 +182,4 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
   }
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

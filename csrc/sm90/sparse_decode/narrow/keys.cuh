@@ -3,12 +3,12 @@
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/convert.cuh"
-#include "sm90/sparse_decode/formats.cuh"
-#include "sm90/sparse_decode/products.cuh"
-#include "sm90/sparse_decode/shared_storage.cuh"
+#include "sm90/sparse_decode/codes.cuh"
+#include "sm90/sparse_decode/narrow/formats.cuh"
+#include "sm90/sparse_decode/narrow/products.cuh"
+#include "sm90/sparse_decode/narrow/shared_storage.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // Puts the scales of this warp's tokens where they are read: bf16 for the value warps; relative
 // ones for this warp. Returns whether there are scales that one factor does not hold. score_scale:
@@ -117,4 +117,4 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   pin_registers(s);
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

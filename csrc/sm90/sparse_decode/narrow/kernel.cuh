@@ -12,10 +12,10 @@
 
 #include "sm90/attention/work.cuh"
 #include "sm90/host/launch.h"
-#include "sm90/sparse_decode/scores.cuh"
-#include "sm90/sparse_decode/values.cuh"
+#include "sm90/sparse_decode/narrow/scores.cuh"
+#include "sm90/sparse_decode/narrow/values.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // Of a thread at the launch.
 template <int kRows>
@@ -103,4 +103,4 @@ Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream)
   }
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

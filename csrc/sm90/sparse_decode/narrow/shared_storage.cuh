@@ -2,9 +2,10 @@
 #pragma once
 
 #include "sm90/ptx/smem_desc.cuh"
-#include "sm90/sparse_decode/config.h"
+#include "sm90/sparse_decode/narrow/config.h"
+#include "sm90/sparse_decode/work.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // kRows: query heads of a tile. Its queries pass through the ring as items of four slots, as tiles
 // of tokens do.
@@ -101,17 +102,10 @@ __device__ __forceinline__ int query_row(int thread, int i) {
   return thread % 4 * 2 + (i & 1) + (i >> 1) * 8;
 }
 
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // Where a product's element is in a thread's registers: of its query row i, and of row
 // lane / 4 + 8 m of the warp's 16 of M.
 __device__ __forceinline__ constexpr int element(int i, int m) {
   return (i >> 1) * 4 + m * 2 + (i & 1);
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

@@ -5,9 +5,9 @@
 #include "sm90/attention/partial.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/shared_storage.cuh"
+#include "sm90/sparse_decode/narrow/shared_storage.cuh"
 
-namespace flashmla::sm90::sparse {
+namespace flashmla::sm90::sparse::narrow {
 
 // The power of two by which a tile's queries are divided, so that their largest is just within f16.
 // All its items are in the ring. Infinities and NaN do not count.
@@ -110,4 +110,4 @@ __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, i
   named_barrier_sync(kScoreBarrier, kWarpgroupThreads);
 }
 
-}  // namespace flashmla::sm90::sparse
+}  // namespace flashmla::sm90::sparse::narrow

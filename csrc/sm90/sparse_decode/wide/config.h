@@ -1,0 +1,34 @@
+// Sizes that the wide kernel's roles share, and its arguments.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "sm90/ptx/warpgroup.h"
+#include "sm90/sparse_decode/config.h"
+
+namespace flashmla::sm90::sparse::wide {
+
+constexpr int kRows = 64;    // query heads of a tile
+constexpr int kBuffers = 2;  // tiles of 16-bit rows in shared memory
+constexpr int kPlans = 8;    // tiles whose rows are known
+constexpr int kAhead = 4;    // of them beyond the one whose scores are computed: on their way to L2
+constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
+constexpr int kLatentChunks = kValueDim / 64;
+constexpr int kHalfTokens = kTileTokens / 2;  // that a buffer is freed by
+constexpr int kValueWarps = 2 * kWarps;
+// Warpgroups: scores, left values, right values, conversion; and the registers of their threads,
+// together the whole file.
+constexpr int kScoreRegisters = 88, kValueRegisters = 160, kConvertRegisters = 104;
+static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
+constexpr int kScoreBarrier = 1;  // a named barrier
+
+struct KernelArgs {
+  sparse::KernelArgs common;
+  // All columns of `query_box` rows of [b * s_q * h_q]; coordinates 0, row, 0.
+  CUtensorMap query_map;
+  int query_box;  // a multiple of eight
+};
+
+}  // namespace flashmla::sm90::sparse::wide

@@ -1,0 +1,16 @@
+// The wide kernel's instantiations, without the kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "sm90/sparse_decode/wide/config.h"
+#include "sm90/sparse_decode/wide/formats.cuh"
+#include "status.h"
+
+namespace flashmla::sm90::sparse::wide {
+
+// T: of queries and outputs.
+template <typename T, typename Main, typename Extra>
+Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream);
+
+}  // namespace flashmla::sm90::sparse::wide

@@ -1,0 +1,145 @@
+// The score warpgroup: S = Q K^T, whose rows are heads and whose columns are a tile's tokens; the
+// online softmax; probabilities for the value warpgroups. It plans tiles too (plan.cuh).
+#pragma once
+
+#include "sm90/attention/softmax_rows.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/tma.cuh"
+#include "sm90/ptx/wgmma.cuh"
+#include "sm90/sparse_decode/softmax.cuh"
+#include "sm90/sparse_decode/wide/plan.cuh"
+
+namespace flashmla::sm90::sparse::wide {
+
+// Loads a query token's heads. By one thread, when all products with the last one's are done.
+template <typename Storage>
+__device__ __forceinline__ void load_query(const KernelArgs& args, Storage& smem, int query) {
+  const uint32_t full = smem_address(&smem.query_full);
+  mbarrier_arrive_expect(full, args.query_box * kChunkRowBytes * Storage::kChunks);
+  tma_load_3d(smem_address(smem.query[0]), &args.query_map, full, 0,
+              query * args.common.h_q + blockIdx.x * kRows, 0);
+}
+
+// Starts a tile's products.
+template <typename T, typename Storage>
+__device__ __forceinline__ void start_scores(float (&s)[32], const Storage& smem, uint32_t tile,
+                                             int query_box) {
+  const uint64_t query = k_major_desc(smem_address(smem.query[0]));
+  const uint64_t keys = k_major_desc(smem_address(smem.keys[buffer_of(tile)][0]));
+  wgmma_fence();
+#pragma unroll
+  for (int c = 0; c < Storage::kChunks; ++c) {
+    const uint64_t rows = query + c * (query_box * (kChunkRowBytes / 16));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      wgmma_n64_ss<T>(s, rows + 2 * k, keys + c * (kChunkBytes / 16) + 2 * k, c + k > 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// Scores of tokens that are not attended become -inf. By warp of the planner sixteen tokens.
+template <typename AnyPlan>
+__device__ __forceinline__ void mask_scores(float (&s)[32], const AnyPlan& plan) {
+  const uint2 words = *reinterpret_cast<const uint2*>(plan.attended);
+  if ((words.x & words.y) == ~0u) return;
+  const int first = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    const uint32_t pair = (i < 16 ? words.x : words.y) >> (first + 2 * i % 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!(pair & 1)) s[i + 2 * r] = -INFINITY;
+      if (!(pair & 2)) s[i + 2 * r + 1] = -INFINITY;
+    }
+  }
+}
+
+// The rows' sums, and what the value warpgroups are to multiply with, sinks included.
+__device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, HeadTile heads,
+                                            float (&inverse_sum)[kRows], SoftmaxRows& rows,
+                                            bool partial) {
+  finish_sums(inverse_sum, rows);
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  if (partial || args.attn_sink == nullptr || lane % 4 != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= heads.count || !(rows.sum[r] > 0.0f)) continue;
+    inverse_sum[row + 8 * r] *= sink_share(row_lse_log2(rows.reference[r], rows.sum[r]),
+                                           args.attn_sink[heads.first + row + 8 * r]);
+  }
+}
+
+template <typename T, typename Main, typename Extra>
+__device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra>& smem) {
+  const sparse::KernelArgs& args = kernel_args.common;
+  const bool leader = threadIdx.x % 32 == 0;
+  const HeadTile heads = HeadTile::of_block<kRows>(args);
+  const auto lse_rows = [&](int query, const Piece& piece) {
+    return (piece.partial() ? args.lse_accum : args.lse) +
+           int64_t{result_index(piece, blockIdx.y, query)} * args.h_q + heads.first;
+  };
+  const auto on_empty = [&](int query, const Piece& piece) {
+    if (threadIdx.x < heads.count) lse_rows(query, piece)[threadIdx.x] = -INFINITY;
+  };
+  Planner<Main, Extra> planner;
+  planner.start(args, smem);
+  planner.plan_to(args, smem, 2);
+  PieceWalk walk = PieceWalk::before(smem.begin);
+  bool more = walk.next(args, smem.begin, smem.end, on_empty);
+  if (more && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
+  float s[32];
+  uint32_t tile = 0;  // of the part
+  int pieces = 0;
+
+  while (more) {
+    const int query = walk.query;
+    const Piece piece = walk.piece;
+    int tiles = piece.tile_end - piece.tile_begin;
+    SoftmaxRows rows;
+    mbarrier_wait(smem_address(&smem.query_full), pieces & 1);
+    mbarrier_wait(smem_address(&smem.keys_full[buffer_of(tile)]), parity_of(tile));
+    start_scores<T>(s, smem, tile, kernel_args.query_box);
+    planner.plan_to(args, smem, tile + 1 + kAhead);
+    if (tiles == 1) more = walk.next(args, smem.begin, smem.end, on_empty);
+    wgmma_wait<0>();
+    for (; tiles > 0; --tiles) {
+      pin_registers(s);
+      const bool last = tiles == 1;
+      const int buffer = buffer_of(tile);
+      const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
+      if (leader) mbarrier_arrive(scores_done);
+      mask_scores(s, smem.plan[tile % kPlans]);
+      update_references(smem.rescale[buffer], s, rows, args.scale_log2);
+      store_probabilities<T, true>(s, rows, args.scale_log2,
+                                   smem_address(smem.probabilities(buffer)), scores_done,
+                                   parity_of(tile));
+      if (last) {
+        finish_rows(args, heads, smem.inverse_sum[pieces % 3], rows, piece.partial());
+        if (more && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
+      }
+      fence_async_proxy();
+      __syncwarp();
+      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[buffer]));
+      // The next scores go first on the tensor cores, if their keys are there: then these have the
+      // value products to do while this warpgroup computes the next softmax.
+      ++tile;
+      const uint32_t full = smem_address(&smem.keys_full[buffer_of(tile)]);
+      const bool ready = !last && mbarrier_test(full, parity_of(tile));
+      const uint32_t values_go = smem_address(&smem.values_go[buffer]);
+      if (leader && !ready) mbarrier_arrive(values_go);
+      if (!last) {
+        mbarrier_wait(full, parity_of(tile));
+        start_scores<T>(s, smem, tile, kernel_args.query_box);
+      }
+      if (leader && ready) mbarrier_arrive(values_go);
+      planner.plan_to(args, smem, tile + 1 + kAhead);
+      if (tiles == 2) more = walk.next(args, smem.begin, smem.end, on_empty);
+      wgmma_wait<0>();
+    }
+    store_lse(lse_rows(query, piece), heads.count, rows, piece.partial());
+    ++pieces;
+  }
+}
+
+}  // namespace flashmla::sm90::sparse::wide
