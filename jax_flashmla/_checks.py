@@ -37,6 +37,33 @@ def check_query(q: Any) -> tuple[int, ...]:
     return b, s_q, h_q, d_qk
 
 
+def check_packed_query(q: Any) -> tuple[int, ...]:
+    """T, h_q and d_qk."""
+    num_tokens, h_q, d_qk = check_array("q", q, "[T, h_q, d_qk]", CACHE_DTYPES)
+    if num_tokens * h_q > INT32_MAX:
+        raise ValueError(
+            "q must have less than 2^31 rows T * h_q, got "
+            f"{num_tokens} * {h_q} = {num_tokens * h_q}"
+        )
+    return num_tokens, h_q, d_qk
+
+
+def as_cu_q_lens(cu_q_lens: Any) -> jax.Array:
+    """[b + 1] int32."""
+    cu_q_lens = as_int32("cu_q_lens", cu_q_lens, "[b + 1]")
+    if cu_q_lens.shape[0] < 2:
+        raise ValueError(f"cu_q_lens must have b + 1 >= 2 entries, got shape {cu_q_lens.shape}")
+    check_batch("cu_q_lens", cu_q_lens.shape[0] - 1)
+    return cu_q_lens
+
+
+def as_max_q_len(max_q_len: Any, num_tokens: int) -> int:
+    """The most packed tokens of a sequence, by default and at most all."""
+    if max_q_len is None:
+        return num_tokens
+    return min(check_int("max_q_len", max_q_len, 1, INT32_MAX), num_tokens)
+
+
 def as_cache_seqlens(cache_seqlens: Any) -> jax.Array:
     """[b] int32."""
     cache_seqlens = as_int32("cache_seqlens", cache_seqlens, "[b]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._windows import find_tokens
 from jax_flashmla._xla import vmap
-from jax_flashmla._xla.operation import Operation
+from jax_flashmla._xla.operation import Operation, check_unsharded
 from jax_flashmla.cache.format import CacheFormat, format_of_blocks
 from jax_flashmla.reference.append import cache_append as reference
 
@@ -25,6 +27,7 @@ def cache_append(
     positions: jax.Array,
     *,
     num_new: ArrayLike | None = None,
+    cu_q_lens: jax.Array | None = None,
     format: CacheFormat | None = None,
     kv_scale: ArrayLike | None = None,
     implementation: str | None = None,
@@ -36,6 +39,9 @@ def cache_append(
     or past the table, or where the block's id is outside [0, num_blocks). Two sequences must not be
     given the same slot: which of their rows it then holds is not defined.
 
+    With `cu_q_lens` the rows of a ragged batch are packed, as queries are in `dense_decode`: row j
+    of sequence i is rows[cu_q_lens[i] + j]. A row of no sequence is dropped.
+
     The update is in place inside a jitted function whose caller donates `blocks`, loops included.
     Otherwise XLA copies the whole cache first. Under `jax.vmap` it does so even where the cache is
     donated; where `blocks` is not mapped, the result is a cache for each index. To write to one
@@ -45,11 +51,14 @@ def cache_append(
         blocks: the cache [num_blocks, block_size, h_kv, d_qk], bfloat16, float16 or float32. With a
             format [num_blocks, *format.block_shape] in its storage_dtype.
         rows: new rows [b, s_new, h_kv, d_qk], of the same dtype; for formats other than "dense"
-            bfloat16, float16 or float32, which are quantised as `quantise` does.
+            bfloat16, float16 or float32, which are quantised as `quantise` does. With cu_q_lens
+            [T, h_kv, d_qk].
         block_table: block ids [b, max_blocks], int32.
         positions: token position [b] of each sequence's first new row, int32.
         num_new: how many of the s_new rows to write [b], int32, clamped to [0, s_new]; by default
-            all.
+            all. With cu_q_lens, of the sequence's own rows.
+        cu_q_lens: [b + 1] int32, ascending bounds of each sequence's packed rows. Values are
+            clamped to [0, T], and to the one before where they decrease.
         format: how blocks are stored; by default dense, as the array is.
         kv_scale: [] float32, what the codes of an "fp8_row" cache are multiplied with; by default
             1.
@@ -64,10 +73,17 @@ def cache_append(
         NotImplementedError: "kernel" where there is none.
     """
     _checks.check_implementation(implementation)
-    b, s_new, h_kv, d_qk = _checks.check_array(
-        "rows", rows, "[b, s_new, h_kv, d_qk]", _checks.CACHE_DTYPES
-    )
-    _checks.check_batch("rows", b)
+    if cu_q_lens is None:
+        b, s_new, h_kv, d_qk = _checks.check_array(
+            "rows", rows, "[b, s_new, h_kv, d_qk]", _checks.CACHE_DTYPES
+        )
+        _checks.check_batch("rows", b)
+    else:
+        s_new, h_kv, d_qk = _checks.check_array(
+            "rows", rows, "[T, h_kv, d_qk]", _checks.CACHE_DTYPES
+        )
+        cu_q_lens = _checks.as_cu_q_lens(cu_q_lens)
+        b = cu_q_lens.shape[0] - 1
     format = format_of_blocks(format, blocks)
     if format.name == "dense" and rows.dtype != format.dtype:
         raise TypeError(f"rows must have blocks' dtype {format.dtype}, got {rows.dtype}")
@@ -80,19 +96,44 @@ def cache_append(
     positions = _checks.as_per_sequence("positions", positions, b)
     if num_new is None:
         num_new = jnp.full(b, s_new, jnp.int32)
-    num_new = _checks.as_per_sequence("num_new", num_new, b)
+    written = _checks.as_per_sequence("num_new", num_new, b)
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
+    if cu_q_lens is not None:
+        packed = (rows, cu_q_lens, block_table, positions, written)
+        check_unsharded("cache_append", tuple(map(jax.typeof, packed)))
+        rows, block_table, positions, written = _unpack(*packed, block_size=format.block_size)
     (updated,) = append_op(
         blocks,
         rows,
         block_table,
         positions,
-        num_new,
+        written,
         kv_scale,
         format=format,
         implementation=implementation,
     )
     return updated
+
+
+@functools.partial(jax.jit, inline=True, static_argnames="block_size")
+def _unpack(
+    rows: jax.Array,
+    cu_q_lens: jax.Array,
+    block_table: jax.Array,
+    positions: jax.Array,
+    num_new: jax.Array,
+    *,
+    block_size: int,
+) -> tuple[jax.Array, ...]:
+    """Packed rows as T sequences with a row and a block each."""
+    num_tokens, max_blocks = rows.shape[0], block_table.shape[1]
+    tokens = find_tokens(cu_q_lens, num_tokens)
+    position = positions[tokens.sequence] + tokens.number  # past 2^31 - 1 it wraps to below 0
+    entry = position // block_size
+    written = tokens.owned & (tokens.number < num_new[tokens.sequence])
+    written &= (position >= 0) & (entry < max_blocks)
+    block = block_table[tokens.sequence, jnp.clip(entry, 0, max_blocks - 1)]
+    return rows[:, None], block[:, None], position % block_size, written.astype(jnp.int32)
 
 
 def _batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,14 +11,15 @@ import numpy as np
 
 from jax_flashmla import _checks, _limits
 from jax_flashmla._num_parts import default_split
+from jax_flashmla._windows import Windows, make_windows, window_tokens
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.dispatch import platform_refusal
-from jax_flashmla._xla.operation import Operation
+from jax_flashmla._xla.operation import Operation, check_unsharded
 from jax_flashmla.cache.format import CacheFormat, format_of_blocks
 from jax_flashmla.ops.make_schedule import (
     SplitSchedule,
     check_schedule,
-    make_schedule,
+    schedule_of_lengths,
     schedule_op,
 )
 from jax_flashmla.reference.attention import dense_decode as reference
@@ -35,6 +37,8 @@ def dense_decode(
     d_v: int = 512,
     sm_scale: float | None = None,
     causal: bool = False,
+    cu_q_lens: jax.Array | None = None,
+    max_q_len: int | None = None,
     format: CacheFormat | None = None,
     kv_scale: ArrayLike | None = None,
     schedule: SplitSchedule | None = None,
@@ -47,9 +51,14 @@ def dense_decode(
     same inputs give the same bits on the same device. Where the schedule cuts a sequence, the
     Hopper kernel rounds each piece's result to 11 bits before it merges them; a bfloat16 has 8.
 
+    With `cu_q_lens` the queries of a ragged batch are packed: sequence i has the tokens from
+    cu_q_lens[i] to cu_q_lens[i + 1], from none to a whole prompt. Tokens are attended in groups
+    that fill a tile of 64 query rows and read the cache together. A token of no sequence is padding
+    and may hold anything: out is 0 and lse -inf there.
+
     Args:
         q: [b, s_q, h_q, d_qk] bfloat16, float16 or float32; b at most 16384, and b * s_q * h_q
-            below 2^31. The Hopper kernel takes no float32.
+            below 2^31. The Hopper kernel takes no float32. With cu_q_lens [T, h_q, d_qk].
         blocks: [num_blocks, block_size, h_kv, d_qk] in q's dtype; h_kv divides h_q. With a format
             [num_blocks, *format.block_shape] in its storage_dtype.
         block_table: [b, max_blocks] int32, each sequence's blocks in order. Entries past a
@@ -58,27 +67,43 @@ def dense_decode(
             clamped to [0, max_blocks * block_size]. Slots past the length may hold anything.
         d_v: columns of a value, at most d_qk.
         sm_scale: scale of the scores, finite and positive; by default d_qk ** -0.5.
-        causal: query i sees keys below cache_seqlens - (s_q - 1 - i).
+        causal: query i sees keys below cache_seqlens - (s_q - 1 - i), where s_q is, with cu_q_lens,
+            the number of the sequence's own tokens: its queries are its cache's last tokens.
+        cu_q_lens: [b + 1] int32, ascending bounds of each sequence's packed tokens. Values are
+            clamped to [0, T], and to the one before where they decrease.
+        max_q_len: with cu_q_lens, the most tokens that a sequence has (static), T by default; 1
+            says that this step only decodes. Tokens past a sequence's first max_q_len are padding.
         format: how blocks are stored: "dense" (also with rows wider than d_qk), "v32" or "fp8_row";
             by default dense, as the array is.
         kv_scale: [] float32, what the codes of an "fp8_row" cache are multiplied with; by default
             1.
-        schedule: the step's schedule from `make_schedule`; made here by default (and once only
-            in a jitted step: XLA merges equal ones).
+        schedule: the step's schedule from `make_schedule`, which for packed queries is given
+            cu_q_lens, max_q_len and causal too; made here by default (and once only in a jitted
+            step: XLA merges equal ones).
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX, which can be differentiated.
 
     Returns:
-        out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend.
-        lse: [b, s_q, h_q] float32, natural log; -inf in a row with nothing to attend.
+        out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend; [T, h_q, d_v] with
+            cu_q_lens.
+        lse: [b, s_q, h_q] float32, natural log; -inf in a row with nothing to attend; [T, h_q] with
+            cu_q_lens.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
         NotImplementedError: implementation is "kernel" and there is none for this platform, device
             or these dimensions; or the kernel is differentiated.
     """
-    b, s_q, h_q, d_qk = _checks.check_query(q)
-    _checks.check_batch("q", b)
+    if cu_q_lens is None:
+        b, s_q, h_q, d_qk = _checks.check_query(q)
+        _checks.check_batch("q", b)
+        if max_q_len is not None:
+            raise ValueError(f"max_q_len must be None without cu_q_lens, got {max_q_len}")
+    else:
+        num_tokens, h_q, d_qk = _checks.check_packed_query(q)
+        cu_q_lens = _checks.as_cu_q_lens(cu_q_lens)
+        b = cu_q_lens.shape[0] - 1
+        longest = _checks.as_max_q_len(max_q_len, num_tokens)
     d_v = _checks.check_int("d_v", d_v, 1, _limits.INT32_MAX)
     if d_v > d_qk:
         raise ValueError(
@@ -106,16 +131,33 @@ def dense_decode(
         _checks.check_scale(sm_scale)
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
     _checks.check_implementation(implementation)
+    max_seqlen = block_table.shape[1] * format.block_size
+    windows, made_for = None, None
+    if cu_q_lens is not None:
+        check_unsharded("dense_decode", tuple(map(jax.typeof, (q, cu_q_lens, cache_seqlens))))
+        s_q = window_tokens(h_q, format.h_kv, longest)
+        windows = make_windows(
+            cu_q_lens,
+            cache_seqlens,
+            num_tokens=num_tokens,
+            s_q=s_q,
+            max_q_len=longest,
+            capacity=max_seqlen,
+            causal=bool(causal),
+        )
+        q, block_table, cache_seqlens = _unpack(windows, q, block_table)
+        b = cache_seqlens.shape[0]
+        made_for = f"q's T = {num_tokens} packed tokens (cu_q_lens, num_tokens, max_q_len)"
     if schedule is None:
-        schedule = make_schedule(
+        schedule = schedule_of_lengths(
             cache_seqlens,
             h_q=h_q,
             h_kv=format.h_kv,
             s_q=s_q,
-            max_seqlen=block_table.shape[1] * format.block_size,
+            max_seqlen=max_seqlen,
             implementation=implementation,
         )
-    schedule = check_schedule(schedule, b)
+    schedule = check_schedule(schedule, b, made_for)
     out, lse = decode_op(
         q,
         blocks,
@@ -130,7 +172,20 @@ def dense_decode(
         tile_rows=schedule.tile_rows,
         implementation=implementation,
     )
-    return out, lse
+    return (out, lse) if windows is None else _pack(windows, out, lse)
+
+
+@functools.partial(jax.jit, inline=True)
+def _unpack(
+    windows: Windows, q: jax.Array, block_table: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, table and lengths of a batch with a sequence for each window."""
+    return windows.unpack(q), block_table[windows.sequence], windows.cache_seqlens
+
+
+@functools.partial(jax.jit, inline=True)
+def _pack(windows: Windows, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return windows.pack(out, 0.0), windows.pack(lse, -jnp.inf)
 
 
 DECODE_FORMATS = ("dense", "v32", "fp8_row")
@@ -178,13 +233,23 @@ def _sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | Non
     )
 
 
+def _row_refusal(h_kv: int, row_stride: int) -> str | None:
+    """Why the Hopper kernel does not take rows of so many columns, d_qk and padding."""
+    # TMA takes strides of 16 bytes, and a map over several heads has them in steps of 64 columns.
+    unit = 8 if h_kv == 1 else 64
+    if row_stride % unit == 0:
+        return None
+    return (
+        f"the sm90 kernel of dense_decode takes rows (row_stride) of a multiple of {unit} columns "
+        f"with h_kv = {h_kv}, got {row_stride}"
+    )
+
+
 def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str | None:
     if format.name != "dense":
         return f"the sm90 kernel of dense_decode takes dense caches, got format {format.name}"
-    if format.row_stride is not None:
-        # csrc/sm90 has a stride for them, which no GPU test has been run on.
-        return f"the sm90 kernel of dense_decode takes rows without padding, got {format}"
-    return _sm90_refusal(q.shape[-1], d_v, format.block_size, q.dtype)
+    refusal = _sm90_refusal(q.shape[-1], d_v, format.block_size, q.dtype)
+    return refusal or _row_refusal(format.h_kv, format.row_stride or format.d_qk)
 
 
 def _results(

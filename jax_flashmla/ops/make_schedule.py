@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla import _checks, _limits
 from jax_flashmla._num_parts import default_split
+from jax_flashmla._windows import make_windows, window_tokens
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.reference.schedule import make_schedule as reference
 
@@ -49,6 +51,10 @@ def make_schedule(
     max_seqlen: int | None = None,
     num_parts: int | None = None,
     batch_invariant: bool = False,
+    cu_q_lens: jax.Array | None = None,
+    num_tokens: int | None = None,
+    max_q_len: int | None = None,
+    causal: bool = False,
     implementation: str | None = None,
 ) -> SplitSchedule:
     """Splits a ragged batch over the device's multiprocessors, on the device.
@@ -59,7 +65,7 @@ def make_schedule(
         cache_seqlens: [b] int32, tokens in each sequence's cache. Negative counts as 0.
         h_q: query heads, as in `dense_decode`.
         h_kv: heads of the cache; divides h_q.
-        s_q: query tokens per sequence.
+        s_q: query tokens per sequence; not given with cu_q_lens.
         max_seqlen: the most tokens that a sequence's cache has room for, block_table.shape[1] *
             block_size, if that is known. Where it leaves little to do, at most two tiles of 64
             tokens and 16 query rows for each multiprocessor, the Hopper kernel then takes smaller
@@ -73,6 +79,11 @@ def make_schedule(
             query rows): fit for batches of at least as many sequences as parts, of like lengths.
             Found by pure JAX on any platform; under `vmap`, where batches become one, the
             promise does not hold.
+        cu_q_lens: [b + 1] int32 for packed queries, as in `dense_decode`. The schedule is then for
+            their groups of tokens: above 16384 of these it cuts none of them.
+        num_tokens: with cu_q_lens, T: how many packed tokens q has, padding included (static).
+        max_q_len: with cu_q_lens, as in `dense_decode`.
+        causal: with cu_q_lens, as in `dense_decode`.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX.
 
@@ -88,19 +99,74 @@ def make_schedule(
     if max_seqlen is not None:
         _checks.check_int("max_seqlen", max_seqlen, 0, _limits.INT32_MAX)
     _checks.check_bool("batch_invariant", batch_invariant)
+    _checks.check_bool("causal", causal)
     _checks.check_implementation(implementation)
+    if num_parts is not None:
+        _checks.check_int("num_parts", num_parts, 1, _limits.MAX_PARTS)
+    if cu_q_lens is not None:
+        cu_q_lens = _checks.as_cu_q_lens(cu_q_lens)
+        _checks.as_per_sequence("cache_seqlens", cache_seqlens, cu_q_lens.shape[0] - 1)
+        num_tokens = _checks.check_int("num_tokens", num_tokens, 1, _limits.INT32_MAX)
+        max_q_len = _checks.as_max_q_len(max_q_len, num_tokens)
+        if s_q != 1:
+            raise ValueError(f"s_q must not be given with cu_q_lens, got {s_q}")
+        s_q = window_tokens(h_q, h_kv, max_q_len)
+        cache_seqlens = make_windows(
+            cu_q_lens,
+            cache_seqlens,
+            num_tokens=num_tokens,
+            s_q=s_q,
+            max_q_len=max_q_len,
+            capacity=_limits.INT32_MAX if max_seqlen is None else max_seqlen,
+            causal=bool(causal),
+        ).cache_seqlens
+    else:
+        for name, value in (("num_tokens", num_tokens), ("max_q_len", max_q_len)):
+            if value is not None:
+                raise ValueError(f"{name} must be None without cu_q_lens, got {value}")
+    return schedule_of_lengths(
+        cache_seqlens,
+        h_q=h_q,
+        h_kv=h_kv,
+        s_q=s_q,
+        max_seqlen=max_seqlen,
+        num_parts=num_parts,
+        batch_invariant=batch_invariant,
+        implementation=implementation,
+    )
+
+
+def schedule_of_lengths(
+    cache_seqlens: jax.Array,
+    *,
+    h_q: int,
+    h_kv: int,
+    s_q: int,
+    max_seqlen: int | None,
+    num_parts: int | None = None,
+    batch_invariant: bool = False,
+    implementation: str | None,
+) -> SplitSchedule:
+    """make_schedule of checked arguments, for any number of sequences."""
     b = cache_seqlens.shape[0]
     tile_rows = _limits.TILE_ROWS
     if num_parts is None:
         # Small tiles have other bits, and what is small depends on the batch.
         room = None if batch_invariant else max_seqlen
         num_parts, tile_rows = default_split(b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room)
-    num_parts = _checks.check_int("num_parts", num_parts, 1, _limits.MAX_PARTS)
-    if batch_invariant:
+    if b > _limits.MAX_BATCH:
+        cuts = uncut(b, num_parts)
+    elif batch_invariant:
         cuts = _whole_schedule(cache_seqlens, num_parts)
     else:
         (cuts,) = schedule_op(cache_seqlens, num_parts=num_parts, implementation=implementation)
     return SplitSchedule(cuts, b=b, tile_rows=tile_rows)
+
+
+def uncut(b: int, num_parts: int) -> jax.Array:
+    """Cuts, known while tracing, that give as many whole sequences to each part."""
+    sequence = np.arange(num_parts + 1, dtype=np.int64) * b // num_parts
+    return jnp.asarray(np.stack([sequence, np.zeros_like(sequence)], axis=1).astype(np.int32))
 
 
 def check_schedule(schedule: Any, b: int, made_for: str | None = None) -> SplitSchedule:

@@ -14,7 +14,12 @@ from jax_flashmla._sparse_source import as_source
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.cache.format import CacheFormat
-from jax_flashmla.ops.make_schedule import SplitSchedule, check_schedule, make_schedule
+from jax_flashmla.ops.make_schedule import (
+    SplitSchedule,
+    check_schedule,
+    make_schedule,
+    uncut,
+)
 from jax_flashmla.reference.sparse import Source
 from jax_flashmla.reference.sparse import sparse_decode as reference
 
@@ -207,8 +212,7 @@ def _make_cuts(
     most_tiles = sum(-(-topk // tile) for topk in topks)  # of a query token
     num_parts = sparse_num_parts(tiles=n * most_tiles, h_q=h_q)
     if n > _limits.MAX_BATCH:  # as many whole query tokens to each part
-        query = np.arange(num_parts + 1, dtype=np.int64) * n // num_parts
-        return jnp.asarray(np.stack([query, np.zeros_like(query)], axis=1).astype(np.int32))
+        return uncut(n, num_parts)
     tiles = sum(
         -(-jnp.clip(length, 0, topk) // tile)
         for length, topk in zip(topk_lengths, topks, strict=True)

@@ -184,12 +184,16 @@ def test_symbolic_extents_are_refused_by_name() -> None:
     ("format", "message"),
     [
         (
-            CacheFormat(row_stride=640),
-            "takes rows without padding, got CacheFormat.*row_stride=640",
+            CacheFormat(row_stride=580),
+            r"takes rows \(row_stride\) of a multiple of 8 columns with h_kv = 1, got 580",
+        ),
+        (
+            CacheFormat(h_kv=2, row_stride=600),
+            r"takes rows \(row_stride\) of a multiple of 64 columns with h_kv = 2, got 600",
         ),
         (CacheFormat(name="v32"), "takes dense caches, got format v32"),
     ],
-    ids=["wide rows", "v32"],
+    ids=["stride", "stride of heads", "v32"],
 )
 def test_caches_that_the_hopper_kernel_does_not_take(format: CacheFormat, message: str) -> None:
     def call(implementation: str | None) -> str:
