@@ -29,6 +29,14 @@ struct SourceArgs {
   int topk;
   int block_size;
   uint32_t layer_slots;
+  uint32_t inverse, shift;  // that divide by block_size (make_divisor); 0 for 1
+
+#ifdef __CUDACC__
+  // Of slots below 2^31.
+  __device__ __forceinline__ uint32_t block_of(uint32_t slot) const {
+    return inverse != 0 ? __umulhi(slot, inverse) >> shift : slot;
+  }
+#endif
 };
 
 struct KernelArgs {

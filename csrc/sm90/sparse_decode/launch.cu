@@ -12,19 +12,21 @@
 namespace flashmla::sm90 {
 namespace {
 
-// Whether the narrow kernel takes less time, in tiles of how many heads; else 0. It gathers the
-// rows anew for each tile: that pays where there is one, or where the multiprocessors take all at
-// once, as they do with schedules of small problems.
+// Whether the narrow kernel takes the call, which has no 16-bit tile to make.
+bool is_narrow(const SparseDecodeParams& params) {
+  return params.main.format == Format::kV32 && params.extra.blocks == nullptr &&
+         params.dtype == DType::kBFloat16;
+}
+
+// Rows of the narrow kernel's head tiles: as many heads as there are, up to 64; but 16 or 32 if the
+// schedule has so few parts that the multiprocessors take all such tiles at once, as schedules of
+// small problems do. Small tiles take less time each; but each gathers the rows for itself.
 int narrow_rows(const SparseDecodeParams& params, int multiprocessors) {
-  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
-      params.dtype != DType::kBFloat16) {
-    return 0;
-  }
   for (const int rows : {16, 32}) {
     const int64_t tiles = (params.h_q + rows - 1) / rows;
     if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return rows;
   }
-  return 0;
+  return 64;
 }
 
 Status check_source(const SparseSource& source) {
@@ -55,7 +57,17 @@ Status check_supported(const SparseDecodeParams& params) {
   return require_hopper();
 }
 
+// With which n / d is (n * inverse >> 32) >> shift for n < 2^31: the rounded-up 2^(32 + shift) / d,
+// shift = ceil(log2(d)) - 1; for 1 that does not fit and is 0. (Granlund, Montgomery: Division by
+// invariant integers.)
+void make_divisor(uint32_t d, uint32_t* inverse, uint32_t* shift) {
+  *shift = d > 1 ? 31 - __builtin_clz(d - 1) : 0;
+  *inverse = static_cast<uint32_t>(((uint64_t{1} << (32 + *shift)) + d - 1) / d);
+}
+
 sparse::SourceArgs make_source(const SparseSource& source) {
+  uint32_t inverse = 0, shift = 0;
+  if (source.blocks != nullptr) make_divisor(source.block_size, &inverse, &shift);
   return {.blocks = static_cast<const uint8_t*>(source.blocks),
           .first_block = source.first_block,
           .indices = source.indices,
@@ -67,7 +79,9 @@ sparse::SourceArgs make_source(const SparseSource& source) {
           .topk = source.topk,
           .block_size = source.block_size,
           .layer_slots = static_cast<uint32_t>(std::min(source.layer_blocks, source.num_blocks) *
-                                               source.block_size)};
+                                               source.block_size),
+          .inverse = inverse,
+          .shift = shift};
 }
 
 // The merge's view: a schedule row is a query token, whose rows are its heads.
@@ -105,9 +119,10 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .queries = params.b * params.s_q,
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
-  const int rows = narrow_rows(params, multiprocessors);
-  Status status = rows > 0 ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
-                           : sparse::wide::launch(params, args, stream);
+  Status status = is_narrow(params)
+                      ? sparse::narrow::launch_v32(args, narrow_rows(params, multiprocessors),
+                                                   params.num_parts, stream)
+                      : sparse::wide::launch(params, args, stream);
   if (!status.ok()) return status;
   return run_merge(merge_params(params), /*shares_sm=*/false, stream);
 }

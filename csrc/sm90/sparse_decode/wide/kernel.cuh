@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_scores<T>(args, smem);
   } else if (warpgroup == 3) {
     lower_registers<kConvertRegisters>();
-    run_convert<T>(args, smem);
+    run_convert<T>(smem);
   } else {
     raise_registers<kValueRegisters>();
     run_values<T>(args, smem);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "sm90/host/tensor_map.h"
 #include "sm90/sparse_decode/wide/kernels.h"
@@ -34,7 +35,9 @@ Status launch_formats(const SparseDecodeParams& params, const KernelArgs& args,
   if (main == extra) {
     switch (main) {
       case Format::kV32:
-        return launch_kernel<T, V32, V32>(args, parts, stream);
+        if constexpr (std::is_same_v<T, __half>)
+          return launch_kernel<T, V32, V32>(args, parts, stream);
+        break;
       case Format::kV32Nope:
         return launch_kernel<T, V32Nope, V32Nope>(args, parts, stream);
       case Format::kV4:

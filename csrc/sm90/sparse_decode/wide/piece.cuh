@@ -95,55 +95,60 @@ __device__ __forceinline__ uint32_t scale_factor(float scale) {
   }
 }
 
-// e4m3 NaN codes of v become NaN in the 16-bit columns.
-__device__ __forceinline__ void mend_nan(uint32_t (&columns)[8], const uint32_t (&v)[4]) {
+// Sixteen e4m3 codes, times scale_factor; in bf16 without what mend_codes adds.
+template <typename T>
+__device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 codes,
+                                              uint32_t factor) {
+  const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t nan = (v[i] & 0x7f7f7f7f) + 0x01010101;   // their bytes' upper bits
-    columns[2 * i] |= permute(nan, 0, 0x9988) & 0x7fff7fff;  // which fill halves
-    columns[2 * i + 1] |= permute(nan, 0, 0xbbaa) & 0x7fff7fff;
-  }
-}
-
-// Sixteen e4m3 codes.
-template <typename T, Scales kScales>
-__device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 codes, float scale) {
-  const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
-  const uint32_t factor = scale_factor<T, Codes::kE4M3>(scale);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    uint32_t carry = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       columns[2 * i] = multiply_bf16x2(place_codes<kBytes01>(v[i]), factor);
       columns[2 * i + 1] = multiply_bf16x2(place_codes<kBytes23>(v[i]), factor);
-      carry |= (v[i] & 0x7f7f7f7f) + 0x01010101;
-    }
-    if constexpr (kScales != Scales::kNone) {
-      if (is_large(scale)) {
-        const uint32_t excess = bf16_twice(excess_of(scale));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) columns[i] = multiply_bf16x2(columns[i], excess);
-      }
-    }
-    if (carry & 0x80808080) mend_nan(columns, v);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    } else {
       columns[2 * i] = multiply_f16x2(codes_to_f16<false>(v[i]), factor);
       columns[2 * i + 1] = multiply_f16x2(codes_to_f16<true>(v[i]), factor);
     }
   }
 }
 
+// The bytes' upper bits say which of four codes are NaN.
+__device__ __forceinline__ uint32_t find_nan(uint32_t codes) {
+  return (codes & 0x7f7f7f7f) + 0x01010101;
+}
+
+// Whether any of sixteen codes, or their scale, asks for mend_codes.
+__device__ __forceinline__ bool is_special(uint4 codes, float scale) {
+  const uint32_t nan =
+      find_nan(codes.x) | find_nan(codes.y) | find_nan(codes.z) | find_nan(codes.w);
+  return (nan & 0x80808080) != 0 || is_large(scale);
+}
+
+// Multiplies bf16 columns with the rest of a large scale, and makes NaN of NaN codes.
+__device__ __forceinline__ void mend_codes(uint32_t (&columns)[8], uint4 codes, float scale) {
+  uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(v[i]));  // find_nan anew: registers are short
+  const uint32_t excess = bf16_twice(excess_of(scale));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nan = find_nan(v[i]);
+    columns[2 * i] =
+        multiply_bf16x2(columns[2 * i], excess) | (permute(nan, 0, 0x9988) & 0x7fff7fff);
+    columns[2 * i + 1] =
+        multiply_bf16x2(columns[2 * i + 1], excess) | (permute(nan, 0, 0xbbaa) & 0x7fff7fff);
+  }
+}
+
 // Sixteen e2m1 codes, the even column in the low nibble.
 template <typename T>
-__device__ __forceinline__ void convert_nibbles(uint32_t (&columns)[8], uint2 codes, float scale) {
+__device__ __forceinline__ void convert_nibbles(uint32_t (&columns)[8], uint2 codes,
+                                                uint32_t factor) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   // Upper and lower bytes of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
   constexpr uint32_t kUpper03 = kBf16 ? 0x3f3f3f00 : 0x3e3c3800;
   constexpr uint32_t kUpper47 = kBf16 ? 0x40404040 : 0x46444240;
   constexpr uint32_t kLower03 = kBf16 ? 0xc0800000 : 0, kLower47 = kBf16 ? 0xc0804000 : 0;
-  const uint32_t factor = scale_factor<T, Codes::kE2M1>(scale);
   const uint32_t v[2] = {codes.x, codes.y};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -7,16 +7,13 @@
 
 namespace flashmla::sm90::sparse::wide {
 
-// Brings bytes (a multiple of 16, as the address is) from HBM to L2.
-__device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void prefetch_line(const void* source) {
+// Brings 64 bytes from HBM to L2.
+__device__ __forceinline__ void prefetch_sectors(const void* source) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(source) : "memory");
 }
 
 // The part's tiles in order, as one warp of the score warpgroup sees them: it plans sixteen tokens
-// of each, one a lane.
+// of each, one a lane of either half.
 template <typename Main, typename Extra>
 struct Planner {
   using Storage = SharedStorage<Main, Extra>;
@@ -88,11 +85,11 @@ struct Planner {
   __device__ __forceinline__ void fetch(const sparse::KernelArgs& args, const PlannerState& state) {
     const int warp = reread_thread() / 32, lane = reread_thread() % 32;
     index = -1;
-    if (lane >= kWarpTokens || state.tile >= state.tile_end) return;
+    if (state.tile >= state.tile_end) return;
     const bool extra = state.tile >= state.tiles.main;
     const SourceArgs& source = extra ? args.extra : args.main;
     const int tile = state.tile - (extra ? state.tiles.main : 0);
-    const int i = tile * kTileTokens + warp * kWarpTokens + lane;
+    const int i = tile * kTileTokens + warp * kWarpTokens + lane % kWarpTokens;
     if (i < (extra ? state.tiles.extra_length : state.tiles.main_length)) {
       index = __ldg(source.indices + int64_t{state.query} * source.topk + i);
     }
@@ -102,21 +99,26 @@ struct Planner {
   __device__ __forceinline__ void place(const SourceArgs& source, const uint8_t* layer,
                                         AnyPlan& plan) const {
     const int warp = reread_thread() / 32, lane = reread_thread() % 32;
-    const int token = warp * kWarpTokens + lane;
+    const int token = warp * kWarpTokens + lane % kWarpTokens;
     const bool attended = static_cast<uint32_t>(index) < source.layer_slots;
-    const uint32_t block = static_cast<uint32_t>(index) / source.block_size;
+    const uint32_t block = source.block_of(index);
     const uint32_t offset = static_cast<uint32_t>(index) - block * source.block_size;
     const uint8_t* base = layer + block * source.block_bytes;
-    const uint8_t* row = base + int64_t{offset} * source.row_bytes;
+    const uint8_t* row = attended ? base + int64_t{offset} * source.row_bytes : kZeroRow;
     const uint32_t all = __ballot_sync(~0u, attended);
-    if (lane < kWarpTokens) plan.row[token] = attended ? row : nullptr;
+    if (lane < kWarpTokens) plan.row[token] = row;
     if (lane == 0) plan.attended[warp] = all;
-    if (attended) prefetch_bulk(row, Format::kRowBytes);
+#pragma unroll
+    for (int i = 0; i < Format::kRowBytes; i += 2 * 64) {
+      const int byte = i + lane / kWarpTokens * 64;
+      if (byte < Format::kRowBytes) prefetch_sectors(row + byte);
+    }
     if constexpr (Format::kTwoPlanes) {
       const uint8_t* scales =
           base + int64_t{source.block_size} * Format::kRowBytes + offset * Format::kScaleBytes;
+      if (!attended) scales = kZeroRow;
       if (lane < kWarpTokens) plan.scales[token] = scales;
-      if (attended) prefetch_line(scales);
+      prefetch_sectors(scales);
     }
   }
 };

@@ -75,37 +75,41 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   const sparse::KernelArgs& args = kernel_args.common;
   const bool leader = threadIdx.x % 32 == 0;
   const HeadTile heads = HeadTile::of_block<kRows>(args);
-  const auto lse_rows = [&](int query, const Piece& piece) {
-    return (piece.partial() ? args.lse_accum : args.lse) +
-           int64_t{result_index(piece, blockIdx.y, query)} * args.h_q + heads.first;
+  const auto lse_rows = [&](const PieceWalk& piece) {
+    return (piece.partial() ? args.lse_accum : args.lse) + piece.first_row(args.h_q) + heads.first;
   };
-  const auto on_empty = [&](int query, const Piece& piece) {
-    if (threadIdx.x < heads.count) lse_rows(query, piece)[threadIdx.x] = -INFINITY;
+  const auto on_empty = [&](const PieceWalk& piece) {
+    if (threadIdx.x < heads.count) lse_rows(piece)[threadIdx.x] = -INFINITY;
   };
   Planner<Main, Extra> planner;
   planner.start(args, smem);
   planner.plan_to(args, smem, 2);
   PieceWalk walk = PieceWalk::before(smem.begin);
-  bool more = walk.next(args, smem.begin, smem.end, on_empty);
-  if (more && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
+  walk.next(args, smem.begin, smem.end, on_empty);
+  if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
   float s[32];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
 
-  while (more) {
-    const int query = walk.query;
-    const Piece piece = walk.piece;
-    int tiles = piece.tile_end - piece.tile_begin;
+  while (!walk.done()) {
+    const PieceWalk piece = walk;
     SoftmaxRows rows;
     mbarrier_wait(smem_address(&smem.query_full), pieces & 1);
-    mbarrier_wait(smem_address(&smem.keys_full[buffer_of(tile)]), parity_of(tile));
-    start_scores<T>(s, smem, tile, kernel_args.query_box);
-    planner.plan_to(args, smem, tile + 1 + kAhead);
-    if (tiles == 1) more = walk.next(args, smem.begin, smem.end, on_empty);
-    wgmma_wait<0>();
-    for (; tiles > 0; --tiles) {
-      pin_registers(s);
+    for (int tiles = piece.tiles; tiles > 0; --tiles) {
+      // These products go first on the tensor cores, if their keys are there: then these have the
+      // last tile's value products to do while this warpgroup computes the softmax.
+      const uint32_t full = smem_address(&smem.keys_full[buffer_of(tile)]);
+      const uint32_t last_go = smem_address(&smem.values_go[buffer_of(tile + 1)]);
+      const bool ready = mbarrier_test(full, parity_of(tile));
+      if (leader && !ready && tile > 0) mbarrier_arrive(last_go);
+      mbarrier_wait(full, parity_of(tile));
+      start_scores<T>(s, smem, tile, kernel_args.query_box);
+      if (leader && ready && tile > 0) mbarrier_arrive(last_go);
+      planner.plan_to(args, smem, tile + 1 + kAhead);
       const bool last = tiles == 1;
+      if (last) walk.next(args, smem.begin, smem.end, on_empty);
+      wgmma_wait<0>();
+      pin_registers(s);
       const int buffer = buffer_of(tile);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
@@ -116,28 +120,17 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
                                    parity_of(tile));
       if (last) {
         finish_rows(args, heads, smem.inverse_sum[pieces % 3], rows, piece.partial());
-        if (more && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
+        if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
       }
       fence_async_proxy();
       __syncwarp();
-      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[buffer]));
-      // The next scores go first on the tensor cores, if their keys are there: then these have the
-      // value products to do while this warpgroup computes the next softmax.
-      ++tile;
-      const uint32_t full = smem_address(&smem.keys_full[buffer_of(tile)]);
-      const bool ready = !last && mbarrier_test(full, parity_of(tile));
-      const uint32_t values_go = smem_address(&smem.values_go[buffer]);
-      if (leader && !ready) mbarrier_arrive(values_go);
-      if (!last) {
-        mbarrier_wait(full, parity_of(tile));
-        start_scores<T>(s, smem, tile, kernel_args.query_box);
+      if (leader) {
+        mbarrier_arrive(smem_address(&smem.probabilities_stored[buffer]));
+        if (last && walk.done()) mbarrier_arrive(smem_address(&smem.values_go[buffer]));
       }
-      if (leader && ready) mbarrier_arrive(values_go);
-      planner.plan_to(args, smem, tile + 1 + kAhead);
-      if (tiles == 2) more = walk.next(args, smem.begin, smem.end, on_empty);
-      wgmma_wait<0>();
+      ++tile;
     }
-    store_lse(lse_rows(query, piece), heads.count, rows, piece.partial());
+    store_lse(lse_rows(piece), heads.count, rows, piece.partial());
     ++pieces;
   }
 }

@@ -8,9 +8,13 @@
 
 namespace flashmla::sm90::sparse::wide {
 
+// A row of zeros of any format.
+alignas(16) __device__ const uint8_t kZeroRow[1152] = {};
+
 enum class Source : int { kNone, kMain, kExtra };  // kNone: past the part's last tile
 
-// The rows of a tile, by token: where they are in global memory; null where nothing is attended.
+// The rows of a tile, by token: where they are in global memory; kZeroRow where nothing is
+// attended.
 template <bool kTwoPlanes>
 struct Plan {
   const uint8_t* row[kTileTokens];

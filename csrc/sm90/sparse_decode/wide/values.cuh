@@ -16,10 +16,9 @@ struct OutputRows {
 
   template <typename T>
   static __device__ __forceinline__ OutputRows of(const sparse::KernelArgs& args, HeadTile heads,
-                                                  int query, const Piece& piece) {
-    const int64_t index = result_index(piece, blockIdx.y, query);
-    const int64_t offset = (index * args.h_q + heads.first) * kValueDim;
-    if (piece.partial()) return {args.out_accum + offset, true};
+                                                  const PieceWalk& walk) {
+    const int64_t offset = (walk.first_row(args.h_q) + heads.first) * kValueDim;
+    if (walk.partial()) return {args.out_accum + offset, true};
     return {static_cast<T*>(args.out) + offset, false};
   }
 };
@@ -66,18 +65,19 @@ __device__ __forceinline__ int value_half() { return reread_thread() / kWarpgrou
 template <typename T, typename Main, typename Extra>
 __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Extra>& smem) {
   const sparse::KernelArgs& args = kernel_args.common;
-  const auto on_empty = [&](int query, const Piece& piece) {
+  const auto on_empty = [&](const PieceWalk& empty) {
     const HeadTile heads = HeadTile::of_block<kRows>(args);
-    store_zeros<T>(OutputRows::of<T>(args, heads, query, piece), value_half(), heads.count);
+    store_zeros<T>(OutputRows::of<T>(args, heads, empty), value_half(), heads.count);
   };
   float o[128];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
   PieceWalk walk = PieceWalk::before(smem.begin);
 
-  while (walk.next(args, smem.begin, smem.end, on_empty)) {
-    const int tiles = walk.piece.tile_end - walk.piece.tile_begin;
-    for (int i = 0; i < tiles; ++i, ++tile) {
+  for (;;) {
+    walk.next(args, smem.begin, smem.end, on_empty);
+    if (walk.done()) return;
+    for (int i = 0; i < walk.tiles; ++i, ++tile) {
       const int buffer = buffer_of(tile);
       mbarrier_wait(smem_address(&smem.probabilities_stored[buffer]), parity_of(tile));
       const int power0 = smem.rescale[buffer][output_row(0)];
@@ -115,8 +115,8 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       __syncwarp();
     }
     const HeadTile heads = HeadTile::of_block<kRows>(args);
-    store_piece<T>(OutputRows::of<T>(args, heads, walk.query, walk.piece), o,
-                   smem.inverse_sum[pieces % 3], value_half(), heads.count);
+    store_piece<T>(OutputRows::of<T>(args, heads, walk), o, smem.inverse_sum[pieces % 3],
+                   value_half(), heads.count);
     ++pieces;
   }
 }
