@@ -5,6 +5,8 @@
 
 namespace flashmla {
 
+constexpr int kMaxTopk = 4096;
+
 // Of each query token the slots (block id * 64 + offset, by the unshifted table) of the
 // min(topk, visible) highest scores, ascending by position, then -1. Of equal scores the earlier
 // position wins; -inf and NaN are never selected. Scores are those of index_scores, bit for bit, or
@@ -24,8 +26,10 @@ struct IndexTopkParams {
 
   int32_t* indices;    // [b, s_q, topk] slots
   int32_t* positions;  // [b, s_q, topk] token positions, -1 behind
-  void* workspace;     // private to an implementation
-  int64_t workspace_bytes;
+  void* workspace;     // [index_topk_workspace_bytes], private to an implementation
 };
+
+// From the extents alone; workspace_bytes in jax_flashmla/ops/index_topk.py says the same.
+constexpr int64_t index_topk_workspace_bytes(const IndexTopkParams&) { return 1; }
 
 }  // namespace flashmla
