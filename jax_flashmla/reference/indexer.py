@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8, UInt32
+    from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 _BLOCK_SIZE = 64  # tokens
 _COLUMNS = 128
@@ -180,7 +180,8 @@ def _chunk_scores(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    scores = jnp.sum(weights[:, :, None] * jnp.maximum(products, 0), axis=1)  # a NaN stays
+    positive = jnp.where(products < 0, 0.0, products)  # unlike jnp.maximum's, a NaN stays on CPUs
+    scores = jnp.sum(weights[:, :, None] * positive, axis=1)
     scores = scores * jax.lax.bitcast_convert_type(scales, jnp.float32)[None, :]
     keep = in_layer[None, :] & (token[None, :] < visible[:, None])
     return jnp.where(keep, scores, -jnp.inf)
@@ -202,36 +203,13 @@ def _visible_tokens(
 
 def _select_rows(scores: Float32[Array, "n tokens"], topk: int) -> Int32[Array, "n {topk}"]:
     """Positions of each row's highest scores, ascending, then -1; of equal ones the earliest."""
-    keys = _selection_keys(scores)
-    k = jnp.minimum(_count(keys > 0), topk)
-
-    def add_bit(i: Array, threshold: Array) -> Array:
-        larger = threshold | jnp.uint32(1) << (31 - i).astype(jnp.uint32)
-        return jnp.where(_count(keys >= larger[:, None]) >= k, larger, threshold)
-
-    # The k-th highest key: the largest that k keys reach.
-    start = jnp.zeros_like(k, jnp.uint32)
-    threshold = jax.lax.fori_loop(0, 32, add_bit, start)[:, None]
-    above, ties = keys > threshold, keys == threshold
-    keep = above | (ties & (_running_count(ties) <= (k - _count(above))[:, None]))
-    rank = jnp.arange(1, topk + 1, dtype=jnp.int32)
-    find = jax.vmap(lambda counts: jnp.searchsorted(counts, rank).astype(jnp.int32))
-    return jnp.where(rank[None, :] <= k[:, None], find(_running_count(keep)), -1)
-
-
-def _selection_keys(scores: Float32[Array, "*n"]) -> UInt32[Array, "*n"]:
-    """Compare as scores do, -0 as 0; 0 for what is never selected: -inf and NaN."""
-    sign, infinity = jnp.uint32(0x80000000), jnp.uint32(0x7F800000)
+    n, tokens = scores.shape
+    # In integers: comparisons of floats may take denormals for 0.
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
-    bits = jnp.where(bits == sign, jnp.uint32(0), bits)
-    keys = jnp.where(bits >= sign, ~bits, bits | sign)
-    never = ((bits & ~sign) > infinity) | (bits == sign | infinity)
-    return jnp.where(never, jnp.uint32(0), keys)
-
-
-def _count(mask: Bool[Array, "n tokens"]) -> Int32[Array, "n"]:
-    return jnp.sum(mask, axis=1, dtype=jnp.int32)
-
-
-def _running_count(mask: Bool[Array, "n tokens"]) -> Int32[Array, "n tokens"]:
-    return jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    magnitude = bits & jnp.uint32(0x7FFFFFFF)
+    scores = jnp.where(magnitude == 0, 0.0, scores)  # -0.0 is 0.0
+    scores = jnp.where(magnitude > 0x7F800000, -jnp.inf, scores)
+    highest, positions = jax.lax.top_k(scores, min(topk, tokens))
+    positions = jnp.sort(jnp.where(highest > -jnp.inf, positions, tokens), axis=1)
+    positions = jnp.pad(positions, ((0, 0), (0, topk - positions.shape[1])), constant_values=tokens)
+    return jnp.where(positions < tokens, positions, -1)

@@ -7,6 +7,7 @@ sequence's blocks may be ids outside the layer; past them stands anything.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -192,6 +193,42 @@ def slots_of(positions: np.ndarray, block_table: np.ndarray) -> np.ndarray:
         block, offset = divmod(positions[i, j, k], 64)
         slots[i, j, k] = block_table[i, block] * 64 + offset
     return slots
+
+
+def hostile_keys(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [n, 128] and scales [n], a third of them not numbers that a cache would hold."""
+    codes = (100 * rng.standard_normal((n, 128), np.float32)).clip(-448, 448).astype(E4M3)
+    codes.view(np.uint8)[rng.random((n, 128)) < 0.001] = 0x7F
+    codes.view(np.uint8)[rng.random((n, 128)) < 0.001] = 0xFF
+    scales = np.full(n, 2.0**-7)
+    values = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, -0.01, 1e-40, 3e38, 0.0123]
+    odd = rng.random(n) < 0.3
+    scales[odd] = rng.choice(values, odd.sum())
+    return codes, scales.astype(np.float32)
+
+
+@functools.cache
+def hostile() -> tuple[dict[str, Any], np.ndarray]:
+    """Arguments, with expected scores [1, 2, tokens]."""
+    rng = np.random.default_rng(5)
+    codes, scales = hostile_keys(rng, 640)
+    blocks = np.concatenate(
+        [codes.view(np.uint8).reshape(10, -1), scales.view(np.uint8).reshape(10, -1)], axis=1
+    )
+    q = rng.standard_normal((1, 2, 8, 128)).astype(E4M3)
+    weights = (rng.standard_normal((1, 2, 8)) / 32).astype(np.float32)
+    arguments = {
+        "q": q,
+        "weights": weights,
+        "blocks": blocks,
+        "block_table": np.arange(10, dtype=np.int32)[None],
+        "cache_seqlens": np.array([640], np.int32),
+        "format": FORMAT,
+        "causal": False,
+    }
+    with np.errstate(all="ignore"):
+        expected = naive_scores(q, weights, codes[None], scales[None])
+        return arguments, expected.astype(np.float32)
 
 
 def index_cases() -> list[IndexCase]:

@@ -35,9 +35,9 @@ F32_DECODE = {
     "lse": Tolerance(absolute=2e-6, relative=1e-6),
 }
 
-# An indexer's scores, about 1 large, against float64 over the same codes and scales. Tensor cores add
-# e4m3 products with 13 bits behind the leading one, so the absolute bound is 2^-9 of the largest
-# heads' products, which cancel. Cosine: what DeepGEMM promises against simulated quantisation.
+# An indexer's scores, about 1 large, against float64 over the same codes and scales. Tensor cores
+# add e4m3 products with 13 bits behind the leading one, so the absolute bound is 2^-9 of the
+# largest heads' products, which cancel. Cosine: DeepGEMM's own against simulated quantisation.
 INDEX_SCORES = Tolerance(absolute=2e-3, relative=1e-2, cosine=5e-6)
 
 # The same in float32 on the CPU: products are exact, up to 64 * 128 of them are added (2^-24 each).
