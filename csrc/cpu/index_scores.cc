@@ -13,61 +13,59 @@ namespace {
 constexpr int64_t kTaskTokens = 16 * kIndexBlockSize;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-int64_t visible_to(const IndexScoresParams& params, const QueryGroup& group, int i) {
-  return visible_tokens(params.keys, group.sequence, params.s_q, params.causal, group.query + i);
-}
+// Query tokens of one sequence, at most kQueryGroup.
+struct QueryGroup {
+  int sequence;
+  int query;  // the first of the sequence's s_q
+  int size;
+};
 
 // Scores of the tokens [begin, end), which begin at a block, at scores[i * stride + token].
 void score_tokens(const IndexScoresParams& params, const QueryGroup& group, int64_t begin,
                   int64_t end, float* scores, int64_t stride) {
   static thread_local IndexQueries queries;
-  const int64_t seen = std::min(visible_to(params, group, group.size - 1), end);  // by any
-  if (seen > begin) queries.load(params, group.first, group.size);
+  const auto visible_to = [&](int i) {
+    return visible_tokens(params.keys, group.sequence, params.s_q, params.causal, group.query + i);
+  };
+  const int64_t seen = visible_to(group.size - 1);  // by any
+  if (seen > begin) {
+    queries.load(params, int64_t{group.sequence} * params.s_q + group.query, group.size);
+  }
   const int32_t* table = table_of(params.keys, group.sequence);
   for (int64_t token = begin; token < end; token += kIndexBlockSize) {
-    const int64_t last = std::min(token + kIndexBlockSize, end);
-    const uint8_t* block =
-        token < seen ? block_of(params.keys, table[token / kIndexBlockSize]) : nullptr;
+    const int32_t id = table[token / kIndexBlockSize];
+    const uint8_t* block = token < seen ? block_of(params.keys, id) : nullptr;
     if (block != nullptr) score_block(queries, block, scores + token, stride);
     for (int i = 0; i < group.size; ++i) {
-      const int64_t visible = block == nullptr ? token : visible_to(params, group, i);
-      float* row = scores + i * stride;
-      std::fill(row + std::clamp(visible, token, last), row + last, -kInfinity);
+      const int64_t visible = block == nullptr ? 0 : visible_to(i) - token;
+      float* row = scores + i * stride + token;
+      std::fill(row + std::clamp<int64_t>(visible, 0, kIndexBlockSize), row + kIndexBlockSize,
+                -kInfinity);
     }
   }
 }
 
 }  // namespace
 
-int num_query_groups(const IndexScoresParams& params) {
-  return params.b * ((params.s_q + kQueryGroup - 1) / kQueryGroup);
-}
-
-QueryGroup query_group(const IndexScoresParams& params, int index) {
-  const int per_sequence = (params.s_q + kQueryGroup - 1) / kQueryGroup;
-  QueryGroup group;
-  group.sequence = index / per_sequence;
-  group.query = index % per_sequence * kQueryGroup;
-  group.size = std::min(params.s_q - group.query, kQueryGroup);
-  group.first = int64_t{group.sequence} * params.s_q + group.query;
-  return group;
-}
-
-void score_groups(const IndexScoresParams& params, int begin, int end, float* scores,
-                  int64_t stride, const ParallelFor& parallel_for) {
-  const int chunks = static_cast<int>((stride + kTaskTokens - 1) / kTaskTokens);
-  const int64_t origin = query_group(params, begin).first;
-  parallel_for((end - begin) * chunks, [&](int task) {
-    const QueryGroup group = query_group(params, begin + task / chunks);
-    const int64_t token = task % chunks * kTaskTokens;
-    score_tokens(params, group, token, std::min(token + kTaskTokens, stride),
-                 scores + (group.first - origin) * stride, stride);
+void score_queries(const IndexScoresParams& params, int first, int n, int64_t tokens, float* scores,
+                   int64_t stride, const ParallelFor& parallel_for) {
+  const int groups = (n + kQueryGroup - 1) / kQueryGroup;  // of a sequence
+  const int chunks = static_cast<int>((tokens + kTaskTokens - 1) / kTaskTokens);
+  parallel_for(params.b * groups * chunks, [&](int task) {
+    QueryGroup group;
+    group.sequence = task / chunks / groups;
+    const int offset = task / chunks % groups * kQueryGroup;
+    group.query = first + offset;
+    group.size = std::min(n - offset, kQueryGroup);
+    const int64_t begin = task % chunks * kTaskTokens;
+    float* rows = scores + (int64_t{group.sequence} * n + offset) * stride;
+    score_tokens(params, group, begin, std::min(begin + kTaskTokens, tokens), rows, stride);
   });
 }
 
 Status run_index_scores(const IndexScoresParams& params, const ParallelFor& parallel_for) {
-  score_groups(params, 0, num_query_groups(params), params.scores,
-               int64_t{params.keys.max_blocks} * kIndexBlockSize, parallel_for);
+  const int64_t tokens = int64_t{params.keys.max_blocks} * kIndexBlockSize;
+  score_queries(params, 0, params.s_q, tokens, params.scores, tokens, parallel_for);
   return Status::Ok();
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
+#include <vector>
 
 #include "cpu/index/select.h"
 #include "cpu/index/visible.h"
@@ -11,8 +11,6 @@
 
 namespace flashmla::cpu {
 namespace {
-
-constexpr int64_t kScoresAtATime = int64_t{1} << 24;  // 64 MiB; at least a query group's
 
 IndexScoresParams scores_params(const IndexTopkParams& params) {
   return {.b = params.b,
@@ -44,18 +42,16 @@ void load_keys(const IndexTopkParams& params, int sequence, const float* scores,
   }
 }
 
-// Selects for query token `query` of b * s_q.
-void select_query(const IndexTopkParams& params, int64_t query, const float* scores) {
+void select_query(const IndexTopkParams& params, int sequence, int query, const float* scores) {
   static thread_local Selection selection;
-  const int sequence = static_cast<int>(query / params.s_q);
-  const int64_t visible = visible_tokens(params.keys, sequence, params.s_q, params.causal,
-                                         static_cast<int>(query % params.s_q));
+  const int64_t visible = visible_tokens(params.keys, sequence, params.s_q, params.causal, query);
   load_keys(params, sequence, scores, visible, selection.keys);
   selection.select(params.topk);
 
   const int32_t* table = table_of(params.keys, sequence);
-  int32_t* indices = params.indices + query * params.topk;
-  int32_t* positions = params.positions + query * params.topk;
+  const int64_t row = int64_t{sequence} * params.s_q + query;
+  int32_t* indices = params.indices + row * params.topk;
+  int32_t* positions = params.positions + row * params.topk;
   const auto n = static_cast<int64_t>(selection.positions.size());
   for (int64_t i = 0; i < n; ++i) {
     const int32_t position = selection.positions[i];
@@ -69,29 +65,23 @@ void select_query(const IndexTopkParams& params, int64_t query, const float* sco
 }  // namespace
 
 Status run_index_topk(const IndexTopkParams& params, const ParallelFor& parallel_for) {
-  if (params.scores != nullptr) {
-    const int64_t stride = int64_t{params.keys.max_blocks} * kIndexBlockSize;
-    parallel_for(params.b * params.s_q,
-                 [&](int query) { select_query(params, query, params.scores + query * stride); });
-    return Status::Ok();
-  }
+  const int64_t stride = int64_t{params.keys.max_blocks} * kIndexBlockSize;
+  int64_t longest = 0;
+  for (int i = 0; i < params.b; ++i) longest = std::max(longest, seqlen_of(params.keys, i));
+  const int64_t tokens = (longest + kIndexBlockSize - 1) / kIndexBlockSize * kIndexBlockSize;
 
-  int64_t stride = 1;  // the longest sequence's tokens, in whole blocks
-  for (int i = 0; i < params.b; ++i) stride = std::max(stride, seqlen_of(params.keys, i));
-  stride = (stride + kIndexBlockSize - 1) / kIndexBlockSize * kIndexBlockSize;
-  const IndexScoresParams scoring = scores_params(params);
-  const int num_groups = num_query_groups(scoring);
-  const int64_t group_size = query_group(scoring, 0).size;  // no group is larger
-  const auto at_a_time =
-      static_cast<int>(std::clamp<int64_t>(kScoresAtATime / (stride * group_size), 1, num_groups));
-  const std::unique_ptr<float[]> scores(new float[at_a_time * group_size * stride]);
-  for (int begin = 0; begin < num_groups; begin += at_a_time) {
-    const int end = std::min(begin + at_a_time, num_groups);
-    score_groups(scoring, begin, end, scores.get(), stride, parallel_for);
-    const QueryGroup last = query_group(scoring, end - 1);
-    const int64_t first = query_group(scoring, begin).first;
-    parallel_for(static_cast<int>(last.first + last.size - first),
-                 [&](int i) { select_query(params, first + i, scores.get() + i * stride); });
+  const bool given = params.scores != nullptr;
+  const int at_a_time = given ? params.s_q : static_cast<int>(index_topk_queries(params));
+  auto* workspace = static_cast<float*>(params.workspace);
+  const float* scores = given ? params.scores : workspace;
+  for (int first = 0; first < params.s_q; first += at_a_time) {
+    const int n = std::min(params.s_q - first, at_a_time);
+    if (!given) {
+      score_queries(scores_params(params), first, n, tokens, workspace, stride, parallel_for);
+    }
+    parallel_for(params.b * n, [&](int row) {
+      select_query(params, row / n, first + row % n, scores + row * stride);
+    });
   }
   return Status::Ok();
 }

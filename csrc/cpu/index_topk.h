@@ -6,7 +6,7 @@
 
 namespace flashmla::cpu {
 
-// Neither cuts nor workspace are used.
+// Cuts are not used, as by index_scores.
 Status run_index_topk(const IndexTopkParams& params, const ParallelFor& parallel_for);
 
 }  // namespace flashmla::cpu

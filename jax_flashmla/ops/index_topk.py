@@ -155,15 +155,16 @@ def sm90_refusal() -> str | None:
     return "there is no sm90 kernel of index_topk yet"
 
 
-def workspace_bytes(
-    *, b: int, s_q: int, heads: int, topk: int, max_blocks: int, num_parts: int
-) -> int:
-    """Of the Hopper kernels; heads is 0 where scores are given.
+_SCORE_BYTES = 2**25  # kIndexTopkScoreBytes in csrc/params/index_topk.h
+
+
+def workspace_bytes(*, b: int, s_q: int, max_blocks: int) -> int:
+    """Of the scores of as many query tokens as are selected for at once.
 
     index_topk_workspace_bytes in csrc/params/index_topk.h says the same.
     """
-    del b, s_q, heads, topk, max_blocks, num_parts
-    return 1
+    query_bytes = b * max_blocks * INDEX_BLOCK_SIZE * 4
+    return min(s_q, max(8, _SCORE_BYTES // query_bytes // 8 * 8)) * query_bytes
 
 
 def _no_keys(
@@ -179,19 +180,14 @@ def _no_keys(
     return q, weights, IndexLayer(blocks, first, layer_blocks)
 
 
-def _results(*operands: Any, topk: int, has_scores: bool, **_: Any) -> list:
-    q, _, _, scores, block_table, _, _, cuts = operands
+def _results(
+    *operands: Any, topk: int, has_scores: bool, **_: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    q, scores, block_table = operands[0], operands[3], operands[4]
     b, s_q = (scores if has_scores else q).shape[:2]
-    workspace = workspace_bytes(
-        b=b,
-        s_q=s_q,
-        heads=0 if has_scores else q.shape[2],
-        topk=topk,
-        max_blocks=block_table.shape[1],
-        num_parts=cuts.shape[0] - 1,
-    )
+    size = 1 if has_scores else workspace_bytes(b=b, s_q=s_q, max_blocks=block_table.shape[1])
     slots = ((b, s_q, topk), jnp.int32)
-    return [slots, slots, ((workspace,), jnp.uint8)]
+    return [slots, slots, ((size,), jnp.uint8)]
 
 
 def _reference(

@@ -168,10 +168,12 @@ def _chunk_scores(
     first = jnp.clip(keys.first_block, 0, last)
     stored = keys.blocks[first + jnp.where(in_layer, ids, 0)]
     codes = stored[:, : _BLOCK_SIZE * _COLUMNS].reshape(-1, _COLUMNS)
-    scales = stored[:, _BLOCK_SIZE * _COLUMNS :].reshape(-1, 4)
+    scale_bytes = stored[:, _BLOCK_SIZE * _COLUMNS :].reshape(-1, 4)
+    scales = jax.lax.bitcast_convert_type(scale_bytes, jnp.float32)
     in_layer = jnp.repeat(in_layer, _BLOCK_SIZE)
     seen = in_layer & (token < jnp.max(visible))  # by any query token: others may be poison
     codes = jnp.where(seen[:, None], codes, jnp.uint8(0))
+    scales = jnp.where(seen, scales, 0.0)
     values = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
     products = jnp.einsum(
         "nhd,td->nht",
@@ -181,8 +183,7 @@ def _chunk_scores(
         preferred_element_type=jnp.float32,
     )
     positive = jnp.where(products < 0, 0.0, products)  # unlike jnp.maximum's, a NaN stays on CPUs
-    scores = jnp.sum(weights[:, :, None] * positive, axis=1)
-    scores = scores * jax.lax.bitcast_convert_type(scales, jnp.float32)[None, :]
+    scores = jnp.sum(weights[:, :, None] * positive, axis=1) * scales[None, :]
     keep = in_layer[None, :] & (token[None, :] < visible[:, None])
     return jnp.where(keep, scores, -jnp.inf)
 
