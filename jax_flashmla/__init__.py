@@ -11,6 +11,8 @@ from jax_flashmla.compat import flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
 from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode, kernel_refusal
+from jax_flashmla.ops.index_scores import index_scores
+from jax_flashmla.ops.index_topk import index_topk
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.sparse_decode import sparse_decode
@@ -34,6 +36,8 @@ __all__ = [
     "export_checks",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "index_scores",
+    "index_topk",
     "kernel_refusal",
     "make_schedule",
     "merge_lse",

@@ -9,6 +9,8 @@ MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/schedule/plan.h
 INT32_MAX = 2**31 - 1
 TILE_ROWS = 64  # query rows of a tile that a schedule is made for by default
 SMALL_TILE_ROWS = 16  # in a small problem; kLeastRows in csrc/sm90/dense_decode/config.h
+MAX_INDEX_HEADS = 64  # kMaxIndexHeads in csrc/params/index_scores.h
+MAX_TOPK = 4096  # of index_topk; kMaxTopk in csrc/params/index_topk.h
 FORMATS = {  # Format in csrc/formats.h
     "dense": 0,
     "v32": 1,

@@ -21,6 +21,7 @@ using I32R0 = xla::ffi::BufferR0<xla::ffi::S32>;
 using I32R1 = xla::ffi::BufferR1<xla::ffi::S32>;
 using I32R2 = xla::ffi::BufferR2<xla::ffi::S32>;
 using I32R3 = xla::ffi::BufferR3<xla::ffi::S32>;
+using U8R1 = xla::ffi::BufferR1<xla::ffi::U8>;
 template <typename Buffer>
 using Result = xla::ffi::Result<Buffer>;
 

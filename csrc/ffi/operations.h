@@ -2,5 +2,7 @@
 // includes this has defined: see module_cpu.cc and module_cuda.cc.
 #include "ffi/cache_append.h"
 #include "ffi/dense_decode.h"
+#include "ffi/index_scores.h"
+#include "ffi/index_topk.h"
 #include "ffi/make_schedule.h"
 #include "ffi/sparse_decode.h"

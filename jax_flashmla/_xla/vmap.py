@@ -77,6 +77,35 @@ def fold_slots(
     return (blocks, indices, lengths, jnp.zeros((), jnp.int32)), blocks.shape[0]
 
 
+def fold_layer(
+    n: int, operands: tuple[jax.Array, ...], dims: Dims, block_size: int, layer_blocks: int
+) -> tuple[tuple[jax.Array, ...], int]:
+    """A layer whose blocks a table names, with n * b sequences; and its layer_blocks.
+
+    operands: blocks, block_table [b, max_blocks] and first_block. Where blocks or first_block are
+    mapped, ids then count from the beginning of the whole array; one that was outside the layer is
+    -1.
+    """
+    blocks, block_table, first = operands
+    blocks_dim, table_dim, first_dim = dims
+    block_table = fold(block_table, table_dim, n)
+    if blocks_dim is None and first_dim is None:
+        return (blocks, block_table, first), layer_blocks
+    num_blocks, times = _num_blocks(blocks, blocks_dim), 1 if blocks_dim is None else n
+    if times * num_blocks * block_size > _limits.INT32_MAX:
+        raise ValueError(
+            "blocks under vmap must hold at most 2^31 - 1 slots over the mapped axis, got "
+            f"{times} times {num_blocks} blocks of {block_size}"
+        )
+    first = jnp.broadcast_to(jnp.clip(first, 0, num_blocks - layer_blocks), n)
+    if blocks_dim is not None:
+        first = first + jnp.arange(n, dtype=jnp.int32) * num_blocks
+        blocks = fold(blocks, blocks_dim, n)
+    inside = (block_table >= 0) & (block_table < layer_blocks)
+    ids = block_table + jnp.repeat(first, block_table.shape[0] // n)[:, None]
+    return (blocks, jnp.where(inside, ids, -1), jnp.zeros((), jnp.int32)), blocks.shape[0]
+
+
 def _num_blocks(blocks: jax.Array, dim: int | None) -> int:
     """Of each mapped index."""
     return blocks.shape[1 if dim == 0 else 0]

@@ -35,6 +35,14 @@ F32_DECODE = {
     "lse": Tolerance(absolute=2e-6, relative=1e-6),
 }
 
+# An indexer's scores, about 1 large, against float64 over the same codes and scales. Tensor cores
+# add e4m3 products with 13 bits behind the leading one, so the absolute bound is 2^-9 of the
+# largest heads' products, which cancel. Cosine: DeepGEMM's own against simulated quantisation.
+INDEX_SCORES = Tolerance(absolute=2e-3, relative=1e-2, cosine=5e-6)
+
+# The same in float32 on the CPU: products are exact, up to 64 * 128 of them are added (2^-24 each).
+F32_INDEX_SCORES = Tolerance(absolute=1e-5, relative=1e-5, cosine=1e-11)
+
 # A layer in float32 against float64: five matrix products, each of whose sums rounds (2^-24), on
 # outputs of about 1; and the two paths take them in different orders.
 F32_LAYER = Tolerance(absolute=5e-6, relative=1e-5, cosine=1e-11)

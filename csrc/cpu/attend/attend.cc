@@ -10,43 +10,8 @@
 #include "formats.h"
 #include "quantise.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FLASHMLA_X86_DISPATCH 1
-#endif
-
-// Before a loop whose index picks a register.
-#ifdef __clang__
-#define FLASHMLA_UNROLL _Pragma("unroll")
-#else
-#define FLASHMLA_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// The same source for each instruction set, with vectors as wide as its registers.
-#if FLASHMLA_X86_DISPATCH
-
-#define FLASHMLA_ISA avx512
-#define FLASHMLA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define FLASHMLA_LANES 16
-#define FLASHMLA_REGISTERS 32
-#include "cpu/attend/attend_simd.h"
-
-#define FLASHMLA_ISA avx2
-#define FLASHMLA_TARGET __attribute__((target("avx2,fma")))
-#define FLASHMLA_LANES 8
-#define FLASHMLA_REGISTERS 16
-#include "cpu/attend/attend_simd.h"
-
-#endif
-
-#define FLASHMLA_ISA baseline
-#define FLASHMLA_TARGET
-#define FLASHMLA_LANES 4
-#if defined(__aarch64__)
-#define FLASHMLA_REGISTERS 32
-#else
-#define FLASHMLA_REGISTERS 16
-#endif
-#include "cpu/attend/attend_simd.h"
+#define FLASHMLA_SIMD_SOURCE "cpu/attend/attend_simd.h"
+#include "cpu/each_isa.h"
 
 namespace flashmla::cpu {
 namespace {
@@ -100,15 +65,7 @@ void AttendState::load_query(int row, const void* q, DType dtype, float scale) {
 }
 
 void attend_tile(const RowFormat& format, const Tile& tile, AttendState& state) {
-#if FLASHMLA_X86_DISPATCH
-  static const bool has_avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512) return avx512::attend_tile(format, tile, state);
-  if (has_avx2) return avx2::attend_tile(format, tile, state);
-#endif
-  baseline::attend_tile(format, tile, state);
+  FLASHMLA_RUN_BEST_ISA(attend_tile(format, tile, state));
 }
 
 }  // namespace flashmla::cpu

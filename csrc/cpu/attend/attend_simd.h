@@ -1,10 +1,4 @@
-// attend_tile for one instruction set. attend.cc includes this once for each, having defined
-//   FLASHMLA_ISA        namespace
-//   FLASHMLA_TARGET     function attribute that turns the instruction set on
-//   FLASHMLA_LANES      floats in a register
-//   FLASHMLA_REGISTERS  vector registers
-// It uses the compilers' vector extensions only. Functions from elsewhere stay outside the
-// target attribute, so no function that needs a newer CPU can stand in for an ordinary one.
+// attend_tile for one instruction set, as cpu/each_isa.h says.
 
 #include "cpu/attend/load_simd.h"
 
@@ -202,8 +196,3 @@ FLASHMLA_TARGET void attend_tile(const RowFormat& format, const Tile& tile, Atte
 }
 
 }  // namespace flashmla::cpu::FLASHMLA_ISA
-
-#undef FLASHMLA_ISA
-#undef FLASHMLA_TARGET
-#undef FLASHMLA_LANES
-#undef FLASHMLA_REGISTERS

@@ -1,5 +1,4 @@
-// From a token's bytes in any format to floats, for one instruction set: the first half of
-// attend_simd.h, which says what is defined here.
+// From a token's bytes in any format to floats, for one instruction set, as cpu/each_isa.h says.
 
 namespace flashmla::cpu::FLASHMLA_ISA {
 
