@@ -1,6 +1,9 @@
 // What index_topk is given. As index_scores.h says: extents have been checked, values have not.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "params/index_scores.h"
 
 namespace flashmla {
@@ -27,5 +30,22 @@ struct IndexTopkParams {
   void* workspace;     // private to an implementation
   int64_t workspace_bytes;
 };
+
+constexpr int64_t kIndexTopkScoreBytes = int64_t{32} << 20;
+
+// Query tokens of each sequence whose scores are in the workspace at once: as many as fit
+// kIndexTopkScoreBytes, so that their selection finds them in L2, but at least 8.
+constexpr int index_topk_queries(const IndexTopkParams& params) {
+  const int64_t bytes = std::max<int64_t>(int64_t{params.b} * params.keys.max_blocks * 256, 1);
+  return static_cast<int>(
+      std::min<int64_t>(params.s_q, std::max<int64_t>(kIndexTopkScoreBytes / bytes / 8 * 8, 8)));
+}
+
+// ops/index_topk.py says the same.
+constexpr int64_t index_topk_workspace_bytes(const IndexTopkParams& params) {
+  if (params.heads == 0) return 1;
+  return std::max<int64_t>(
+      int64_t{params.b} * index_topk_queries(params) * params.keys.max_blocks * 256, 1);
+}
 
 }  // namespace flashmla
