@@ -136,8 +136,7 @@ struct Bench {
     t.keys = p.keys, t.q = p.q, t.weights = p.weights, t.scores = scores, t.cuts = p.cuts;
     t.indices = (int32_t*)alloc(int64_t{p.b} * p.s_q * topk * 4);
     t.positions = (int32_t*)alloc(int64_t{p.b} * p.s_q * topk * 4);
-    t.workspace_bytes = index_topk_workspace_bytes(t);
-    t.workspace = alloc(t.workspace_bytes);
+    t.workspace = alloc(index_topk_workspace_bytes(t));
     return t;
   }
 

@@ -11,6 +11,7 @@ namespace flashmla {
 
 constexpr int kIndexColumns = 128;   // of a query head and of a key
 constexpr int kIndexBlockSize = 64;  // tokens
+constexpr int kMaxIndexHeads = 64;
 
 // Keys of the indexer, by the tables of the sequences that they belong to.
 struct IndexKeys {
@@ -26,7 +27,8 @@ struct IndexKeys {
 };
 
 // scores[i, j, t] = sum over heads h of weights[i, j, h] * relu(q[i, j, h] . key t) * scale t where
-// token t is visible, else -inf. Causal: query j sees tokens t <= length - s_q + j.
+// token t is visible, else -inf. A NaN in any factor makes it NaN. Causal: query j sees tokens t <=
+// length - s_q + j.
 struct IndexScoresParams {
   int b, s_q, heads;
   int num_parts;

@@ -2,11 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "params/index_scores.h"
 
 namespace flashmla {
+
+constexpr int kMaxTopk = 4096;
 
 // Of each query token the slots (block id * 64 + offset, by the unshifted table) of the
 // min(topk, visible) highest scores, ascending by position, then -1. Of equal scores the earlier
@@ -27,25 +28,24 @@ struct IndexTopkParams {
 
   int32_t* indices;    // [b, s_q, topk] slots
   int32_t* positions;  // [b, s_q, topk] token positions, -1 behind
-  void* workspace;     // private to an implementation
-  int64_t workspace_bytes;
+  void* workspace;     // [index_topk_workspace_bytes]
 };
 
 constexpr int64_t kIndexTopkScoreBytes = int64_t{32} << 20;
 
 // Query tokens of each sequence whose scores are in the workspace at once: as many as fit
-// kIndexTopkScoreBytes, so that their selection finds them in L2, but at least 8.
-constexpr int index_topk_queries(const IndexTopkParams& params) {
-  const int64_t bytes = std::max<int64_t>(int64_t{params.b} * params.keys.max_blocks * 256, 1);
-  return static_cast<int>(
-      std::min<int64_t>(params.s_q, std::max<int64_t>(kIndexTopkScoreBytes / bytes / 8 * 8, 8)));
+// kIndexTopkScoreBytes, in eights, and at least 8.
+constexpr int64_t index_topk_queries(const IndexTopkParams& params) {
+  const int64_t bytes = int64_t{params.b} * params.keys.max_blocks * kIndexBlockSize * 4;
+  const int64_t fit = kIndexTopkScoreBytes / std::max<int64_t>(bytes, 1) / 8 * 8;
+  return std::min<int64_t>(params.s_q, std::max<int64_t>(fit, 8));
 }
 
-// ops/index_topk.py says the same.
+// Of scores [b, index_topk_queries, max_blocks * 64] f32. workspace_bytes in
+// jax_flashmla/ops/index_topk.py says the same.
 constexpr int64_t index_topk_workspace_bytes(const IndexTopkParams& params) {
-  if (params.heads == 0) return 1;
-  return std::max<int64_t>(
-      int64_t{params.b} * index_topk_queries(params) * params.keys.max_blocks * 256, 1);
+  if (params.scores != nullptr) return 1;
+  return params.b * index_topk_queries(params) * params.keys.max_blocks * kIndexBlockSize * 4;
 }
 
 }  // namespace flashmla

@@ -14,8 +14,8 @@ namespace index_scores {
 namespace {
 
 Status check_supported(const IndexScoresParams& params) {
-  if (params.heads > 64) {
-    return Status::InvalidArgument("the Hopper index_scores kernel takes up to 64 heads, got " +
+  if (params.heads < 1 || params.heads > kMaxIndexHeads) {
+    return Status::InvalidArgument("the Hopper index_scores kernel takes 1 to 64 heads, got " +
                                    std::to_string(params.heads));
   }
   if (params.keys.num_blocks < 1 || params.keys.num_blocks > INT32_MAX) {

@@ -9,7 +9,6 @@ namespace flashmla::sm90::index_topk {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxTopk = 4096;
 constexpr int kMaxCluster = 8;  // blocks that share a row; more are not portable
 constexpr int kBins = 2048;     // of a digit: 11 bits
 // Keys that a block keeps in shared memory; those beyond are made from the scores again.

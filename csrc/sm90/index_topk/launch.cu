@@ -21,11 +21,6 @@ Status check_supported(const IndexTopkParams& params) {
   if (int64_t{params.b} * params.s_q * kMaxCluster > INT32_MAX) {
     return Status::InvalidArgument("index_topk takes less than 2^28 query tokens (b * s_q)");
   }
-  if (params.workspace_bytes < index_topk_workspace_bytes(params)) {
-    return Status::InvalidArgument("index_topk needs a workspace of " +
-                                   std::to_string(index_topk_workspace_bytes(params)) +
-                                   " bytes, got " + std::to_string(params.workspace_bytes));
-  }
   return require_hopper();
 }
 
@@ -49,17 +44,13 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
   const int cluster = choose_cluster(rows, max_tokens, multiprocessors);
   const int64_t share = (params.keys.max_blocks + cluster - 1) / cluster * int64_t{64};
   const int key_room = static_cast<int>(std::min<int64_t>(share, kMaxKeys));
-  int64_t layer_blocks = params.keys.layer_blocks;
-  if (params.keys.blocks != nullptr) {
-    layer_blocks = std::min(layer_blocks, params.keys.num_blocks);
-  }
   const KernelArgs args{.scores = scores,
                         .block_table = params.keys.block_table,
                         .cache_seqlens = params.keys.cache_seqlens,
                         .indices = params.indices,
                         .positions = params.positions,
                         .max_tokens = max_tokens,
-                        .layer_blocks = static_cast<uint32_t>(layer_blocks),
+                        .layer_blocks = static_cast<uint32_t>(params.keys.layer_blocks),
                         .max_blocks = params.keys.max_blocks,
                         .s_q = params.s_q,
                         .first_query = first_query,
@@ -102,7 +93,7 @@ Status run_index_topk(const IndexTopkParams& params, cudaStream_t stream) {
                                   .cuts = params.cuts,
                                   .scores = nullptr};
   auto* const scores = static_cast<float*>(params.workspace);
-  const int at_once = index_topk_queries(params);
+  const int at_once = static_cast<int>(index_topk_queries(params));
   for (int first = 0; first < params.s_q; first += at_once) {
     const int queries = std::min(at_once, params.s_q - first);
     Status s = run_index_scores_of(scoring, first, queries, /*fill=*/false, scores, stream);
