@@ -72,9 +72,11 @@ __device__ void run_loads(const KernelArgs& args, Storage& smem) {
     int next_blocks = item.sequence < 0 ? -1 : read_table(item.tile_begin);
     load_queries<Storage, kHeads>(args, smem, item, turn);
     if (item.sequence < 0) return;
+#pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; tile += 32) {
       const int blocks = next_blocks, count = min(item.tile_end - tile, 32);
       next_blocks = read_table(tile + 32);
+#pragma unroll 1
       for (int i = 0; i < count; ++i, ++tiles) {
         const int slot = tiles % kStages, block = __shfl_sync(~0u, blocks, i);
         // Of the slot's last round; passes at once in the first.

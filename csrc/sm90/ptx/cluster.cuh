@@ -19,6 +19,7 @@ __device__ __forceinline__ uint32_t cluster_size() {
 
 // Synchronises all threads of the cluster, and makes their stores to shared memory visible to it.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
