@@ -21,9 +21,17 @@ struct Work {
       begin = load_cut(args.cuts, blockIdx.y, args.b);
       end = load_cut(args.cuts, blockIdx.y + 1, args.b);
       sequence = begin.sequence;
+      prefetch_table();
     } else {
       next_unit = blockIdx.x;
     }
+  }
+
+  // The first item's block ids, on their way while the length is read.
+  __device__ void prefetch_table() const {
+    if (sequence >= args.b || begin.tile >= args.max_blocks) return;
+    const int32_t* id = args.block_table + int64_t{sequence} * args.max_blocks + begin.tile;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(id));
   }
 
   // The tiles that some query of the item sees, at most those given.

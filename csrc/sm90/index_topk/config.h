@@ -27,7 +27,7 @@ struct KernelArgs {
   int topk;
   int key_room;  // keys that a block has shared memory for, a multiple of 64
   bool causal;
-  bool check_blocks;  // scores of blocks outside the layer are not -inf
+  bool given;  // the scores, not by index_scores: those of blocks outside the layer may be anything
 };
 
 }  // namespace flashmla::sm90::index_topk

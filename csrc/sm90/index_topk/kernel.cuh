@@ -23,11 +23,14 @@ __global__ void __launch_bounds__(kThreads, 3) index_topk_kernel(const KernelArg
   const int64_t row = blockIdx.x / blocks;
   const int64_t sequence = row / args.queries;
   const int query = args.first_query + static_cast<int>(row % args.queries);
+  // index_scores let this kernel start when whatever came before it was done: only the scores are
+  // to be waited for.
+  int seqlen = args.given ? 0 : args.cache_seqlens[sequence];
   __syncthreads();
   wait_for_prerequisites();
   launch_dependents();
-  const int64_t length =
-      min(max(int64_t{args.cache_seqlens[sequence]}, int64_t{0}), args.max_tokens);
+  if (args.given) seqlen = args.cache_seqlens[sequence];
+  const int64_t length = min(max(int64_t{seqlen}, int64_t{0}), args.max_tokens);
   const int seen = max(int64_t{0}, args.causal ? length - (args.s_q - 1 - query) : length);
   const Slice slice = Slice::of_block(args, row, seen, blocks, rank);
   Threshold threshold{0, 0};  // all

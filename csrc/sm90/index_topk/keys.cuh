@@ -34,7 +34,7 @@ struct Slice {
             .count = count,
             .kept = min(count, args.key_room),
             .layer_blocks = args.layer_blocks,
-            .check_blocks = args.check_blocks};
+            .check_blocks = args.given};
   }
 
   __device__ __forceinline__ bool in_layer(int i) const {

@@ -58,7 +58,7 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .topk = params.topk,
                         .key_room = key_room,
                         .causal = params.causal,
-                        .check_blocks = params.scores != nullptr};
+                        .given = params.scores != nullptr};
   return launch(index_topk_kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
                  .block = kThreads,
