@@ -47,7 +47,7 @@ struct LaunchOptions {
   // Asks for as much of a multiprocessor's 256 KB as shared memory as there can be: the driver
   // would leave L1 more, and so no room for another kernel's block beside this one's.
   bool most_shared = false;
-  int cluster = 1;  // neighbouring blocks of grid.x that run together
+  int cluster = 1;  // neighbouring blocks of grid.x that run together, up to 16
 };
 
 template <typename... Params, typename... Args>
@@ -63,6 +63,11 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributePreferredSharedMemoryCarveout,
                                                    cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return to_status(error, name);
+  }
+  if (options.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return to_status(error, name);
   }
   cudaLaunchAttribute attributes[2];
