@@ -30,22 +30,24 @@ __device__ __forceinline__ void clear_bins(SharedStorage& smem) {
 // Adds up the blocks' counts, each block a share of the bins, which it sends to all. Every block
 // has counted before, and has the totals after.
 __device__ __forceinline__ void sum_cluster(SharedStorage& smem, uint32_t blocks) {
+  constexpr uint32_t kAtOnce = 8;  // loads
   const uint32_t share = kBins / blocks, rank = cluster_rank();
   cluster_sync();
   for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
     const uint32_t counts = smem_address(&smem.bins.counts[rank * share + i]);
     const uint32_t totals = smem_address(&smem.bins.totals[rank * share + i]);
-    uint32_t part[kMaxCluster], sum = 0;
+    uint32_t sum = 0;
+    for (uint32_t first = 0; first < blocks; first += kAtOnce) {
+      uint32_t part[kAtOnce];
 #pragma unroll
-    for (uint32_t k = 0; k < kMaxCluster; ++k) {
-      part[k] = k < blocks ? load_cluster(map_shared(counts, k)) : 0;
+      for (uint32_t k = 0; k < kAtOnce; ++k) {
+        part[k] = first + k < blocks ? load_cluster(map_shared(counts, first + k)) : 0;
+      }
+#pragma unroll
+      for (uint32_t k = 0; k < kAtOnce; ++k) sum += part[k];
     }
-#pragma unroll
-    for (uint32_t k = 0; k < kMaxCluster; ++k) sum += part[k];
-#pragma unroll
-    for (uint32_t k = 0; k < kMaxCluster; ++k) {
-      if (k < blocks) store_cluster(map_shared(totals, k), sum);
-    }
+#pragma unroll 4
+    for (uint32_t k = 0; k < blocks; ++k) store_cluster(map_shared(totals, k), sum);
   }
   cluster_sync();
 }
