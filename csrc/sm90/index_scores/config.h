@@ -20,8 +20,8 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
 constexpr int kWarpgroups = 2;                  // that score, a tile each in turn
 constexpr int kScoringWarps = kWarpgroups * kWarps;
-// A slot is always the same warpgroup's: else one could wait for a phase while the other's before it
-// has not begun, which parities cannot tell from the one before that.
+// A slot is always the same warpgroup's: else one could wait for a phase while the other's before
+// it has not begun, which parities cannot tell from the one before that.
 static_assert(kStages % kWarpgroups == 0);
 // And a warp that loads. With N = 256 a whole warpgroup, whose registers the others take.
 template <int kN>
