@@ -22,6 +22,8 @@ KERNELS = (
     *SPARSE_KERNELS,
     "merge_kernel",
     "cache_append_kernel",
+    "index_scores_kernel",
+    "index_topk_kernel",
 )
 
 
@@ -109,6 +111,31 @@ def test_sparse_decode_uses_tensor_cores_and_bulk_copies(instructions):
         assert count["HGMMA"] > 0, name
         assert count["UBLKCP"] > 0, name
         assert count["HMMA"] == 0, name
+
+
+@pytest.mark.parametrize("heads", [32, 64])
+@pytest.mark.parametrize("queries", [1, 2, 4, 8])
+@pytest.mark.parametrize("product", ["QGMMA", "HGMMA"])
+def test_index_scores_is_built_for_every_product(instructions, product, queries, heads):
+    """Of up to 256 columns with e4m3 queries (QGMMA), 128 with bf16 ones (HGMMA)."""
+    fp8 = product == "QGMMA"
+    name = f"index_scores_kernelILb{int(fp8)}ELi{heads}ELi{queries}EE"
+    found = [count for kernel, count in instructions.items() if name in kernel]
+    assert len(found) == (heads * queries <= (256 if fp8 else 128))
+    for count in found:
+        # All 128 columns of a tile at once, then one wait: nothing is serialised.
+        assert count[product] == (4 if fp8 else 8)
+        assert count["QGMMA"] + count["HGMMA"] == count[product]
+        assert count["WARPGROUP"] == 2
+        # The queries, a tile's codes, and its scales.
+        assert (count["UTMALDG"], count["UBLKCP"]) == (2, 1)
+
+
+def test_index_topk_counts_without_returning_and_shares_rows(instructions):
+    (count,) = (count for kernel, count in instructions.items() if "index_topk_kernel" in kernel)
+    assert count["ATOMS"] > 0
+    assert count["ATOMG"] + count["RED"] == 0  # nothing depends on the order of blocks
+    assert count["UCGABAR_ARV"] == count["UCGABAR_WAIT"] > 0
 
 
 @pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])

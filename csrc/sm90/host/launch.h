@@ -47,6 +47,7 @@ struct LaunchOptions {
   // Asks for as much of a multiprocessor's 256 KB as shared memory as there can be: the driver
   // would leave L1 more, and so no room for another kernel's block beside this one's.
   bool most_shared = false;
+  int cluster = 1;  // neighbouring blocks of grid.x that run together, up to 16
 };
 
 template <typename... Params, typename... Args>
@@ -64,16 +65,28 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
                                                    cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return to_status(error, name);
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (options.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return to_status(error, name);
+  }
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (options.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = options.grid;
   config.blockDim = options.block;
   config.dynamicSmemBytes = options.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = options.dependent ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return to_status(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
 }
 

@@ -9,4 +9,9 @@ namespace flashmla::sm90 {
 
 Status run_index_scores(const IndexScoresParams& params, cudaStream_t stream);
 
+// Scores some query tokens of every sequence. scores [b, queries, max_blocks * 64]; fill: with -inf
+// in the tiles that no query sees, which index_topk has no need of.
+Status run_index_scores_of(const IndexScoresParams& params, int first_query, int queries, bool fill,
+                           float* scores, cudaStream_t stream);
+
 }  // namespace flashmla::sm90

@@ -1,4 +1,5 @@
-// Tensor-map loads (TMA): global to shared memory, completing on an mbarrier.
+// Loads of tensor maps and of plain bytes (TMA): global to shared memory, completing on an
+// mbarrier.
 #pragma once
 
 #include <cuda.h>
@@ -24,7 +25,28 @@ __device__ __forceinline__ void tma_load_3d(uint32_t destination, const CUtensor
       : "memory");
 }
 
+// Copies bytes (a multiple of 16, as the addresses are) and completes them on the mbarrier.
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Coordinates out of the map's bounds are written as zeros and count as loaded.
+__device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map,
+                                            uint32_t barrier, int c0, int c1, int c2, int c3,
+                                            uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "l"(hint)
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_load_5d(uint32_t destination, const CUtensorMap* map,
                                             uint32_t barrier, int c0, int c1, int c2, int c3,
                                             int c4, uint64_t hint) {

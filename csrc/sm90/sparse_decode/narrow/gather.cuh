@@ -4,20 +4,11 @@
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/tma.cuh"
 #include "sm90/sparse_decode/narrow/shared_storage.cuh"
 #include "sm90/sparse_decode/work.cuh"
 
 namespace flashmla::sm90::sparse::narrow {
-
-// Copies bytes (a multiple of 16, as the addresses are) and completes them on the mbarrier.
-__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(target),
-      "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
 
 // Sends a lane's index of the next tile on its way to shared memory; -1 where there is none.
 template <typename Storage>

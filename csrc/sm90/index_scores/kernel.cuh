@@ -1,0 +1,65 @@
+// The index_scores kernel: a persistent block streams keys through a ring and scores them for up to
+// kQueries query tokens at once.
+//
+//   loads     | queries, tiles 0 1 2 3 ... 15 | tile 16 once 0 is multiplied | 17 | 18 ...
+//   scores 0              | K Q^T (0) | relu, weigh, sum, store | K Q^T (2) | ...
+//   scores 1                          | K Q^T (1) | relu, weigh, sum, store | K Q^T (3) ...
+//
+// docs/kernels/indexer.md tells the whole story.
+#pragma once
+
+#include "sm90/host/launch.h"
+#include "sm90/index_scores/fill.cuh"
+#include "sm90/index_scores/load.cuh"
+#include "sm90/index_scores/score.cuh"
+
+namespace flashmla::sm90::index_scores {
+
+template <bool kFp8, int kHeads, int kQueries>
+__global__ void __launch_bounds__(kThreads<kHeads * kQueries>, 1)
+    index_scores_kernel(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  using Storage = SharedStorage<kFp8, kHeads, kQueries>;
+  static_assert(sizeof(Storage) <= 232448, "Hopper has 227 KB a block");
+  auto& smem = *reinterpret_cast<Storage*>(dynamic_shared);
+  if (smem_address(dynamic_shared) % 1024 != 0) __trap();
+
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&args.key_map);
+    prefetch_tensor_map(&args.query_map);
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(smem_address(&smem.keys_full[i]), 1);
+      mbarrier_init(smem_address(&smem.keys_empty[i]), kWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(smem_address(&smem.queries_full[i]), 1);
+      mbarrier_init(smem_address(&smem.queries_empty[i]), kScoringWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  wait_for_prerequisites();
+  launch_dependents();
+  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  constexpr bool kMove = kHeads * kQueries == 256;
+  if (warpgroup == kWarpgroups) {
+    if constexpr (kMove) lower_registers<kLoadingRegisters>();
+    if (threadIdx.x / 32 > kScoringWarps) return;
+    run_loads<Storage, kHeads, kQueries>(args, smem);
+  } else {
+    if constexpr (kMove) raise_registers<kScoringRegisters>();
+    if (args.fill) fill_unseen<kQueries>(args);
+    run_scores(args, smem, warpgroup);
+  }
+}
+
+template <bool kFp8, int kHeads, int kQueries>
+Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
+  return launch(index_scores_kernel<kFp8, kHeads, kQueries>,
+                {grid, kThreads<kHeads * kQueries>, sizeof(SharedStorage<kFp8, kHeads, kQueries>),
+                 /*dependent=*/true,
+                 /*most_shared=*/true},
+                stream, "index_scores", args);
+}
+
+}  // namespace flashmla::sm90::index_scores

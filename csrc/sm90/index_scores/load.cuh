@@ -1,0 +1,90 @@
+// The loading warp: for each item its queries and weights, then its tiles into the ring.
+#pragma once
+
+#include "sm90/index_scores/work.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/tma.cuh"
+
+namespace flashmla::sm90::index_scores {
+
+// Shows the scoring warpgroups the next item, once they are through with the one before the last.
+template <typename Storage, int kHeads>
+__device__ __forceinline__ void load_queries(const KernelArgs& args, Storage& smem,
+                                             const Item& item, uint32_t turn) {
+  const int buffer = turn & 1, lane = threadIdx.x % 32;
+  const int64_t query = int64_t{item.sequence} * args.s_q + item.first_query;
+  const uint32_t full = smem_address(&smem.queries_full[buffer]);
+  float weights[Storage::kN / 32];
+#pragma unroll
+  for (int i = 0; i < Storage::kN / 32; ++i) {
+    const int n = i * 32 + lane, head = n % kHeads;
+    const bool exists = item.sequence >= 0 && n / kHeads < item.queries && head < args.heads;
+    weights[i] = exists ? args.weights[(query + n / kHeads) * args.heads + head] : 0;
+  }
+  // In the first round this passes at once.
+  mbarrier_wait(smem_address(&smem.queries_empty[buffer]), (turn >> 1 & 1) ^ 1);
+#pragma unroll
+  for (int i = 0; i < Storage::kN / 32; ++i) smem.weights[buffer][i * 32 + lane] = weights[i];
+  if (lane == 0) smem.items[buffer] = item;
+  __syncwarp();
+  if (lane > 0) return;
+  if (item.sequence < 0) {
+    mbarrier_arrive(full);
+    return;
+  }
+  mbarrier_arrive_expect(full, Storage::kQueryBytes);
+  tma_load_4d(smem_address(smem.queries[buffer]), &args.query_map, full, 0, 0,
+              static_cast<int>(query), 0, kEvictNormal);
+}
+
+// By one thread. A block outside the layer is not loaded: what the slot held is not used.
+template <typename Storage>
+__device__ __forceinline__ void load_tile(const KernelArgs& args, Storage& smem, int64_t layer,
+                                          int block, int slot) {
+  const uint32_t full = smem_address(&smem.keys_full[slot]);
+  const bool visible = static_cast<uint32_t>(block) < args.layer_blocks;
+  smem.visible[slot] = visible;
+  if (!visible) {
+    mbarrier_arrive(full);
+    return;
+  }
+  mbarrier_arrive_expect(full, kCodeBytes + kScaleBytes);
+  tma_load_4d(smem_address(smem.keys[slot]), &args.key_map, full, 0, 0,
+              static_cast<int>(layer + block), 0, args.key_hint);
+  copy_bulk(smem_address(smem.scales[slot]),
+            args.blocks + (layer + block) * args.block_bytes + kCodeBytes, kScaleBytes, full);
+}
+
+template <typename Storage, int kHeads, int kQueries>
+__device__ void run_loads(const KernelArgs& args, Storage& smem) {
+  const int lane = threadIdx.x % 32;
+  Work<kQueries> work(args);
+  const int64_t first = args.first_block == nullptr ? 0 : *args.first_block;
+  const int64_t layer = min(max(first, int64_t{0}), args.last_first_block);
+  uint32_t tiles = 0;
+  for (uint32_t turn = 0;; ++turn) {
+    const Item item = work.next();
+    const int32_t* table = args.block_table + int64_t{item.sequence} * args.max_blocks;
+    // A lane's of 32 tiles' blocks, and of the next 32.
+    const auto read_table = [&](int tile) {
+      return tile + lane < item.tile_end ? table[tile + lane] : -1;
+    };
+    int next_blocks = item.sequence < 0 ? -1 : read_table(item.tile_begin);
+    load_queries<Storage, kHeads>(args, smem, item, turn);
+    if (item.sequence < 0) return;
+#pragma unroll 1
+    for (int tile = item.tile_begin; tile < item.tile_end; tile += 32) {
+      const int blocks = next_blocks, count = min(item.tile_end - tile, 32);
+      next_blocks = read_table(tile + 32);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i, ++tiles) {
+        const int slot = tiles % kStages, block = __shfl_sync(~0u, blocks, i);
+        // Of the slot's last round; passes at once in the first.
+        mbarrier_wait(smem_address(&smem.keys_empty[slot]), (tiles / kStages & 1) ^ 1);
+        if (lane == 0) load_tile(args, smem, layer, block, slot);
+      }
+    }
+  }
+}
+
+}  // namespace flashmla::sm90::index_scores

@@ -1,0 +1,82 @@
+// What a thread block has to do, item by item.
+#pragma once
+
+#include "sm90/attention/work.cuh"
+#include "sm90/index_scores/shared_storage.cuh"
+
+namespace flashmla::sm90::index_scores {
+
+// Few query tokens: the block has those of its column of the grid, (query tiles, parts), and the
+// tiles between its part's cuts. Many: blocks take (query tile, chunk of a sequence's tiles) in
+// turn, those that read the same keys at about the same time.
+template <int kQueries>
+struct Work {
+  const KernelArgs& args;
+  Cut begin, end;
+  int sequence;
+  int64_t next_unit;
+
+  __device__ explicit Work(const KernelArgs& args) : args(args) {
+    if (args.chunk_tiles == 0) {
+      begin = load_cut(args.cuts, blockIdx.y, args.b);
+      end = load_cut(args.cuts, blockIdx.y + 1, args.b);
+      sequence = begin.sequence;
+      prefetch_table();
+    } else {
+      next_unit = blockIdx.x;
+    }
+  }
+
+  // The first item's block ids, on their way while the length is read.
+  __device__ void prefetch_table() const {
+    if (sequence >= args.b || begin.tile >= args.max_blocks) return;
+    const int32_t* id = args.block_table + int64_t{sequence} * args.max_blocks + begin.tile;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(id));
+  }
+
+  // The tiles that some query of the item sees, at most those given.
+  __device__ Item make(int sequence, int query_tile, int length, int tile_begin, int tile_end) {
+    const int first = query_tile * kQueries, count = min(args.queries - first, kQueries);
+    const int query = args.first_query + first;
+    const int seen = args.seen_tokens(length, query + count - 1);
+    return {.sequence = sequence,
+            .first_query = query,
+            .queries = count,
+            .seen = args.seen_tokens(length, query),
+            .tile_begin = tile_begin,
+            .tile_end = min(tile_end, num_tiles(seen))};
+  }
+
+  __device__ Item next() { return args.chunk_tiles == 0 ? next_piece() : next_chunk(); }
+
+  __device__ Item next_piece() {
+    for (; owns_work(begin, end, sequence); ++sequence) {
+      const int length = args.clamp_length(args.cache_seqlens[sequence]);
+      const Piece piece = piece_of(begin, end, sequence, length);
+      const Item item = make(sequence, blockIdx.x, length, piece.tile_begin, piece.tile_end);
+      if (item.tile_begin < item.tile_end) {
+        ++sequence;
+        return item;
+      }
+    }
+    return {.sequence = -1};
+  }
+
+  __device__ Item next_chunk() {
+    const int query_tiles = (args.queries + kQueries - 1) / kQueries;
+    const int chunks = (args.max_blocks + args.chunk_tiles - 1) / args.chunk_tiles;
+    for (;;) {
+      const int64_t query_keys = next_unit / query_tiles;
+      const int query_tile = next_unit % query_tiles;
+      const int sequence = query_keys / chunks, chunk = query_keys % chunks;
+      if (query_keys >= int64_t{args.b} * chunks) return {.sequence = -1};
+      next_unit += gridDim.x;
+      const int length = args.clamp_length(args.cache_seqlens[sequence]);
+      const Item item = make(sequence, query_tile, length, chunk * args.chunk_tiles,
+                             (chunk + 1) * args.chunk_tiles);
+      if (item.tile_begin < item.tile_end) return item;
+    }
+  }
+};
+
+}  // namespace flashmla::sm90::index_scores

@@ -1,0 +1,33 @@
+// Sizes that the steps of the index_topk kernel share, and its arguments.
+#pragma once
+
+#include <cstdint>
+
+#include "params/index_topk.h"
+
+namespace flashmla::sm90::index_topk {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxCluster = 8;  // blocks that share a row; more are not portable
+constexpr int kBins = 2048;     // of a digit: 11 bits
+// Keys that a block keeps in shared memory; those beyond are made from the scores again.
+constexpr int kMaxKeys = 52 * 1024;
+
+struct KernelArgs {
+  const float* scores;  // [b, queries, max_tokens]
+  const int32_t* block_table;
+  const int32_t* cache_seqlens;
+  int32_t* indices;    // [b, s_q, topk]
+  int32_t* positions;  // [b, s_q, topk]
+  int64_t max_tokens;
+  uint32_t layer_blocks;
+  int max_blocks;
+  int s_q, first_query, queries;  // of each sequence those that are selected for
+  int topk;
+  int key_room;  // keys that a block has shared memory for, a multiple of 64
+  bool causal;
+  bool given;  // the scores, not by index_scores: those of blocks outside the layer may be anything
+};
+
+}  // namespace flashmla::sm90::index_topk

@@ -1,0 +1,51 @@
+// Blocks of a cluster: each other's shared memory, and their barrier.
+#pragma once
+
+#include <cstdint>
+
+namespace flashmla::sm90 {
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Synchronises all threads of the cluster, and makes their stores to shared memory visible to it.
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// The address, for the functions below, of what lies at `address` in this block, in block `rank`.
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+__device__ __forceinline__ uint32_t load_cluster(uint32_t mapped) {
+  uint32_t x;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(mapped) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t mapped, uint32_t x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(mapped), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t mapped, uint2 v) {
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(mapped), "r"(v.x), "r"(v.y)
+               : "memory");
+}
+
+}  // namespace flashmla::sm90
