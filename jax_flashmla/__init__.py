@@ -7,13 +7,14 @@ from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.cache.paged import PagedCache
 from jax_flashmla.cache.quantise import dequantise, quantise
 from jax_flashmla.cache.table import BlockTable, Slots
-from jax_flashmla.compat import flash_mla_with_kvcache, get_mla_metadata
+from jax_flashmla.compat import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
 from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode, kernel_refusal
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.sparse_decode import sparse_decode
+from jax_flashmla.ops.sparse_prefill import sparse_prefill
 from jax_flashmla.sharding import decode_specs
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "dense_decode",
     "dequantise",
     "export_checks",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "kernel_refusal",
@@ -39,4 +41,5 @@ __all__ = [
     "merge_lse",
     "quantise",
     "sparse_decode",
+    "sparse_prefill",
 ]

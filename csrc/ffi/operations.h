@@ -4,3 +4,4 @@
 #include "ffi/dense_decode.h"
 #include "ffi/make_schedule.h"
 #include "ffi/sparse_decode.h"
+#include "ffi/sparse_prefill.h"
