@@ -7,7 +7,7 @@ from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.cache.paged import PagedCache
 from jax_flashmla.cache.quantise import dequantise, quantise
 from jax_flashmla.cache.table import BlockTable, Slots
-from jax_flashmla.compat import flash_mla_with_kvcache, get_mla_metadata
+from jax_flashmla.compat import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
 from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode, kernel_refusal
@@ -16,6 +16,7 @@ from jax_flashmla.ops.index_topk import index_topk
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.sparse_decode import sparse_decode
+from jax_flashmla.ops.sparse_prefill import sparse_prefill
 from jax_flashmla.sharding import decode_specs
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "dense_decode",
     "dequantise",
     "export_checks",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "index_scores",
@@ -43,4 +45,5 @@ __all__ = [
     "merge_lse",
     "quantise",
     "sparse_decode",
+    "sparse_prefill",
 ]

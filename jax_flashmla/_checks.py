@@ -107,6 +107,16 @@ def as_kv_scale(kv_scale: Any, format: str) -> jax.Array:
     return jnp.asarray(kv_scale)
 
 
+def as_sink(attn_sink: Any, h_q: int) -> jax.Array:
+    """[h_q] float32, -inf (no sink) by default."""
+    if attn_sink is None:
+        return jnp.full(h_q, -jnp.inf, jnp.float32)
+    shape = check_array("attn_sink", attn_sink, "[h_q]", (np.dtype(np.float32),))
+    if shape != (h_q,):
+        raise ValueError(f"attn_sink must have one entry per head, h_q = {h_q}, got shape {shape}")
+    return jnp.asarray(attn_sink)
+
+
 def as_layer(layer: Any, layers: int, *, may_be_traced: bool = True) -> int | jax.Array:
     """An index below `layers`: a Python int, or a traced int32 scalar."""
     if may_be_traced and isinstance(layer, jax.core.Tracer):

@@ -18,6 +18,7 @@ from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.ops.dense_decode import dense_decode
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.sparse_decode import sparse_decode
+from jax_flashmla.ops.sparse_prefill import sparse_prefill
 
 
 def get_mla_metadata(
@@ -187,6 +188,49 @@ def flash_mla_with_kvcache(
         )
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     return out, jnp.swapaxes(lse, 1, 2)
+
+
+def flash_mla_sparse_fwd(
+    q: jax.Array,
+    kv: jax.Array,
+    indices: jax.Array,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: jax.Array | None = None,
+    topk_length: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`sparse_prefill` under FlashMLA's name, argument order and conventions.
+
+    Args:
+        q: [s_q, h_q, d_qk] bfloat16, float16 or float32.
+        kv: [s_kv, 1, d_qk] in q's dtype.
+        indices: [s_q, 1, topk] int32 rows of kv; one outside [0, s_kv) is not attended.
+        sm_scale: scale of the scores.
+        d_v: columns of a value.
+        attn_sink: [h_q] float32.
+        topk_length: [s_q] int32, leftmost indices that count.
+
+    Returns:
+        out: [s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend.
+        max_logits: [s_q, h_q] float32, the largest of the scaled scores; -inf in such a row.
+        lse: [s_q, h_q] float32, natural log; +inf in such a row.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    indices = _checks.as_int32("indices", indices, "[s_q, 1, topk]")
+    if indices.shape[1] != 1:
+        raise ValueError(f"indices must be [s_q, 1, topk], got shape {indices.shape}")
+    out, lse, max_logits = sparse_prefill(
+        q,
+        kv,
+        indices[:, 0],
+        d_v=d_v,
+        sm_scale=sm_scale,
+        topk_length=topk_length,
+        attn_sink=attn_sink,
+    )
+    return out, max_logits, jnp.where(lse == -jnp.inf, jnp.inf, lse)
 
 
 def _as_blocks(

@@ -77,7 +77,7 @@ float sink_weight(const SparseDecodeParams& params, int head, float row_max) {
 }
 
 void store_heads(const SparseDecodeParams& params, int64_t query, int first_head,
-                 const AttendState& state) {
+                 const AttendState& state, float* max_logits) {
   for (int row = 0; row < state.num_rows; ++row) {
     const int head = first_head + row;
     const int64_t index = query * params.h_q + head;
@@ -91,12 +91,14 @@ void store_heads(const SparseDecodeParams& params, int64_t query, int first_head
       for (int c = 0; c < params.d_v; ++c) out[c] = Element::from_float(acc[c] * scale);
     });
     params.lse[index] = (row_max + std::log2(sum)) * kLn2;  // -inf where the sum is 0
+    if (max_logits) max_logits[index] = row_max * kLn2;
   }
 }
 
 }  // namespace
 
-Status run_sparse_decode(const SparseDecodeParams& params, const ParallelFor& parallel_for) {
+Status attend_sparsely(const SparseDecodeParams& params, float* max_logits,
+                       const ParallelFor& parallel_for) {
   const int heads = choose_heads(params);
   const int groups = (params.h_q + heads - 1) / heads;
   const float scale = params.sm_scale * kLog2E * value_scale(params);
@@ -119,9 +121,13 @@ Status run_sparse_decode(const SparseDecodeParams& params, const ParallelFor& pa
       find_rows(*source, cache, query, rows);
       attend_rows(cache.format, rows, state);
     }
-    store_heads(params, query, first_head, state);
+    store_heads(params, query, first_head, state, max_logits);
   });
   return Status::Ok();
+}
+
+Status run_sparse_decode(const SparseDecodeParams& params, const ParallelFor& parallel_for) {
+  return attend_sparsely(params, /*max_logits=*/nullptr, parallel_for);
 }
 
 }  // namespace flashmla::cpu

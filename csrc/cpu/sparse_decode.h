@@ -10,4 +10,9 @@ namespace flashmla::cpu {
 // used: query tokens stay whole.
 Status run_sparse_decode(const SparseDecodeParams& params, const ParallelFor& parallel_for);
 
+// The same, and each query row's largest scaled score: max_logits [b, s_q, h_q], natural log, -inf
+// where nothing is attended; null: not asked for.
+Status attend_sparsely(const SparseDecodeParams& params, float* max_logits,
+                       const ParallelFor& parallel_for);
+
 }  // namespace flashmla::cpu

@@ -6,3 +6,4 @@
 #include "ffi/index_topk.h"
 #include "ffi/make_schedule.h"
 #include "ffi/sparse_decode.h"
+#include "ffi/sparse_prefill.h"

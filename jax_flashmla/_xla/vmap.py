@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -109,6 +111,20 @@ def fold_layer(
 def _num_blocks(blocks: jax.Array, dim: int | None) -> int:
     """Of each mapped index."""
     return blocks.shape[1 if dim == 0 else 0]
+
+
+def call_each(
+    call: Callable[..., Sequence[jax.Array]], operands: tuple[jax.Array, ...], dims: Dims
+) -> list[jax.Array]:
+    """One call after the other, the results stacked: where the mapped axis cannot be folded."""
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(here: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(here)
+        whole = [x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)]
+        return list(call(*whole))
+
+    return jax.lax.map(one, mapped)
 
 
 def check_folded(operation: str, n: int, b: int) -> None:

@@ -156,7 +156,7 @@ def sparse_decode(
         q,
         *main[:4],
         *(main if extra is None else extra)[:4],
-        _as_sink(attn_sink, h_q),
+        _checks.as_sink(attn_sink, h_q),
         kv_scale,
         cuts,
         format=main.format,
@@ -185,15 +185,6 @@ def sm90_refusal(
         "the sm90 kernel of sparse_decode takes v32 caches without an extra cache, bfloat16 and "
         f"d_v = 512, got {format.name}, {extra}, {dtype} and d_v = {d_v}"
     )
-
-
-def _as_sink(attn_sink: Any, h_q: int) -> jax.Array:
-    if attn_sink is None:
-        return jnp.full(h_q, -jnp.inf, jnp.float32)
-    shape = _checks.check_array("attn_sink", attn_sink, "[h_q]", (np.dtype(np.float32),))
-    if shape != (h_q,):
-        raise ValueError(f"attn_sink must have one entry per head, h_q = {h_q}, got shape {shape}")
-    return jnp.asarray(attn_sink)
 
 
 def _refuse_extra(**arguments: Any) -> None:
@@ -308,14 +299,7 @@ def _loop(
     operands: tuple[jax.Array, ...], dims: vmap.Dims, params: dict[str, Any]
 ) -> tuple[list[jax.Array], list[int | None]]:
     """One call after the other: where sinks or scales are mapped, or slots exceed int32."""
-    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
-
-    def one(here: list[jax.Array]) -> list[jax.Array]:
-        rest = iter(here)
-        whole = [x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)]
-        return sparse_op.bind(*whole, **params)[:2]
-
-    out, lse = jax.lax.map(one, mapped)
+    out, lse = vmap.call_each(lambda *x: sparse_op.bind(*x, **params)[:2], operands, dims)
     workspace = [jnp.zeros((2, *out.shape[-2:]), jnp.float32), jnp.zeros((2, out.shape[-2]))]
     return [out, lse, *workspace], [0, 0, None, None]
 

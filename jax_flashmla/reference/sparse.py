@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -39,25 +39,32 @@ def sparse_decode(
 ) -> tuple[Float[Array, "b s_q h_q {d_v}"], Float32[Array, "b s_q h_q"]]:
     b, s_q, h_q, d_qk = q.shape
 
-    def attend(inputs: tuple) -> tuple[Array, Array]:
+    def attend_query(inputs: tuple) -> tuple[Array, ...]:
         query, picks = inputs
         gathered = [
             _gather(source, indices, length, kv_scale)
             for source, (indices, length) in zip(sources, picks, strict=True)
         ]
         keys, keep = (jnp.concatenate(x) for x in zip(*gathered, strict=True))
-        return _attend(query, keys, keep, attn_sink, d_v, sm_scale)
+        return attend(query, keys, keep, attn_sink, d_v, sm_scale)[:2]
 
     n = b * s_q
     picks = [(source.indices.reshape(n, -1), source.topk_length.reshape(n)) for source in sources]
     inputs = (q.reshape(n, h_q, d_qk), picks)
-    bytes_per_query = sum(4 * source.indices.shape[-1] * d_qk for source in sources)
-    chunk = max(1, _CHUNK_BYTES // bytes_per_query)
-    if n <= chunk:
-        out, lse = jax.vmap(attend)(inputs)
-    else:  # a derivative gathers the rows again, rather than keep them all
-        out, lse = jax.lax.map(jax.checkpoint(attend), inputs, batch_size=chunk)
+    topk = sum(source.indices.shape[-1] for source in sources)
+    out, lse = map_queries(attend_query, inputs, n, row_bytes=4 * topk * d_qk)
     return out.reshape(b, s_q, h_q, d_v), lse.reshape(b, s_q, h_q)
+
+
+def map_queries(
+    attend_query: Callable[[tuple], tuple[Array, ...]], inputs: tuple, n: int, row_bytes: int
+) -> tuple[Array, ...]:
+    """`attend_query` of each of n query tokens, each of which gathers row_bytes."""
+    chunk = max(1, _CHUNK_BYTES // row_bytes)
+    if n <= chunk:
+        return jax.vmap(attend_query)(inputs)
+    # A derivative gathers the rows again, rather than keep them all.
+    return jax.lax.map(jax.checkpoint(attend_query), inputs, batch_size=chunk)
 
 
 def _gather(
@@ -78,14 +85,15 @@ def _gather(
     return jnp.where(keep[:, None], rows, jnp.zeros((), rows.dtype)), keep
 
 
-def _attend(
+def attend(
     q: Float[Array, "h_q d_qk"],
     keys: Float[Array, "tokens d_qk"],
     keep: Bool[Array, "tokens"],
     attn_sink: Float32[Array, "h_q"],
     d_v: int,
     sm_scale: float,
-) -> tuple[Float[Array, "h_q {d_v}"], Float32[Array, "h_q"]]:
+) -> tuple[Float[Array, "h_q {d_v}"], Float32[Array, "h_q"], Float32[Array, "h_q"]]:
+    """One query token's out, lse and largest scaled scores."""
     scores = jnp.einsum(
         "hd,td->ht",
         q.astype(keys.dtype),
@@ -110,4 +118,4 @@ def _attend(
         keys[:, :d_v].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return out.astype(q.dtype), lse
+    return out.astype(q.dtype), lse, top
