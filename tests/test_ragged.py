@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 import warnings
 from collections.abc import Callable
 
@@ -251,6 +252,23 @@ def test_wrong_arguments_are_named(
         arrays[name] = value(arrays[name]) if callable(value) else value
     with pytest.raises(error, match=message):
         call(**arrays)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_guides_code_runs_as_printed() -> None:
+    page = pathlib.Path(__file__).parents[1] / "docs" / "integrations.md"
+    section = page.read_text().partition("\n## Serving engines: ")[2].partition("\n## ")[0]
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(compile(code, str(page), "exec"), names)
+    out, cache = names["out"], names["cache_kv"]
+    # Three sequences begin with zeros, which score 0, and their new rows are ones.
+    assert np.asarray(out[2, 0, 0]) > 0.01
+    assert not np.asarray(out[7], np.float32).any()
+    np.testing.assert_array_equal(bits(names["parts_out"]), bits(out))
+    np.testing.assert_array_equal(bits(names["blocks"]).reshape(cache.shape), bits(cache))
 
 
 @pytest.mark.usefixtures("on_cpu")
