@@ -1,6 +1,7 @@
 """Paged multi-head latent attention (MLA) decoding for JAX, on CPUs and on Hopper GPUs."""
 
 from jax_flashmla import _interrupt as _interrupt  # isort: skip (first: JAX takes a second to import)
+from jax_flashmla._decode_refusal import kernel_refusal
 from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks
 from jax_flashmla.cache.copy import copy_blocks
 from jax_flashmla.cache.format import CacheFormat
@@ -10,7 +11,7 @@ from jax_flashmla.cache.table import BlockTable, Slots
 from jax_flashmla.compat import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
 from jax_flashmla.ops.cache_append import cache_append
-from jax_flashmla.ops.dense_decode import dense_decode, kernel_refusal
+from jax_flashmla.ops.dense_decode import dense_decode
 from jax_flashmla.ops.index_scores import index_scores
 from jax_flashmla.ops.index_topk import index_topk
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule

@@ -47,6 +47,7 @@ def dense_decode(**wrong):
         "causal": False,
         "format": np.int32(0),
         "block_size": np.int32(block_size),
+        "h_kv": np.int32(h_kv),
         "tile_rows": np.int32(64),
     }
     return call("dense_decode", *replaced(wrong, operands, results, attributes))
@@ -205,13 +206,18 @@ DENSE_DECODE = {
         },
         r"blocks must have shape \[.*bytes=656\], got \[5, 64, 1, 655\]",
     ),
-    "another block_size": ({"block_size": np.int32(32)}, r"blocks must have shape .*block_size=32"),
+    "another block_size": (
+        {"block_size": np.int32(48)},
+        "blocks must hold whole blocks of block_size=48 tokens with h_kv=2 rows each",
+    ),
+    "another h_kv": ({"h_kv": np.int32(3)}, "blocks must hold whole blocks .* with h_kv=3 rows"),
+    "a negative h_kv": ({"h_kv": np.int32(-1)}, "blocks must hold whole .* with h_kv=-1 rows"),
     "a kv_scale of rank 1": ({"kv_scale": np.ones(1, np.float32)}, "rank: expected 0"),
-    "no sm_scale": ({"sm_scale": None}, "expected 5 attributes but got 4"),
+    "no sm_scale": ({"sm_scale": None}, "expected 6 attributes but got 5"),
     "sm_scale in double precision": ({"sm_scale": 0.04}, "F32"),
     "causal as an integer": ({"causal": 1}, "(PRED|bool)"),
     "a misspelt attribute": ({"causal": None, "casual": True}, "causal"),
-    "a superfluous attribute": ({"scale": np.float32(1)}, "expected 5 attributes but got 6"),
+    "a superfluous attribute": ({"scale": np.float32(1)}, "expected 6 attributes but got 7"),
 }
 
 CACHE_APPEND = {
@@ -229,9 +235,9 @@ CACHE_APPEND = {
         "blocks must be bf16, f16 or f32",
     ),
     "rows of rank 3": ({"rows": zeros(b, h_kv, d_qk)}, "rows must have shape"),
-    "rows for fewer heads": (
-        {"rows": zeros(b, s_new, h_kv - 1, d_qk)},
-        r"rows must end in blocks' \[h_kv=2, at most 576\], got \[2, 2, 1, 576\]",
+    "rows for more heads": (
+        {"rows": zeros(b, s_new, h_kv + 1, d_qk)},
+        r"blocks must hold whole blocks of block_size=64 tokens with h_kv=3 rows each, got \[5, ",
     ),
     "wide rows": (
         {"rows": zeros(b, s_new, h_kv, d_qk + 8)},

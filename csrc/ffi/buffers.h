@@ -82,32 +82,51 @@ inline BlocksExtents read_fp8_blocks(ExtentChecks& checks, Dimensions got, Forma
   return {format, num_blocks, block_size, 1, layout.d_qk, block_bytes};
 }
 
+// Dense blocks [num_blocks, block_size, h_kv, row_stride]. If h_kv is given, the leading extents
+// may divide blocks in any way: an engine's pages are [pages, page_size / pack, pack, row_stride].
+inline BlocksExtents read_dense_blocks(ExtentChecks& checks, const AnyBuffer& blocks,
+                                       int64_t block_size, const char* name, int64_t h_kv) {
+  const Dimensions got = blocks.dimensions();
+  const auto [outer, middle, inner, row_stride] =
+      checks.read<4>(name, got, {"num_blocks", "block_size", "h_kv", "row_stride"});
+  if (h_kv == 0) {
+    h_kv = inner;
+    checks.expect(name, got,
+                  {{"num_blocks", outer},
+                   {"block_size", block_size},
+                   {"h_kv", h_kv},
+                   {"row_stride", row_stride}});
+  }
+  const int64_t rows = outer * middle * inner, block_rows = block_size * h_kv;
+  if (block_rows < 1 || rows % block_rows != 0) {
+    checks.fail(std::string(name) + " must hold whole blocks of block_size=" +
+                std::to_string(block_size) + " tokens with h_kv=" + std::to_string(h_kv) +
+                " rows each, got " + ExtentChecks::to_string(got));
+    return {};
+  }
+  read_dtype(checks, name, blocks.element_type());
+  const auto itemsize = static_cast<int64_t>(xla::ffi::ByteWidth(blocks.element_type()));
+  return {Format::kDense, rows / block_rows, block_size,
+          h_kv,           row_stride,        block_rows * row_stride * itemsize};
+}
+
 inline BlocksExtents read_blocks(ExtentChecks& checks, const AnyBuffer& blocks, int32_t format,
-                                 int32_t block_size, const char* name = "blocks") {
+                                 int32_t block_size, const char* name = "blocks",
+                                 int64_t h_kv = 0) {
   if (format < 0 || format >= kNumFormats || block_size < 1) {
     checks.fail("format must be between 0 and " + std::to_string(kNumFormats - 1) +
                 " and block_size at least 1, got " + std::to_string(format) + " and " +
                 std::to_string(block_size));
     return {};
   }
-  if (format != static_cast<int32_t>(Format::kDense)) {
-    if (blocks.element_type() != xla::ffi::U8) {
-      checks.fail(std::string(name) + " must be uint8, the bytes of their format");
-    }
-    return read_fp8_blocks(checks, blocks.dimensions(), static_cast<Format>(format), block_size,
-                           name);
+  if (format == static_cast<int32_t>(Format::kDense)) {
+    return read_dense_blocks(checks, blocks, block_size, name, h_kv);
   }
-  const auto [num_blocks, tokens, h_kv, row_stride] =
-      checks.read<4>(name, blocks.dimensions(), {"num_blocks", "block_size", "h_kv", "row_stride"});
-  checks.expect(name, blocks.dimensions(),
-                {{"num_blocks", num_blocks},
-                 {"block_size", block_size},
-                 {"h_kv", h_kv},
-                 {"row_stride", row_stride}});
-  read_dtype(checks, name, blocks.element_type());
-  const auto itemsize = static_cast<int64_t>(xla::ffi::ByteWidth(blocks.element_type()));
-  return {Format::kDense, num_blocks, block_size,
-          h_kv,           row_stride, block_size * h_kv * row_stride * itemsize};
+  if (blocks.element_type() != xla::ffi::U8) {
+    checks.fail(std::string(name) + " must be uint8, the bytes of their format");
+  }
+  return read_fp8_blocks(checks, blocks.dimensions(), static_cast<Format>(format), block_size,
+                         name);
 }
 
 }  // namespace flashmla::ffi

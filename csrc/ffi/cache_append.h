@@ -31,9 +31,10 @@ inline Status read_cache_append(AnyBuffer blocks, AnyBuffer rows, I32R2 block_ta
                                 Result<AnyBuffer> updated, const CacheAppendAttrs& attrs,
                                 CacheAppendParams* params) {
   ExtentChecks checks;
-  const BlocksExtents cache = read_blocks(checks, blocks, attrs.format, attrs.block_size);
   const auto [b, s_new, h_kv, d] =
       checks.read<4>("rows", rows.dimensions(), {"b", "s_new", "h_kv", "d_qk"});
+  const BlocksExtents cache =
+      read_blocks(checks, blocks, attrs.format, attrs.block_size, "blocks", h_kv);
   const auto [table_b, max_blocks] =
       checks.read<2>("block_table", block_table.dimensions(), {"b", "max_blocks"});
   if (!checks.ok()) return checks.status();

@@ -13,7 +13,7 @@ namespace flashmla::ffi {
 struct DenseDecodeAttrs {
   float sm_scale;
   bool causal;
-  int32_t format, block_size, tile_rows;
+  int32_t format, block_size, h_kv, tile_rows;
 };
 
 template <typename Binding>
@@ -40,7 +40,8 @@ inline Status read_dense_decode(AnyBuffer q, AnyBuffer blocks, I32R2 block_table
   ExtentChecks checks;
   params->dtype = read_dtype(checks, "q", q.element_type());
   const auto [b, s_q, h_q, d_qk] = checks.read<4>("q", q.dimensions(), {"b", "s_q", "h_q", "d_qk"});
-  const BlocksExtents cache = read_blocks(checks, blocks, attrs.format, attrs.block_size);
+  const BlocksExtents cache =
+      read_blocks(checks, blocks, attrs.format, attrs.block_size, "blocks", attrs.h_kv);
   const auto [table_b, max_blocks] =
       checks.read<2>("block_table", block_table.dimensions(), {"b", "max_blocks"});
   const auto [out_b, out_s_q, out_h_q, d_v] =
@@ -114,6 +115,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(flashmla::ffi::DenseDecodeAttrs,
                                       ::xla::ffi::StructMember<bool>("causal"),
                                       ::xla::ffi::StructMember<int32_t>("format"),
                                       ::xla::ffi::StructMember<int32_t>("block_size"),
+                                      ::xla::ffi::StructMember<int32_t>("h_kv"),
                                       ::xla::ffi::StructMember<int32_t>("tile_rows"));
 
 FLASHMLA_OPERATION(dense_decode, DenseDecodeParams)

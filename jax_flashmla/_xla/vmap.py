@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,13 +28,17 @@ def unfold(x: jax.Array, n: int) -> jax.Array:
 
 
 def fold_blocks(
-    blocks: jax.Array, dim: int | None, block_table: jax.Array, n: int
+    blocks: jax.Array,
+    dim: int | None,
+    block_table: jax.Array,
+    n: int,
+    block_shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """n caches as one, and the table [n * b, max_blocks] with ids into it.
 
     An id that was out of range stays so: it must not reach into another cache.
     """
-    num_blocks = blocks.shape[0 if dim != 0 else 1]
+    num_blocks = blocks.size // (1 if dim is None else n) // math.prod(block_shape)
     if n * num_blocks > _limits.INT32_MAX:
         raise ValueError(
             "blocks under vmap must hold at most 2^31 - 1 blocks over the mapped axis, got "

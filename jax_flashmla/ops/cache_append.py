@@ -100,14 +100,45 @@ def cache_append(
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
     if cu_q_lens is not None:
         packed = (rows, cu_q_lens, block_table, positions, written)
-        check_unsharded("cache_append", tuple(map(jax.typeof, packed)))
-        rows, block_table, positions, written = _unpack(*packed, block_size=format.block_size)
+        return append_packed(
+            blocks, *packed, kv_scale, format=format, implementation=implementation
+        )
     (updated,) = append_op(
         blocks,
         rows,
         block_table,
         positions,
         written,
+        kv_scale,
+        format=format,
+        implementation=implementation,
+    )
+    return updated
+
+
+def append_packed(
+    blocks: jax.Array,
+    rows: jax.Array,
+    cu_q_lens: jax.Array,
+    block_table: jax.Array,
+    positions: jax.Array,
+    num_new: jax.Array,
+    kv_scale: jax.Array,
+    *,
+    format: CacheFormat,
+    implementation: str | None,
+) -> jax.Array:
+    """cache_append of packed rows, past all checks.
+
+    Dense blocks with h_kv = 1 may be an engine's pages [pages, page_size / pack, pack, row_stride],
+    of one block or several. They are updated as they are: a reshape on the way would make XLA copy
+    them.
+    """
+    packed = (rows, cu_q_lens, block_table, positions, num_new)
+    check_unsharded("cache_append", tuple(map(jax.typeof, packed)))
+    (updated,) = append_op(
+        blocks,
+        *_unpack(*packed, block_size=format.block_size),
         kv_scale,
         format=format,
         implementation=implementation,
@@ -154,7 +185,7 @@ def _batch(
         vmap.fold(x, d, n) for x, d in zip(per_sequence, dims[1:-1], strict=True)
     )
     vmap.check_folded("cache_append", n, rows.shape[0] // n)
-    blocks, block_table = vmap.fold_blocks(blocks, dims[0], block_table, n)
+    blocks, block_table = vmap.fold_blocks(blocks, dims[0], block_table, n, format.block_shape)
     (blocks,) = append_op.bind(
         blocks,
         rows,

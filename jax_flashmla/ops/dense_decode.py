@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._decode_refusal import sm90_refusal
 from jax_flashmla._num_parts import default_split
 from jax_flashmla._windows import Windows, make_windows, window_tokens
 from jax_flashmla._xla import vmap
-from jax_flashmla._xla.dispatch import platform_refusal
 from jax_flashmla._xla.operation import Operation, check_unsharded
 from jax_flashmla.cache.format import CacheFormat, format_of_blocks
 from jax_flashmla.ops.make_schedule import (
@@ -25,7 +25,7 @@ from jax_flashmla.ops.make_schedule import (
 from jax_flashmla.reference.attention import dense_decode as reference
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike, DTypeLike
+    from jax.typing import ArrayLike
 
 
 def dense_decode(
@@ -131,30 +131,85 @@ def dense_decode(
         _checks.check_scale(sm_scale)
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
     _checks.check_implementation(implementation)
-    max_seqlen = block_table.shape[1] * format.block_size
-    windows, made_for = None, None
-    if cu_q_lens is not None:
-        check_unsharded("dense_decode", tuple(map(jax.typeof, (q, cu_q_lens, cache_seqlens))))
-        s_q = window_tokens(h_q, format.h_kv, longest)
-        windows = make_windows(
-            cu_q_lens,
-            cache_seqlens,
-            num_tokens=num_tokens,
-            s_q=s_q,
-            max_q_len=longest,
-            capacity=max_seqlen,
-            causal=bool(causal),
-        )
-        q, block_table, cache_seqlens = _unpack(windows, q, block_table)
-        b = cache_seqlens.shape[0]
-        made_for = f"q's T = {num_tokens} packed tokens (cu_q_lens, num_tokens, max_q_len)"
+    params: dict[str, Any] = {
+        "kv_scale": kv_scale,
+        "format": format,
+        "d_v": d_v,
+        "sm_scale": float(d_qk**-0.5 if sm_scale is None else sm_scale),
+        "causal": bool(causal),
+        "schedule": schedule,
+        "implementation": implementation,
+    }
+    if cu_q_lens is None:
+        return _decode(q, blocks, block_table, cache_seqlens, **params)
+    return decode_packed(
+        q, blocks, block_table, cache_seqlens, cu_q_lens, max_q_len=longest, **params
+    )
+
+
+def decode_packed(
+    q: jax.Array,
+    blocks: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    format: CacheFormat,
+    max_q_len: int,
+    causal: bool,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """dense_decode of packed queries, past the checks on arguments.
+
+    Dense blocks with h_kv = 1 may be an engine's pages [pages, page_size / pack, pack, row_stride]:
+    XLA copies what is reshaped to blocks, as it may lay it out otherwise.
+    """
+    check_unsharded("dense_decode", tuple(map(jax.typeof, (q, cu_q_lens, cache_seqlens))))
+    num_tokens, h_q, _ = q.shape
+    windows = make_windows(
+        cu_q_lens,
+        cache_seqlens,
+        num_tokens=num_tokens,
+        s_q=window_tokens(h_q, format.h_kv, max_q_len),
+        max_q_len=max_q_len,
+        capacity=block_table.shape[1] * format.block_size,
+        causal=causal,
+    )
+    q, block_table = _unpack(windows, q, block_table)
+    out, lse = _decode(
+        q,
+        blocks,
+        block_table,
+        windows.cache_seqlens,
+        format=format,
+        causal=causal,
+        made_for=f"q's T = {num_tokens} packed tokens (cu_q_lens, num_tokens, max_q_len)",
+        **params,
+    )
+    return _pack(windows, out, lse)
+
+
+def _decode(
+    q: jax.Array,
+    blocks: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    kv_scale: jax.Array,
+    format: CacheFormat,
+    schedule: SplitSchedule | None,
+    implementation: str | None,
+    made_for: str | None = None,
+    **params: Any,
+) -> tuple[jax.Array, jax.Array]:
+    b, s_q, h_q, _ = q.shape
     if schedule is None:
         schedule = schedule_of_lengths(
             cache_seqlens,
             h_q=h_q,
             h_kv=format.h_kv,
             s_q=s_q,
-            max_seqlen=max_seqlen,
+            max_seqlen=block_table.shape[1] * format.block_size,
             implementation=implementation,
         )
     schedule = check_schedule(schedule, b, made_for)
@@ -166,21 +221,17 @@ def dense_decode(
         schedule.cuts,
         kv_scale,
         format=format,
-        d_v=d_v,
-        sm_scale=float(d_qk**-0.5 if sm_scale is None else sm_scale),
-        causal=bool(causal),
         tile_rows=schedule.tile_rows,
         implementation=implementation,
+        **params,
     )
-    return (out, lse) if windows is None else _pack(windows, out, lse)
+    return out, lse
 
 
 @functools.partial(jax.jit, inline=True)
-def _unpack(
-    windows: Windows, q: jax.Array, block_table: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, table and lengths of a batch with a sequence for each window."""
-    return windows.unpack(q), block_table[windows.sequence], windows.cache_seqlens
+def _unpack(windows: Windows, q: jax.Array, block_table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and table of a batch with a sequence for each window."""
+    return windows.unpack(q), block_table[windows.sequence]
 
 
 @functools.partial(jax.jit, inline=True)
@@ -189,67 +240,10 @@ def _pack(windows: Windows, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, 
 
 
 DECODE_FORMATS = ("dense", "v32", "fp8_row")
-_SM90_DTYPES = _checks.CACHE_DTYPES[:2]
-_SM90_BLOCK_SIZES = (16, 32, 64, 128, 256)
-
-
-def kernel_refusal(
-    platform: str,
-    *,
-    d_qk: int = 576,
-    d_v: int = 512,
-    block_size: int = 64,
-    dtype: DTypeLike = jnp.bfloat16,
-) -> str | None:
-    """Why this installation does not run dense_decode's kernels on a platform; None where it does.
-
-    Where there is no CUDA device, "cuda" is answered for a machine that has the right one: code can
-    be lowered here to run there.
-
-    Args:
-        platform: as JAX names it: "cpu", "cuda" or another; "gpu" is taken as "cuda".
-        d_qk: columns of a key.
-        d_v: columns of a value.
-        block_size: tokens of a block.
-        dtype: of queries and cache.
-    """
-    platform = "cuda" if platform == "gpu" else platform
-    refusal = platform_refusal(platform)
-    if refusal is not None or platform == "cpu":
-        return refusal
-    return _sm90_refusal(d_qk, d_v, block_size, jnp.dtype(dtype))
-
-
-def _sm90_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None:
-    """Why the Hopper kernel does not take these dimensions or dtype; None where it does."""
-    if dtype not in _SM90_DTYPES:
-        return f"the sm90 kernel takes {_checks.dtype_names(_SM90_DTYPES)}, got {dtype}"
-    if (d_qk, d_v) == (576, 512) and block_size in _SM90_BLOCK_SIZES:
-        return None
-    return (
-        "the sm90 kernel takes d_qk = 576, d_v = 512 and block_size = "
-        f"{_checks.one_of(_SM90_BLOCK_SIZES)}, got d_qk = {d_qk}, d_v = {d_v} and block_size = "
-        f"{block_size}"
-    )
-
-
-def _row_refusal(h_kv: int, row_stride: int) -> str | None:
-    """Why the Hopper kernel does not take rows of so many columns, d_qk and padding."""
-    # TMA takes strides of 16 bytes, and a map over several heads has them in steps of 64 columns.
-    unit = 8 if h_kv == 1 else 64
-    if row_stride % unit == 0:
-        return None
-    return (
-        f"the sm90 kernel of dense_decode takes rows (row_stride) of a multiple of {unit} columns "
-        f"with h_kv = {h_kv}, got {row_stride}"
-    )
 
 
 def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str | None:
-    if format.name != "dense":
-        return f"the sm90 kernel of dense_decode takes dense caches, got format {format.name}"
-    refusal = _sm90_refusal(q.shape[-1], d_v, format.block_size, q.dtype)
-    return refusal or _row_refusal(format.h_kv, format.row_stride or format.d_qk)
+    return sm90_refusal(q.shape[-1], d_v, q.dtype, format)
 
 
 def _results(
@@ -311,7 +305,9 @@ def _batch(
     b = q.shape[0] // n
     vmap.check_folded("dense_decode", n, b)
     if blocks_dim is not None:
-        blocks, block_table = vmap.fold_blocks(blocks, blocks_dim, block_table, n)
+        blocks, block_table = vmap.fold_blocks(
+            blocks, blocks_dim, block_table, n, format.block_shape
+        )
     # n small problems may be a large one, which wants a schedule of its own.
     num_parts, tile_rows = default_split(
         b=n * b,
@@ -335,6 +331,7 @@ def _attributes(
         "causal": bool(causal),
         "format": np.int32(_limits.FORMATS[format.name]),
         "block_size": np.int32(format.block_size),
+        "h_kv": np.int32(format.h_kv),
         "tile_rows": np.int32(tile_rows),
     }
 

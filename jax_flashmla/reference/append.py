@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def cache_append(
     *,
     format: CacheFormat,
 ) -> Num[Array, "num_blocks ..."]:
-    num_blocks, block_size = blocks.shape[0], format.block_size
+    num_blocks, block_size = blocks.size // math.prod(format.block_shape), format.block_size
     max_blocks = block_table.shape[1]
     step = jnp.arange(rows.shape[1], dtype=jnp.int32)[None, :]
     token = positions[:, None] + step  # [b, s_new]; past 2^31 - 1 it wraps to below 0

@@ -20,7 +20,12 @@ def gather_rows(
     cache_seqlens: Int32[Array, "b"],
     kv_scale: Float32[Array, ""],
 ) -> Float[Array, "b tokens h_kv d_qk"]:
-    """Each sequence's rows in order; zeros past its length and for block ids out of range."""
+    """Each sequence's rows in order; zeros past its length and for block ids out of range.
+
+    Dense blocks may be an engine's pages, as in store_rows.
+    """
+    if blocks.shape[1:] != format.block_shape:
+        blocks = blocks.reshape(-1, *format.block_shape)
     num_blocks, block_size = blocks.shape[0], format.block_size
     b, max_blocks = block_table.shape
     in_range = (block_table >= 0) & (block_table < num_blocks)

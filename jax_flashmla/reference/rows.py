@@ -60,7 +60,15 @@ def store_rows(
     rows: Num[Array, "b s_new h_kv d_qk"],
     kv_scale: Float32[Array, ""],
 ) -> Num[Array, "num_blocks ..."]:
-    """Rows at the offsets of their blocks; block ids past the array drop theirs."""
+    """Rows at the offsets of their blocks; block ids past the array drop theirs.
+
+    Dense blocks may be an engine's pages [pages, page_size / pack, pack, row_stride].
+    """
+    if format.name == "dense" and blocks.shape[1:] != format.block_shape:
+        _, outer, pack, _ = blocks.shape
+        row = block * format.block_size + offset
+        at = blocks.at[row // (outer * pack), row // pack % outer, row % pack, : rows.shape[-1]]
+        return at.set(rows[:, :, 0], mode="drop")
     if format.name == "dense":
         if blocks.shape[-1] == rows.shape[-1]:
             return blocks.at[block, offset].set(rows, mode="drop")

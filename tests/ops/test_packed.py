@@ -95,12 +95,16 @@ CASES = {
 }
 
 
+COMPILED = ("mixed", "mixed, 3 tokens a tile", "a token a tile")  # of the reference
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_naive_attention(name: str, causal: bool, implementation: str) -> None:
     case = CASES[name]
-    if implementation == "xla" and causal == (case.h_q == 16):
-        return  # compilations take long: one mask of each is enough
+    both = ("mixed", "several KV heads")
+    if (not causal and name not in both) or (implementation == "xla" and name not in COMPILED):
+        pytest.skip("takes long to compile, and other cases have it")
     got = run(case, causal=causal, implementation=implementation)
     assert got[0].dtype == case.dtype
     tolerances.assert_decoded(got, expect(case, causal))
@@ -271,7 +275,7 @@ def test_lowers_for_hopper_to_one_call_over_an_engines_rows(h_q: int) -> None:
         cu = jnp.asarray([0, 1, 2, 60], jnp.int32)
         return dense_decode(q, blocks, table, lengths, cu_q_lens=cu, format=format)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # of a fallback
         warnings.simplefilter("error")
         traced = jax.jit(step).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
