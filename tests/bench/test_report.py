@@ -124,6 +124,30 @@ def test_times_are_drawn_in_units_that_fit_with_a_legend_of_what_is_there(us, un
     assert styles == ["jax_flashmla, median (bar: fastest to slowest)", "limit model"]
 
 
+RECORDED, LIVE = {"peers": {"best_us": 3000.0}}, {"live_peer_us": 4000.0}
+
+
+@pytest.mark.parametrize(
+    ("peers", "label", "drawn_us"),
+    [
+        ([RECORDED, {}], "best recorded peer", [3000]),
+        ([LIVE, {}], "FlashMLA in the same run", [4000]),
+        ([LIVE | RECORDED], "FlashMLA in the same run", [4000]),
+        (
+            [RECORDED, LIVE],
+            "best recorded peer (some: FlashMLA in the same run)",
+            [3000, 4000],
+        ),
+    ],
+)
+def test_peers_are_drawn_where_there_are_any(peers, label, drawn_us):
+    results = [result(s_k=1024 << i, **peer) for i, peer in enumerate(peers)]
+    figure = drawn(results, draw_times)
+    assert [t.get_text() for t in figure.legends[0].get_texts()][2:] == [label]
+    (crosses,) = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert list(crosses.get_ydata() * 1e3) == pytest.approx(drawn_us)
+
+
 def test_rates_are_drawn_in_units_that_fit():
     (ax,) = drawn([result()], draw_roofline, LIMITS).axes
     assert ax.get_ylabel() == "GFLOP/s"

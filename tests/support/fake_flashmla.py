@@ -117,6 +117,7 @@ def make(**ops: Any) -> FlashMLA:
         Stream=object,
         stream=contextlib.nullcontext,
         synchronize=lambda: None,
+        empty_cache=lambda: None,
         CUDAGraph=lambda: graph,
         graph=lambda graph, stream: contextlib.nullcontext(),
         Event=Event,
