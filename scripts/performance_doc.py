@@ -88,6 +88,7 @@ def summary(document: Document) -> str:
     """Geometric means of a grid's groups, and the least shape of all."""
     found = document["summary"]
     ratios = {
+        "speedup_vs_live_peer": "times FlashMLA in the same run",
         "speedup_vs_peers": "times the fastest peer",
         "limit_fraction": "fraction of the limit",
         "speedup_vs_xla": "times plain XLA",
@@ -114,8 +115,9 @@ def summary(document: Document) -> str:
 def shapes(document: Document) -> str:
     """One line for each shape of a grid."""
     header = [
-        "b", "query tokens", "heads", "cached tokens", "lengths", "us", "samples", "lasting load",
-        "TB/s", "TFLOP/s", "limit", "of limit", "fastest peer", "times the peer", "plain XLA",
+        "b", "query tokens", "heads", "top k", "of an extra cache", "cached tokens", "lengths",
+        "format", "us", "samples", "lasting load", "TB/s", "TFLOP/s", "limit", "of limit",
+        "FlashMLA in this run", "times that", "fastest peer", "times the peer", "plain XLA",
         "times XLA", "calls in graphs",
     ]  # fmt: skip
     return markdown(header, [shape_line(result) for result in results_of(document)])
@@ -123,9 +125,10 @@ def shapes(document: Document) -> str:
 
 def shape_line(result: Result) -> list[str]:
     line = [str(result[name]) for name in ("b", "s_q", "h_q")]
-    line += [tokens(result["s_k"]), result["lengths"]]
+    line += [str(result.get(name) or "") for name in ("topk", "extra_topk")]
+    line += [tokens(result["s_k"]), result.get("lengths", ""), result.get("format", "")]
     if "error" in result:
-        return [*line, "failed", *[""] * 11]
+        return [*line, "failed", *[""] * 13]
     fraction = result["limit_fraction"]
     peers = result.get("peers") or {}
     graphs = result.get("command_buffers") or {}
@@ -139,6 +142,8 @@ def shape_line(result: Result) -> list[str]:
         number(result["tflops"]),
         number(result["limit_us"]),
         number(fraction) + (" (exceeded)" if fraction > 1 else ""),
+        number(result.get("live_peer_us")),
+        number(result.get("speedup_vs_live_peer")),
         number(peers.get("best_us")),
         number(result.get("speedup_vs_peers")),
         number(result.get("xla_us")),

@@ -8,9 +8,11 @@ import typing
 from collections.abc import Iterator
 from unittest import mock
 
-if os.path.exists("/dev/nvidiactl"):
-    # References are compiled for hundreds of shapes: do not time GEMM variants for each.
+# References are compiled for hundreds of shapes, most of which run once.
+if os.path.exists("/dev/nvidiactl"):  # do not time GEMM variants for each
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+else:  # leave out most of LLVM's passes, in the processes that tests start too
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import beartype  # noqa: F401 (before the patch below)
 import jax

@@ -35,7 +35,8 @@ def line(shape: Shape) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("grid", choices=sorted(GRIDS))
+    dense = [name for name, grid in GRIDS.items() if {s.format for s in grid.shapes()} == {"dense"}]
+    parser.add_argument("grid", choices=sorted(dense))
     parser.add_argument(
         "--shapes", "--rows", dest="shapes", action="append", default=[], metavar="b=128,h_q=16"
     )

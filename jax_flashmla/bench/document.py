@@ -47,8 +47,10 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if type(document) is dict and "grid" in document and "rows" in document:
-        document = {"operation": "dense_decode", **document, "shapes": document["rows"]}
-        document["summary"] = summarise(OPERATIONS["dense_decode"], document["shapes"])
+        operation = OPERATIONS["dense_decode"]
+        shapes = [{**operation.defaults, **result} for result in document["rows"]]
+        document = {"operation": operation.name, **document, "shapes": shapes}
+        document["summary"] = summarise(operation, shapes)
     missing = (
         [name for name in FIELDS if name not in document] if type(document) is dict else FIELDS
     )
@@ -59,4 +61,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} must be of an operation in {', '.join(OPERATIONS)}, "
             f"got {document['operation']!r}"
         )
+    if type(document["shapes"]) is list:  # fields that shapes had not yet
+        defaults = OPERATIONS[document["operation"]].defaults
+        document["shapes"] = [{**defaults, **result} for result in document["shapes"]]
     return document

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -135,6 +135,7 @@ class Ceilings:
     matmul_tflops: float
     matmul_size: int  # of the square operands
     matmul_dtype: str
+    gather_gbs: Mapping[int, float] = field(default_factory=dict)  # by bytes of a row: gather.py
 
 
 def measure_ceilings(device: jax.Device, method: Method) -> Ceilings:

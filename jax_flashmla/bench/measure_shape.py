@@ -6,18 +6,29 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from jax_flashmla.bench.command_buffers import compile_and_look
 from jax_flashmla.bench.device import count_calls
+from jax_flashmla.bench.live import FlashMLA
 from jax_flashmla.bench.measure import Method, Timing, time_calls
 from jax_flashmla.bench.operation import Calls, Operation
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.shape import Result, Shape
 
+PEER_ERROR = 0.1  # a peer's may have queries in fp8; above this it solved another problem
+
 
 def measure_shape(
-    operation: Operation, shape: Shape, pool: Any, setup: Setup, *, with_xla: bool
+    operation: Operation,
+    shape: Shape,
+    pool: Any,
+    setup: Setup,
+    *,
+    with_xla: bool,
+    peer: FlashMLA | None = None,
 ) -> Result:
-    """Times one shape and, with_xla, its baselines.
+    """Times one shape and, with_xla, its baselines; with a peer, that too.
 
     Raises:
         AssertionError: the result is wrong.
@@ -56,7 +67,34 @@ def measure_shape(
     if recorded:
         result["peers"] = recorded
         result["speedup_vs_peers"] = recorded["best_us"] / timing.us
+    if peer is not None:
+        result |= _beside(operation, shape, calls, timing, peer)
     return result | _baselines(calls, timing, setup.method)
+
+
+def _beside(
+    operation: Operation, shape: Shape, calls: Calls, timing: Timing, peer: FlashMLA
+) -> Result:
+    """The peer's time and its result's error, or why it has none; empty where it has no kernel."""
+    if operation.live_peer is None:
+        return {}
+    module = operation.live_peer()
+    try:
+        peer_calls = module.peer_calls(shape, calls.kernel.arguments, peer)
+        if not peer_calls:
+            return {}
+        out = np.asarray(peer_calls[-1]().float().cpu())
+        error = calls.error((out,))
+        us = peer.time_us(peer_calls)
+    except Exception as failure:
+        return {"live_peer_error": first_line(failure)}
+    if not error <= PEER_ERROR:
+        return {"live_peer_error": f"it computes something else: relative error {error:.1e}"}
+    return {
+        "live_peer_us": us,
+        "live_peer_relative_error": error,
+        "speedup_vs_live_peer": us / timing.us,
+    }
 
 
 def _baselines(calls: Calls, timing: Timing, method: Method) -> Result:

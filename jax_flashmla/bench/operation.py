@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jax_flashmla.bench.shape import Result
 
 if TYPE_CHECKING:
+    from jax_flashmla.bench.live import FlashMLA
     from jax_flashmla.bench.setup import Setup
 
 
@@ -71,6 +73,18 @@ class MakesCalls(Protocol):
         """The functions of one shape, and with_xla its baselines."""
 
 
+class CallsPeer(Protocol):
+    """A module that calls a peer which is timed in the same run."""
+
+    def peer_calls(
+        self, shape: Any, arguments: tuple[Any, ...], flashmla: FlashMLA
+    ) -> list[Callable[[], Any]]:
+        """One call over each cache, from the kernel's arguments; none where it takes no such shape.
+
+        A call returns [b, s_q, heads, d_v], padded heads included.
+        """
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation of the benchmark."""
@@ -87,8 +101,15 @@ class Operation:
     group: Callable[[Result], str]  # the kind of a measured shape, for the summary
     axes: Axes
     calls: Callable[[], MakesCalls]
+    live_peer: Callable[[], CallsPeer] | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the shape's fields."""
         return tuple(self.shape.__dataclass_fields__)
+
+    @property
+    def defaults(self) -> Result:
+        """Values of the fields that may be left out."""
+        fields = dataclasses.fields(self.shape)
+        return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -23,6 +23,7 @@ class Options:
     dtype: str = "bfloat16"
     block_size: int = 64  # tokens of a block
     xla: str = "subset"
+    peers: bool = False  # also those that are timed in the same run
     layers: int | None = None  # calls in one jitted function; by default as the grid says
     commit: str | None = None
     json: Path | None = None
@@ -110,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make N calls in one jitted function, a cache each, and show whether XLA runs them "
         "from command buffers; the grid layers does so by default",
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="time FlashMLA beside each shape, in this run: needs PyTorch and sgl-flash-mla",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the results as PNG here")
     parser.add_argument(
@@ -142,6 +148,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         dtype=arguments.dtype,
         block_size=arguments.block_size,
         xla=arguments.xla,
+        peers=arguments.peers,
         layers=arguments.layers,
         commit=arguments.commit,
         json=arguments.json,
@@ -166,6 +173,8 @@ def _check(options: Options, operation: Operation) -> None:
             )
     if options.layers is not None and options.layers < 1:
         raise ValueError(f"layers must be at least 1, got {options.layers}")
+    if options.peers and operation.live_peer is None:
+        raise ValueError(f"--peers: none of {operation.name} can be timed beside it")
     if options.saved is not None and options != Options(saved=options.saved, plots=options.plots):
         raise ValueError("--from measures nothing: beside it only --plots has a meaning")
     first, *_ = next(iter(operation.grids.values())).shapes()

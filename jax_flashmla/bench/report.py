@@ -24,6 +24,8 @@ NUMBERS = (  # heading, key of the result, format
     ("limit us", "limit_us", "{:9.2f}"),
     ("of limit", "limit_fraction", "{:9.2f}"),
     ("x peers", "speedup_vs_peers", "{:8.2f}"),
+    ("beside us", "live_peer_us", "{:9.2f}"),
+    ("x beside", "speedup_vs_live_peer", "{:8.2f}"),
     ("x XLA", "speedup_vs_xla", "{:7.2f}"),
     ("x ref", "speedup_vs_reference", "{:7.2f}"),
 )
@@ -74,6 +76,8 @@ def _remarks(result: Result) -> str:
         remarks.append(f"samples differ by {spread(result):.0%}")
     if exceeds_limit(result):
         remarks.append("faster than its limit")
+    if "live_peer_error" in result:
+        remarks.append(f"the peer beside: {result['live_peer_error']}")
     return f"  ! {', '.join(remarks)}" if remarks else ""
 
 
@@ -121,6 +125,9 @@ def print_setting(document: dict[str, Any], console: Console) -> None:
         f"max(bytes / {_bytes(limits['read_gbs'])} [{limits['read_source']}], operations / "
         f"{_flops(limits['tflops'])} [{limits['tflops_source']}]) + {limits['overhead_us']:g} us",
     )
+    if limits.get("gather_gbs"):
+        rates = ", ".join(f"{n} B {_bytes(gbs)}" for n, gbs in limits["gather_gbs"].items())
+        table.add_row("rows gathered", f"{rates} [{limits['gather_source']}]")
     console.print(table, highlight=False, markup=False)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_flashmla import _interrupt, kernel_refusal
 from jax_flashmla.bench import document as documents
-from jax_flashmla.bench import environment, report
+from jax_flashmla.bench import environment, live, report
 from jax_flashmla.bench.device import platform_of
+from jax_flashmla.bench.gather import measure_gather
 from jax_flashmla.bench.limits import limits_of
 from jax_flashmla.bench.measure import METHODS, Ceilings, measure_ceilings
 from jax_flashmla.bench.measure_shape import first_line, measure_shape
@@ -37,16 +39,25 @@ def run(options: Options, console: Console) -> int:
     if refusal is not None:
         console.print(f"[red]nothing to measure: {refusal}")
         return 1
+    peer = None
     try:
         grid, shapes = options.shapes(device.platform)
-    except ValueError as error:
-        console.print(f"[red]{error}")
+        if options.peers:
+            peer = live.load()
+    except (ValueError, ImportError) as error:
+        console.print(f"[red]{escape(str(error))}")
         return 2
-    return report.show(measure(grid, shapes, options, device, console), options.plots, console)
+    found = measure(grid, shapes, options, device, console, peer)
+    return report.show(found, options.plots, console)
 
 
 def measure(
-    grid: str, shapes: tuple[Any, ...], options: Options, device: jax.Device, console: Console
+    grid: str,
+    shapes: tuple[Any, ...],
+    options: Options,
+    device: jax.Device,
+    console: Console,
+    peer: live.FlashMLA | None = None,
 ) -> dict[str, Any]:
     """The document of a run, which is also written to options.json after every shape.
 
@@ -60,6 +71,9 @@ def measure(
         method = dataclasses.replace(method, min_calls=layers, max_calls=layers)
     with console.status("measuring what XLA reaches on this device"):
         ceilings = measure_ceilings(device, method)
+        row_bytes = sorted({size for shape in shapes for size in shape.gathered})
+        gather_gbs = {size: measure_gather(device, method, size) for size in row_bytes}
+        ceilings = dataclasses.replace(ceilings, gather_gbs=gather_gbs)
     setup = Setup(
         device=device,
         method=method,
@@ -94,7 +108,9 @@ def measure(
                             needed = f"{calls.memory(shape, setup) / 1e9:.1f} GB"
                             raise MemoryError(f"needs {needed} of {memory / 1e9:.1f} GB")
                         with_xla = _wants_xla(shape, operation, options.xla, device.platform)
-                        result = measure_shape(operation, shape, pool, setup, with_xla=with_xla)
+                        result = measure_shape(
+                            operation, shape, pool, setup, with_xla=with_xla, peer=peer
+                        )
                     except Exception as error:  # one shape's failure must not cost the others
                         result = {"error": first_line(error)}
                     fields = {**dataclasses.asdict(shape), **shape.facts}

@@ -21,6 +21,10 @@ class Shape(Protocol):
         """What one call must read and write, everything once."""
 
     @property
+    def gathered(self) -> dict[int, int]:
+        """Of `bytes`, those that are read a row at a time at random places, by bytes of a row."""
+
+    @property
     def cache_bytes(self) -> int:
         """Of what one call reads that the next one must not find in L2."""
 

@@ -81,9 +81,15 @@ def _draw_panel(
             linewidth=1,
         )
         ax.plot(x, [result["us"] * us for result in series], color=colour, **MEASURED)
-        peers = [(r[axes.x], r["peers"]["best_us"] * us) for r in series if "peers" in r]
-        if peers:
-            ax.plot(*zip(*peers, strict=True), color=colour, **PEER)
+        peers = [(r[axes.x], _peer_us(r)) for r in series]
+        there = [(x, peer_us * us) for x, peer_us in peers if peer_us is not None]
+        if there:
+            ax.plot(*zip(*there, strict=True), color=colour, **PEER)
+
+
+def _peer_us(result: Result) -> float | None:
+    """Of the peer in the same run, else of the best recorded one."""
+    return result.get("live_peer_us", result.get("peers", {}).get("best_us"))
 
 
 def _scale(ax: Panel, sizes: list[int]) -> None:
@@ -109,8 +115,11 @@ def _legends(figure: Figure, results: list[Result], axes: Axes, colours: dict[in
         Line2D([], [], label="jax_flashmla, median (bar: fastest to slowest)", **MEASURED, **BLACK),
         Line2D([], [], label="limit model", **LIMIT, **BLACK),
     ]
-    if any("peers" in result for result in results):
-        handles.append(Line2D([], [], label="best recorded peer", **PEER, **BLACK))
+    live = {"live_peer_us" in result for result in results if _peer_us(result) is not None}
+    if live:
+        label = "FlashMLA in the same run" if all(live) else "best recorded peer"
+        label += " (some: FlashMLA in the same run)" if live == {True, False} else ""
+        handles.append(Line2D([], [], label=label, **PEER, **BLACK))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     figure.legend(
         handles=[

@@ -13,15 +13,16 @@ import sys
 import jax
 import pytest
 
-from jax_flashmla import kernel_refusal
+from jax_flashmla import CacheFormat, kernel_refusal
 from jax_flashmla.bench import command_buffers, document, measure, run, summary
 from jax_flashmla.bench.dense_decode import OPERATION, calls, peers
-from jax_flashmla.bench.dense_decode.calls import make_q, make_tables, package_decode, random_blocks
+from jax_flashmla.bench.dense_decode.calls import make_q, make_tables, package_decode
 from jax_flashmla.bench.dense_decode.grids import GRIDS
 from jax_flashmla.bench.dense_decode.shapes import Shape
 from jax_flashmla.bench.device import count_calls
 from jax_flashmla.bench.limits import H200, Limits, limits_of
 from jax_flashmla.bench.measure import METHODS, Ceilings, time_calls
+from jax_flashmla.bench.pools import random_blocks
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.cli import main
 
@@ -71,7 +72,7 @@ def test_xla_keeps_calls_over_the_same_cache_apart():
     shape = Shape(2, 1, 4, 96)
     device = jax.devices("cpu")[0]
     tables = make_tables(shape, 1, 16) * 3
-    pool = random_blocks(shape.num_blocks(16), 16, "bfloat16", device)
+    pool = random_blocks(CacheFormat(block_size=16), shape.num_blocks(16), device)
     arguments = (make_q(shape, "bfloat16", device), pool, tables, shape.seqlens())
     decode = package_decode(shape, "kernel")
     assert count_calls(decode.lower(*arguments).compile()) == 3
@@ -195,7 +196,7 @@ def test_no_shape_is_left(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rows", "heads=3"], "field=value with field in b, s_q, h_q, s_k, lengths"),
+        (["--rows", "heads=3"], "field=value with field in b, s_q, h_q, s_k, lengths, format"),
         (["--rows", "b"], "got 'b'"),
         (["--layers", "0"], "layers must be at least 1, got 0"),
         (["--block-size", "48"], "invalid choice"),
@@ -286,7 +287,7 @@ def test_summary_by_group():
     def result(shape, speedup):
         return {
             "b": shape.b, "s_q": 1, "h_q": shape.h_q, "s_k": shape.s_k, "lengths": "equal",
-            "limit_us": limits.us(shape), "speedup_vs_peers": speedup,
+            "format": "dense", "limit_us": limits.us(shape), "speedup_vs_peers": speedup,
             "us": 2.0, "us_min": 1.9, "us_max": 2.1,
         }  # fmt: skip
 

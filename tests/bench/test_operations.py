@@ -38,6 +38,10 @@ class Shape:
     cache_bytes = bytes
 
     @property
+    def gathered(self):
+        return {}
+
+    @property
     def facts(self):
         return {"numbers": self.topk}
 
@@ -125,5 +129,7 @@ def test_what_it_does_not_have_is_named(options, message, capsys):
 def test_results_of_an_unknown_operation_are_refused(tmp_path):
     file = tmp_path / "other.json"
     file.write_text(json.dumps({**dict.fromkeys(document.FIELDS), "operation": "other"}))
-    with pytest.raises(ValueError, match="an operation in dense_decode, toy, got 'other'"):
+    with pytest.raises(
+        ValueError, match="an operation in dense_decode, sparse_decode, toy, got 'other'"
+    ):
         document.read(file)

@@ -82,6 +82,22 @@ def test_columns_that_no_shape_fills_are_left_out(targets, tmp_path):
     assert "XLA" not in rewritten(document, tmp_path, "shapes")
 
 
+def test_sparse_shapes_have_their_own_columns(tmp_path):
+    numbers = {
+        "us": 81.5, "us_min": 80.0, "us_max": 83.0, "gbs": 2400.0, "tflops": 300.0,
+        "limit_us": 73.4, "limit_fraction": 0.9, "live_peer_us": 163.0, "speedup_vs_live_peer": 2.0,
+    }  # fmt: skip
+    shape = {"b": 64, "s_q": 1, "h_q": 64, "topk": 2048, "extra_topk": 0, "format": "v32"}
+    document = {"shapes": [shape | {"s_k": 16384} | numbers]}
+    page = rewritten(document, tmp_path, "shapes")
+    header, _, line = [x for x in page.splitlines() if x.startswith("| ")]
+    cells = dict(zip(header.split("|"), line.split("|"), strict=True))
+    assert cells[" top k "] == " 2048 "
+    assert cells[" format "] == " v32 "
+    assert (cells[" FlashMLA in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
+    assert not {" lengths ", " of an extra cache "} & set(cells)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import pytest
@@ -22,7 +21,8 @@ LIMITS = {"read_gbs": 40.6, "read_source": "x", "tflops": 0.153, "tflops_source"
 
 def result(us: float = 2000.0, fastest: float = 1900.0, slowest: float = 2100.0, **changes):
     return {
-        "b": 4, "s_q": 1, "h_q": 16, "s_k": 1024, "lengths": "equal", "cached_tokens": 4096,
+        "b": 4, "s_q": 1, "h_q": 16, "s_k": 1024, "lengths": "equal", "format": "dense",
+        "cached_tokens": 4096,
         "us": us, "us_min": fastest, "us_max": slowest, "tflops": 0.003, "gbs": 0.4,
         "limit_us": 900.0, "limit_fraction": 900.0 / us, **changes,
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_units_fit_the_number(value, text):
 
 def test_a_line_has_its_spread_and_units_of_the_device():
     table = report.ShapeTable(OPERATION, LIMITS)
-    cells = dict(zip(table.header().split()[:10], table.line(result()).split(), strict=False))
+    cells = dict(zip(table.header().split()[:11], table.line(result()).split(), strict=False))
     assert (cells["GFLOP/s"], cells["GB/s"]) == ("3", "0.4")
     assert (cells["us"], cells["fastest"], cells["slowest"]) == ("2000.00", "1900.00", "2100.00")
     assert "!" not in table.line(result())
@@ -124,6 +124,30 @@ def test_times_are_drawn_in_units_that_fit_with_a_legend_of_what_is_there(us, un
     assert styles == ["jax_flashmla, median (bar: fastest to slowest)", "limit model"]
 
 
+RECORDED, LIVE = {"peers": {"best_us": 3000.0}}, {"live_peer_us": 4000.0}
+
+
+@pytest.mark.parametrize(
+    ("peers", "label", "drawn_us"),
+    [
+        ([RECORDED, {}], "best recorded peer", [3000]),
+        ([LIVE, {}], "FlashMLA in the same run", [4000]),
+        ([LIVE | RECORDED], "FlashMLA in the same run", [4000]),
+        (
+            [RECORDED, LIVE],
+            "best recorded peer (some: FlashMLA in the same run)",
+            [3000, 4000],
+        ),
+    ],
+)
+def test_peers_are_drawn_where_there_are_any(peers, label, drawn_us):
+    results = [result(s_k=1024 << i, **peer) for i, peer in enumerate(peers)]
+    figure = drawn(results, draw_times)
+    assert [t.get_text() for t in figure.legends[0].get_texts()][2:] == [label]
+    (crosses,) = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert list(crosses.get_ydata() * 1e3) == pytest.approx(drawn_us)
+
+
 def test_rates_are_drawn_in_units_that_fit():
     (ax,) = drawn([result()], draw_roofline, LIMITS).axes
     assert ax.get_ylabel() == "GFLOP/s"
@@ -132,7 +156,7 @@ def test_rates_are_drawn_in_units_that_fit():
 
 @pytest.mark.parametrize("name", ["targets", "off_table"])
 def test_no_label_covers_another(name):
-    results = json.loads((H200 / f"{name}.json").read_text())["rows"]
+    results = document.read(H200 / f"{name}.json")["shapes"]
     for ax in (ax for ax in drawn(results, draw_times).axes if ax.get_visible()):
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())

@@ -285,8 +285,11 @@ def test_more_query_tokens_than_a_schedule_holds() -> None:
     assert get_mla_metadata(lengths, 4 * 16, 1, 16, True, 64) == (None, None)
 
 
-def test_ported_example_runs() -> None:
+def test_ported_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     path = pathlib.Path(__file__).parents[2] / "examples" / "port_from_flashmla.py"
     example = runpy.run_path(os.fspath(path))
     with jax.default_device(jax.devices("cpu")[0]):
         example["main"]()  # exits with an error where the results do not match
+    said = capsys.readouterr().out
+    assert "dense, on cpu: worst error" in said
+    assert "sparse, on cpu: worst error" in said

@@ -1,11 +1,11 @@
-"""The benchmark of dense_decode: causal, d_qk 576, d_v 512, one KV head, 16-bit caches."""
+"""The benchmark of dense_decode: causal, d_qk 576, d_v 512, one KV head."""
 
 from __future__ import annotations
 
 from jax_flashmla.bench.dense_decode import peers
 from jax_flashmla.bench.dense_decode.grids import GRIDS, XLA_SHAPES
-from jax_flashmla.bench.dense_decode.shapes import Shape
-from jax_flashmla.bench.operation import Axes, MakesCalls, Operation
+from jax_flashmla.bench.dense_decode.shapes import ROW_BYTES, Shape
+from jax_flashmla.bench.operation import Axes, CallsPeer, MakesCalls, Operation
 from jax_flashmla.bench.shape import Result
 
 SMALL_BATCH = 4  # sequences; at most these few leave the device waiting for latencies
@@ -22,7 +22,9 @@ def _group(result: Result) -> str:
 
 def _panel_title(result: Result) -> str:
     heads = "1 head" if result["h_q"] == 1 else f"{result['h_q']} heads"
-    return heads + (f", {result['s_q']} query tokens" if result["s_q"] > 1 else "")
+    queries = f", {result['s_q']} query tokens" if result["s_q"] > 1 else ""
+    format = "" if result["format"] == "dense" else f", {result['format']}"
+    return heads + queries + format
 
 
 def _preferred(results: list[Result]) -> list[Result]:
@@ -36,6 +38,12 @@ def _calls() -> MakesCalls:
     from jax_flashmla.bench.dense_decode import calls
 
     return calls
+
+
+def _live_peer() -> CallsPeer:
+    from jax_flashmla.bench.dense_decode import live_peer
+
+    return live_peer
 
 
 OPERATION = Operation(
@@ -54,7 +62,11 @@ OPERATION = Operation(
         x_label="cached tokens of each sequence",
         series="b",
         series_label="sequences",
-        panel=lambda result: (result["h_q"], result["s_q"]),
+        panel=lambda result: (
+            tuple(ROW_BYTES).index(result["format"]),
+            result["h_q"],
+            result["s_q"],
+        ),
         panel_title=_panel_title,
         preferred=_preferred,
         kind=lambda result: result["s_q"] * result["h_q"],
@@ -63,4 +75,5 @@ OPERATION = Operation(
         size_label="cached tokens",
     ),
     calls=_calls,
+    live_peer=_live_peer,
 )

@@ -11,23 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flashmla
+from jax_flashmla import CacheFormat
 from jax_flashmla.bench import naive
 from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, ITEMSIZE, Shape
 from jax_flashmla.bench.device import DECODE_TARGET
 from jax_flashmla.bench.operation import Calls, Timed
+from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
+from jax_flashmla.reference.rows import load_rows
 
 MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
 
 TARGET = DECODE_TARGET
-SLAB_TOKENS = 1 << 17
 BASELINE_CALLS = 8  # separate caches for the baselines: fewer, because XLA compiles every call
 PARTS = 132  # of a schedule on an H100 or H200: what its workspace is sized by
 
 
 def memory(shape: Shape, setup: Setup) -> int:
     """Bytes of device memory: caches, q, the baselines' outs, accumulators."""
-    cache = _pool_blocks(shape, setup) * setup.block_size * D_QK * ITEMSIZE
+    cache = _pool_blocks(shape, setup) * format_of(shape, setup).block_bytes
     q_and_outs = shape.b * shape.s_q * shape.h_q * ITEMSIZE * (D_QK + BASELINE_CALLS * D_V)
     accumulators = 2 * PARTS * shape.s_q * shape.h_q * 4 * (D_V + 1)
     return cache + q_and_outs + accumulators
@@ -38,27 +40,17 @@ def _pool_blocks(shape: Shape, setup: Setup) -> int:
     return setup.caches(shape) * shape.num_blocks(setup.block_size)
 
 
-def make_pool(shapes: list[Shape], setup: Setup) -> jax.Array:
-    """Random blocks [num_blocks, block_size, 1, D_QK] for the shape that needs most."""
-    most = max((_pool_blocks(shape, setup) for shape in shapes), default=1)
-    return random_blocks(most, setup.block_size, setup.dtype, setup.device)
+def make_pool(shapes: list[Shape], setup: Setup) -> Pool:
+    """Random blocks of each format for the shape that needs most."""
+    most: dict[CacheFormat, int] = {}
+    for shape in shapes:
+        format = format_of(shape, setup)
+        most[format] = max(most.get(format, 1), _pool_blocks(shape, setup))
+    return Pool(most, setup.device)
 
 
-def random_blocks(num_blocks: int, block_size: int, dtype: Any, device: jax.Device) -> jax.Array:
-    """[num_blocks, block_size, 1, D_QK], generated in place, a slab at a time."""
-    slab = min(num_blocks, SLAB_TOKENS // block_size)
-
-    @partial(jax.jit, donate_argnums=0)
-    def fill(pool: jax.Array, start: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(1), start)
-        values = jax.random.normal(key, (slab, block_size, 1, D_QK), dtype)
-        return jax.lax.dynamic_update_slice(pool, values, (start, 0, 0, 0))
-
-    with jax.default_device(device):
-        pool = jnp.zeros((num_blocks, block_size, 1, D_QK), dtype)
-        for start in range(0, num_blocks, slab):
-            pool = fill(pool, jnp.int32(min(start, num_blocks - slab)))
-    return pool
+def format_of(shape: Shape, setup: Setup) -> CacheFormat:
+    return CacheFormat(name=shape.format, block_size=setup.block_size, dtype=setup.dtype)
 
 
 def make_tables(shape: Shape, caches: int, block_size: int) -> list[np.ndarray]:
@@ -97,7 +89,10 @@ def make_schedule(
 
 
 def package_decode(
-    shape: Shape, implementation: str, schedule: jax_flashmla.SplitSchedule | None = None
+    shape: Shape,
+    implementation: str,
+    schedule: jax_flashmla.SplitSchedule | None = None,
+    format: CacheFormat | None = None,
 ) -> Decode:
     """One call per table, through jax_flashmla.
 
@@ -117,9 +112,14 @@ def package_decode(
         schedule: jax_flashmla.SplitSchedule | None = None,
     ) -> tuple[jax.Array, Any]:
         if schedule is None:
-            schedule = make_schedule(shape, cache_seqlens, tables[0].shape[1] * pool.shape[1])
+            block_size = pool.shape[1] if format is None else format.block_size
+            schedule = make_schedule(shape, cache_seqlens, tables[0].shape[1] * block_size)
         attend = partial(
-            jax_flashmla.dense_decode, causal=True, schedule=schedule, implementation=implementation
+            jax_flashmla.dense_decode,
+            causal=True,
+            format=format,
+            schedule=schedule,
+            implementation=implementation,
         )
         outs, lses = zip(*(attend(q, pool, table, cache_seqlens) for table in tables), strict=True)
         return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
@@ -127,14 +127,14 @@ def package_decode(
     return decode if schedule is None else partial(decode, schedule=schedule)
 
 
-def composed_decode() -> Decode:
-    """As package_decode, but what a JAX user writes without it: gather, einsum, softmax, einsum."""
+def composed_decode(format: CacheFormat) -> Decode:
+    """As package_decode, but what a JAX user writes without it: gather, dequantise, two einsums."""
 
     def attend(
         q: jax.Array, pool: jax.Array, table: jax.Array, cache_seqlens: jax.Array
     ) -> jax.Array:
         b, s_q = q.shape[:2]
-        keys = pool[table].reshape(b, -1, D_QK)
+        keys = rows_of(format, pool[table]).reshape(b, -1, D_QK)
         scores = jnp.einsum("bshd,bkd->bshk", q, keys, preferred_element_type=jnp.float32)
         end = cache_seqlens[:, None] - jnp.arange(s_q - 1, -1, -1)[None]
         visible = jnp.arange(keys.shape[1])[None, None] < end[..., None]
@@ -151,42 +151,55 @@ def composed_decode() -> Decode:
     return decode
 
 
-def make_calls(shape: Shape, pool: jax.Array, setup: Setup, *, with_xla: bool) -> Calls:
+def rows_of(format: CacheFormat, blocks: jax.Array) -> jax.Array:
+    """Blocks [..., *format.block_shape] as rows [..., block_size, 1, D_QK] in format.dtype."""
+    return load_rows(format, blocks, jnp.float32(1)).astype(format.dtype)
+
+
+def make_calls(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
     """The kernels' calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
     caches, calls = setup.caches(shape), setup.calls(shape)
     # Arrays of their own, of which XLA cannot know that some are the same.
     tables = make_tables(shape, caches, setup.block_size) * (calls // caches)
-    q = make_q(shape, pool.dtype, setup.device)
+    format = format_of(shape, setup)
+    blocks = pool.blocks(format)
+    q = make_q(shape, setup.dtype, setup.device)
     seqlens, device_tables = jax.device_put((shape.seqlens(), tables), setup.device)
     # The peers' schedules were made beforehand. A stack of layers makes its own, once.
     schedule = None
     if not setup.look_inside:
         schedule = make_schedule(shape, seqlens, tables[0].shape[1] * setup.block_size)
-    decode = package_decode(shape, "kernel", schedule)
+    decode = package_decode(shape, "kernel", schedule, format)
 
     baselines = {}
     if with_xla:
-        few = (q, pool, device_tables[:BASELINE_CALLS], seqlens)
-        baselines["xla"] = Timed(composed_decode(), few, len(few[2]))
+        few = (q, blocks, device_tables[:BASELINE_CALLS], seqlens)
+        baselines["xla"] = Timed(composed_decode(format), few, len(few[2]))
         if setup.device.platform == "cpu":
-            baselines["reference"] = Timed(package_decode(shape, "xla"), few, len(few[2]))
+            reference = package_decode(shape, "xla", format=format)
+            baselines["reference"] = Timed(reference, few, len(few[2]))
     return Calls(
-        Timed(decode, (q, pool, device_tables, seqlens), calls),
-        lambda result: relative_error(result[0], q, pool, tables[-1], shape),
+        Timed(decode, (q, blocks, device_tables, seqlens), calls),
+        lambda result: relative_error(result[0], q, format, blocks, tables[-1], shape),
         baselines,
     )
 
 
 def relative_error(
-    out: jax.Array, q: jax.Array, pool: jax.Array, table: np.ndarray, shape: Shape
+    out: jax.Array,
+    q: jax.Array,
+    format: CacheFormat,
+    pool: jax.Array,
+    table: np.ndarray,
+    shape: Shape,
 ) -> float:
     """The worst head's error, of the longest sequence's last query, against naive attention."""
     sequence = int(shape.seqlens().argmax())
     tokens = shape.seqlens()[sequence : sequence + 1]
-    ids = table[sequence, : -(-int(tokens[0]) // pool.shape[1])]
-    rows = pool[jnp.asarray(ids)].reshape(1, -1, D_QK)
+    ids = table[sequence, : -(-int(tokens[0]) // format.block_size)]
+    rows = rows_of(format, pool[jnp.asarray(ids)]).reshape(1, -1, D_QK)
     attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=D_QK**-0.5))
     expected = np.asarray(attend(q[sequence, -1][None], rows, tokens)[0][0])
-    got = np.asarray(out[sequence, -1]).astype(np.float32)
+    got = np.asarray(out[sequence, -1]).astype(np.float32)[: shape.h_q]  # a peer's are padded
     norm = partial(np.linalg.norm, axis=-1)
     return float((norm(got - expected) / norm(expected)).max())

@@ -44,6 +44,20 @@ def _off_table() -> tuple[Shape, ...]:
     return (*heads, *queries, *skewed, *ragged, *ends)
 
 
+def _fp8() -> tuple[Shape, ...]:
+    """Every shape that is recorded of the fp8 peer, and fewer heads."""
+    few = ((16, 4096), (64, 4096), (128, 4096), (256, 2048))
+    return (
+        *peers.recorded_fp8(),
+        *(
+            Shape(b, 1, h_q, s_k, "equal", format)
+            for format in peers.FP8_FORMATS
+            for h_q in (8, 32)
+            for b, s_k in few
+        ),
+    )
+
+
 def _layers() -> tuple[Shape, ...]:
     """Serving shapes, each as a stack of LAYERS layers in one jitted function."""
     shapes = ((1, 4096), (8, 4096), (32, 4096), (128, 4096))
@@ -71,11 +85,17 @@ def _tiny() -> tuple[Shape, ...]:
     return (Shape(2, 1, 4, 96), Shape(3, 2, 4, 80, "normal"), Shape(4, 1, 3, 320, "skewed"))
 
 
+def _tiny_fp8() -> tuple[Shape, ...]:
+    return (Shape(2, 1, 4, 96, format="v32"), Shape(2, 2, 3, 80, "normal", "fp8_row"))
+
+
 LAYERS = 61  # as many as DeepSeek-V3 has
 GRIDS = {
     "targets": Grid(_targets),
     "quick": Grid(_quick),
     "off_table": Grid(_off_table),
+    "fp8": Grid(_fp8),
+    "tiny_fp8": Grid(_tiny_fp8),
     "layers": Grid(_layers, layers=LAYERS),
     "xla": Grid(lambda: XLA_SHAPES),
     "cpu": Grid(_cpu),

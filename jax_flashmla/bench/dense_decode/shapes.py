@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 D_QK, D_V, ITEMSIZE = 576, 512, 2
+ROW_BYTES = {"dense": ITEMSIZE * D_QK, "v32": 656, "fp8_row": 576}
 SHORT_LENGTH = 256  # tokens of all but one sequence where lengths == "skewed"
 
 
@@ -18,6 +19,8 @@ class Shape:
     equal   every sequence has s_k tokens
     normal  max(1, N(s_k, s_k / 2)), seed 7
     skewed  one sequence of s_k tokens among b - 1 of SHORT_LENGTH
+
+    `format` is the cache's.
     """
 
     b: int
@@ -25,9 +28,11 @@ class Shape:
     h_q: int
     s_k: int
     lengths: str = "equal"
+    format: str = "dense"
 
     def __str__(self) -> str:
-        return f"b={self.b} s_q={self.s_q} h_q={self.h_q} s_k={self.s_k} {self.lengths}"
+        shape = f"b={self.b} s_q={self.s_q} h_q={self.h_q} s_k={self.s_k} {self.lengths}"
+        return shape if self.format == "dense" else f"{shape} {self.format}"
 
     def seqlens(self) -> np.ndarray:
         """int32[b], tokens in each sequence's cache, those of the queries included."""
@@ -60,13 +65,17 @@ class Shape:
     @property
     def cache_bytes(self) -> int:
         """Of the tokens in one cache."""
-        return ITEMSIZE * D_QK * self.cached_tokens
+        return ROW_BYTES[self.format] * self.cached_tokens
 
     @property
     def bytes(self) -> int:
         """The cache read once, q read once, out written once."""
         q_and_out = self.b * self.s_q * self.h_q * (D_QK + D_V)
         return self.cache_bytes + ITEMSIZE * q_and_out
+
+    @property
+    def gathered(self) -> dict[int, int]:
+        return {}  # whole blocks are read
 
     @property
     def facts(self) -> dict[str, int]:

@@ -1,0 +1,42 @@
+"""FlashMLA's dense decode beside ours: bf16, or fp8 with fp8 queries and one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, Shape
+from jax_flashmla.bench.live import FlashMLA
+
+BLOCK_SIZE = 64  # the only one that it takes
+FORMATS = ("dense", "fp8_row")  # it reads rows of 1152 bytes, or of 576
+
+
+def peer_calls(
+    shape: Shape, arguments: tuple[Any, ...], flashmla: FlashMLA
+) -> list[Callable[[], Any]]:
+    """As `operation.CallsPeer`; arguments are (q, blocks, tables, cache_seqlens)."""
+    torch, ops = flashmla.torch, flashmla.ops
+    if shape.format not in FORMATS or arguments[1].shape[1] != BLOCK_SIZE:
+        return []
+    q, blocks, seqlens = (flashmla.tensor(arguments[i]) for i in (0, 1, 3))
+    scale = D_QK**-0.5
+    fp8 = shape.format == "fp8_row"
+    if fp8:
+        q, blocks = q.to(torch.float8_e4m3fn), blocks.view(torch.float8_e4m3fn)
+        schedule = ops.get_mla_decoding_metadata_dense_fp8(seqlens, shape.s_q * shape.h_q, 1)
+        one = torch.ones(1, dtype=torch.float32, device=q.device)
+
+    def attend(table: Any, schedule: Any) -> tuple[Any, ...]:
+        common = (q, blocks, D_V, seqlens, table, scale, True, *schedule)
+        return ops.fwd_kvcache_mla_fp8(*common, one, one) if fp8 else ops.dense_decode_fwd(*common)
+
+    tables = [flashmla.tensor(table) for table in arguments[2]]
+    if not fp8:  # the first call makes the schedule of all others
+        schedule = attend(tables[0], (None, None))[2:4]
+
+    def out_of(table: Any) -> Any:
+        return attend(table, schedule)[0]
+
+    return [partial(out_of, table) for table in tables]

@@ -1,0 +1,25 @@
+"""How fast rows are gathered at random: what plain XLA reaches on this device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla.bench.measure import Method, time_calls
+
+
+def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:
+    """GB/s, in its fastest sample, of sums over rows of `row_bytes` at random places.
+
+    Args:
+        row_bytes: a multiple of 4.
+    """
+    on_gpu = device.platform == "gpu"
+    pool_bytes, count = (1 << 32, 1 << 18) if on_gpu else (1 << 26, 1 << 13)
+    num_rows = pool_bytes // row_bytes
+    with jax.default_device(device):
+        pool = jnp.ones((num_rows, row_bytes // 4), jnp.uint32)
+        index = jax.random.randint(jax.random.key(0), (count,), 0, num_rows)
+        sums = jax.jit(lambda pool, index: jnp.sum(pool[index], axis=1))
+        us = time_calls(lambda: sums(pool, index), 1, method).us_min
+    return count * row_bytes / us / 1e3

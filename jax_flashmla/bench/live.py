@@ -1,0 +1,84 @@
+"""Peers that are timed in the same run: FlashMLA's frozen Hopper kernels, on PyTorch.
+
+They are in the package sgl-flash-mla, which PyTorch 2.10 or newer loads. Neither is ever needed but
+for `bench --peers`. Arrays are JAX's own, so peers read the same bytes as our kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE, LIBRARY = "flash_mla", "_C_legacy*.so"
+WARM_REPLAYS, REPLAYS = 3, 9
+PEER_HEADS = (64, 128)  # it has kernels for: others are padded
+
+
+@dataclass(frozen=True)
+class FlashMLA:
+    """PyTorch, and the operations of FlashMLA's library."""
+
+    torch: Any
+    ops: Any
+
+    def tensor(self, x: Any) -> Any:
+        """A jax.Array's memory as a tensor."""
+        return self.torch.from_dlpack(x)
+
+    def padded(self, q: Any, dim: int = 2) -> Any:
+        """Queries with as many heads as there is a kernel for."""
+        heads = next(n for n in (*PEER_HEADS, q.shape[dim]) if n >= q.shape[dim])
+        shape = list(q.shape)
+        shape[dim] = heads
+        padded = q.new_zeros(shape)
+        padded.narrow(dim, 0, q.shape[dim]).copy_(q)
+        return padded
+
+    def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
+        """Microseconds a call, of a CUDA graph of the calls: the median of its replays."""
+        cuda = self.torch.cuda
+        stream = cuda.Stream()
+        milliseconds = []
+        with cuda.stream(stream):
+            calls[0]()
+            cuda.synchronize()
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
+            for _ in range(WARM_REPLAYS + REPLAYS):
+                start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+                start.record(stream)
+                graph.replay()
+                end.record(stream)
+                cuda.synchronize()
+                milliseconds.append(start.elapsed_time(end))
+        del graph
+        cuda.empty_cache()  # the next shape's results may be as large, and JAX has most memory
+        return statistics.median(milliseconds[WARM_REPLAYS:]) * 1e3 / len(calls)
+
+
+def load() -> FlashMLA:
+    """
+    Raises:
+        ImportError: PyTorch or FlashMLA's library is not there; the message says which.
+    """
+    found = importlib.util.find_spec(PACKAGE)
+    folders = [] if found is None else found.submodule_search_locations or []
+    libraries = [path for folder in folders for path in sorted(Path(folder).glob(LIBRARY))]
+    if not libraries:
+        raise ImportError(
+            f"--peers needs {PACKAGE}/{LIBRARY} of the package sgl-flash-mla and found none: "
+            "pip install --no-deps sgl-flash-mla"
+        )
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise ImportError("--peers needs PyTorch, which is not installed") from None
+    torch.ops.load_library(str(libraries[0]))
+    return FlashMLA(torch, torch.ops.flash_mla_legacy)

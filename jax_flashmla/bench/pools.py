@@ -1,0 +1,59 @@
+"""Random blocks of any cache format, which all shapes of a run share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import CacheFormat
+from jax_flashmla.cache.quantise import quantise
+
+SLAB_TOKENS = 1 << 17
+
+
+class Pool:
+    """Blocks of one format at a time: shapes of one format are measured one after the other."""
+
+    def __init__(self, num_blocks: dict[CacheFormat, int], device: jax.Device) -> None:
+        """num_blocks: of each format, for the shape that needs most."""
+        self._num_blocks = num_blocks
+        self._device = device
+        self._made: tuple[CacheFormat, jax.Array] | None = None
+
+    def blocks(self, format: CacheFormat) -> jax.Array:
+        """[num_blocks, *format.block_shape]; those of another format are freed."""
+        if self._made is None or self._made[0] != format:
+            self._made = None
+            self._made = format, random_blocks(format, self._num_blocks[format], self._device)
+        return self._made[1]
+
+
+def random_blocks(format: CacheFormat, num_blocks: int, device: jax.Device) -> jax.Array:
+    """Rows of normal numbers, generated and stored in place, a slab at a time."""
+    slab = min(num_blocks, max(1, SLAB_TOKENS // format.block_size))
+
+    @partial(jax.jit, donate_argnums=0)
+    def fill(pool: jax.Array, start: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(1), start)
+        rows = jax.random.normal(key, (slab, format.block_size, format.d_qk), format.dtype)
+        stored = _store(format, rows)
+        return jax.lax.dynamic_update_slice(pool, stored, (start, *(0,) * (pool.ndim - 1)))
+
+    with jax.default_device(device):
+        pool = format.allocate(num_blocks)
+        for start in range(0, num_blocks, slab):
+            pool = fill(pool, jnp.int32(min(start, num_blocks - slab)))
+    return pool
+
+
+def _store(format: CacheFormat, rows: jax.Array) -> jax.Array:
+    """Blocks of rows [blocks, block_size, d_qk]."""
+    if format.name == "dense":
+        return rows[:, :, None]
+    planes = quantise(format, rows)
+    if len(planes) == 1:
+        return planes[0][:, :, None]
+    stored = jnp.concatenate([plane.reshape(len(rows), -1) for plane in planes], axis=1)
+    return jnp.pad(stored, ((0, 0), (0, format.block_bytes - stored.shape[1])))

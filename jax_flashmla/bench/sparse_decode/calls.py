@@ -1,0 +1,232 @@
+"""Builds a shape's caches and indices and the functions that attend to them; checks a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_flashmla
+from jax_flashmla import CacheFormat
+from jax_flashmla.bench import naive
+from jax_flashmla.bench.operation import Calls, Timed
+from jax_flashmla.bench.pools import Pool
+from jax_flashmla.bench.setup import Setup
+from jax_flashmla.bench.sparse_decode.shapes import D_V, ITEMSIZE, Shape
+from jax_flashmla.compat import get_mla_metadata
+from jax_flashmla.reference.rows import take_rows
+
+MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
+TARGET = "flashmla_sparse_decode_v1"
+BASELINE_CALLS = 4  # separate caches for the baselines: fewer, because XLA compiles every call
+PARTS = 132  # of a schedule on an H100 or H200: what its workspace is sized by
+TILE = 64  # indices
+
+# Of one call: main indices, then, where there is an extra cache, those into it. Both are slots of
+# the one array that holds all caches.
+Picks = tuple[Any, ...]
+
+
+def format_of(shape: Shape, setup: Setup) -> CacheFormat:
+    return CacheFormat(name=shape.format, block_size=setup.block_size, dtype=setup.dtype)
+
+
+def _regions(shape: Shape) -> int:
+    """Caches of a sequence."""
+    return 2 if shape.extra_topk else 1
+
+
+def _cache_blocks(shape: Shape, block_size: int) -> int:
+    return -(-shape.s_k // block_size)
+
+
+def _pool_blocks(shape: Shape, setup: Setup) -> int:
+    """Blocks of all the shape's caches."""
+    return setup.caches(shape) * shape.b * _regions(shape) * _cache_blocks(shape, setup.block_size)
+
+
+def memory(shape: Shape, setup: Setup) -> int:
+    """Bytes of device memory: caches, indices, q, outs, accumulators; the baselines' rows."""
+    caches = _pool_blocks(shape, setup) * format_of(shape, setup).block_bytes
+    indices = setup.calls(shape) * shape.gathered_tokens * 4
+    q_and_outs = shape.query_tokens * shape.h_q * ITEMSIZE * (shape.d_qk + 2 * D_V)
+    return caches + indices + q_and_outs + 2 * PARTS * shape.h_q * 4 * (D_V + 1)
+
+
+def make_pool(shapes: list[Shape], setup: Setup) -> Pool:
+    """Random blocks of each format for the shape that needs most."""
+    most: dict[CacheFormat, int] = {}
+    for shape in shapes:
+        format = format_of(shape, setup)
+        most[format] = max(most.get(format, 1), _pool_blocks(shape, setup))
+    return Pool(most, setup.device)
+
+
+def make_picks(shape: Shape, caches: int, block_size: int) -> list[Picks]:
+    """Of each cache the slots int32 [b, s_q, topk] that its query tokens attend.
+
+    A sequence's blocks are at random places within the run of the pool that is the cache's. A query
+    token attends tokens in random order, all different; those of two query tokens overlap.
+    """
+    generator = np.random.default_rng(2)
+    blocks = _cache_blocks(shape, block_size)
+    order = generator.permutation(shape.s_k)
+    picks = []
+    for cache in range(caches):
+        run = shape.b * _regions(shape) * blocks
+        tables = cache * run + generator.permutation(run).reshape(_regions(shape), shape.b, blocks)
+        picks.append(
+            tuple(
+                _pick(generator, table, order, shape.s_q, topk, block_size)
+                for table, topk in zip(tables, (shape.topk, shape.extra_topk), strict=False)
+            )
+        )
+    return picks
+
+
+def _pick(
+    generator: np.random.Generator,
+    table: np.ndarray,
+    order: np.ndarray,
+    s_q: int,
+    topk: int,
+    block_size: int,
+) -> np.ndarray:
+    b = len(table)
+    start = generator.integers(len(order), size=(b, s_q, 1))
+    token = order[(start + np.arange(topk)) % len(order)]
+    block = table[np.arange(b)[:, None, None], token // block_size]
+    return (block * block_size + token % block_size).astype(np.int32)
+
+
+def make_schedule(shape: Shape) -> jax_flashmla.SplitSchedule | None:
+    """The shape's schedule; None where there are more query tokens than one takes."""
+    tiles = sum(-(-topk // TILE) for topk in (shape.topk, shape.extra_topk))
+    rows = shape.s_q * shape.h_q
+    schedule, _ = get_mla_metadata(
+        jnp.zeros(shape.b, jnp.int32), rows, 1, num_heads_q=shape.h_q, topk=tiles * TILE
+    )
+    return schedule
+
+
+# (q, blocks, picks) -> the last picks' out, and something of each picks' result
+Decode = Callable[..., tuple[jax.Array, Any]]
+
+
+def package_decode(
+    format: CacheFormat, implementation: str, schedule: jax_flashmla.SplitSchedule | None
+) -> Decode:
+    """One call for each picks, through jax_flashmla.
+
+    Of the kernel's calls it returns the sum of one lse each: so every out gets the same memory, as
+    in a model.
+    """
+
+    @jax.jit
+    def decode(
+        q: jax.Array,
+        blocks: jax.Array,
+        picks: list[Picks],
+        schedule: jax_flashmla.SplitSchedule | None,
+    ) -> tuple[jax.Array, Any]:
+        results = []
+        for indices, *extra in picks:
+            options: dict[str, Any] = {}
+            if extra:
+                options = {
+                    "extra_blocks": blocks,
+                    "extra_indices": extra[0],
+                    "extra_format": format,
+                }
+            results.append(
+                jax_flashmla.sparse_decode(
+                    q,
+                    blocks,
+                    indices,
+                    format=format,
+                    schedule=schedule,
+                    implementation=implementation,
+                    **options,
+                )
+            )
+        outs, lses = zip(*results, strict=True)
+        return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
+
+    return partial(decode, schedule=schedule)
+
+
+def gather(format: CacheFormat, blocks: jax.Array, picks: Picks) -> jax.Array:
+    """Rows [..., topk + extra_topk, d_qk] of slots [..., topk] and, if any, [..., extra_topk]."""
+    rows = [
+        take_rows(
+            format, blocks, x // format.block_size, x % format.block_size, jnp.float32(1)
+        ).squeeze(-2)
+        for x in picks
+    ]
+    return jnp.concatenate(rows, axis=-2)
+
+
+def composed_decode(format: CacheFormat) -> Decode:
+    """As package_decode, but what a JAX user writes without it: gather, dequantise, two einsums."""
+
+    def attend(q: jax.Array, blocks: jax.Array, picks: Picks) -> jax.Array:
+        rows = gather(format, blocks, picks)
+        scores = jnp.einsum("bshd,bskd->bshk", q, rows, preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(scores * format.d_qk**-0.5)
+        return jnp.einsum("bshk,bskd->bshd", p.astype(q.dtype), rows[..., :D_V])
+
+    @jax.jit
+    def decode(
+        q: jax.Array, blocks: jax.Array, picks: list[Picks]
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        outs = [attend(q, blocks, x) for x in picks]
+        return outs[-1], outs
+
+    return decode
+
+
+def make_calls(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
+    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
+    caches, calls = setup.caches(shape), setup.calls(shape)
+    format = format_of(shape, setup)
+    blocks = pool.blocks(format)
+    # Arrays of their own, of which XLA cannot know that some are the same.
+    picks = make_picks(shape, caches, setup.block_size) * (calls // caches)
+    with jax.default_device(setup.device):
+        q_shape = (shape.b, shape.s_q, shape.h_q, shape.d_qk)
+        q = jax.random.normal(jax.random.key(3), q_shape, setup.dtype)
+        # FlashMLA's schedule was made beforehand. A stack of layers makes its own, once.
+        schedule = None if setup.look_inside else make_schedule(shape)
+    device_picks = jax.device_put(picks, setup.device)
+    decode = package_decode(format, "kernel", schedule)
+
+    baselines = {}
+    if with_xla:
+        few = (q, blocks, device_picks[:BASELINE_CALLS])
+        baselines["xla"] = Timed(composed_decode(format), few, len(few[2]))
+        if setup.device.platform == "cpu":
+            reference = package_decode(format, "xla", None)
+            baselines["reference"] = Timed(reference, few, len(few[2]))
+    return Calls(
+        Timed(decode, (q, blocks, device_picks), calls),
+        lambda result: relative_error(result[0], q, format, blocks, picks[-1]),
+        baselines,
+    )
+
+
+def relative_error(
+    out: Any, q: jax.Array, format: CacheFormat, blocks: jax.Array, picks: Picks
+) -> float:
+    """The worst head's error, of the last query token, against naive attention."""
+    last = [jnp.asarray(x[-1, -1]) for x in picks]
+    rows = gather(format, blocks, tuple(last))
+    attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=format.d_qk**-0.5))
+    attended = jnp.full(1, len(rows), jnp.int32)
+    expected = np.asarray(attend(q[-1, -1][None], rows[None], attended)[0][0])
+    got = np.asarray(out[-1, -1]).astype(np.float32)[: q.shape[2]]  # a peer's heads are padded
+    norm = partial(np.linalg.norm, axis=-1)
+    return float((norm(got - expected) / norm(expected)).max())
