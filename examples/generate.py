@@ -147,6 +147,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.cache_format != "dense" and arguments.dtype == "float32":
+        raise ValueError(
+            "--dtype must be bfloat16 or float16 with --cache-format "
+            f"{arguments.cache_format}, got float32"
+        )
     prompts = read_prompts(arguments)
     tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_flashmla import PagedCache, Slots, SplitSchedule, dense_decode
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.indexer import Selection, own_selection
+from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import (
     check_call,
@@ -85,10 +85,9 @@ def decode(
         q_rope = rotate(config, q_rope, positions)
     q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.format.dtype)
 
-    if selection is None:
-        cache, selection = own_selection(
-            config, params, x, cache, slots, layer, heads_axis, implementation
-        )
+    cache, selection = selection_for(
+        selection, config, params, x, cache, slots, layer, heads_axis, implementation
+    )
     if selection.slots is not None:
         out = attend_selected(config, q, cache, layer, selection, implementation)
     else:

@@ -101,7 +101,8 @@ def select(
     return cache, Selection(roll_tokens(best, -padding), jnp.minimum(positions + 1, indexer.topk))
 
 
-def own_selection(
+def selection_for(
+    selection: Selection | None,
     config: MLAConfig,
     params: MLAParams,
     x: jax.Array,
@@ -113,7 +114,18 @@ def own_selection(
     *,
     prefix: bool = True,
 ) -> tuple[PagedCache, Selection]:
-    """What a layer that is given no selection attends to."""
+    """What a layer attends to: the selection that it is given, or its own."""
+    if selection is not None:
+        if not isinstance(selection, Selection):
+            raise TypeError(
+                f"selection must be a Selection or None, got {type(selection).__name__}"
+            )
+        if selection.slots is not None and selection.slots.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"selection must be of x's b, s = {x.shape[:2]}, got slots of shape "
+                f"{selection.slots.shape}"
+            )
+        return cache, selection
     if cache.index_blocks is None:
         return cache, ALL
     if config.indexer is None:

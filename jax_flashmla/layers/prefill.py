@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_flashmla import PagedCache, Slots, dense_decode, merge_lse
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import absorb_queries, unabsorb_values
-from jax_flashmla.layers.indexer import Selection, own_selection
+from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import (
     check_call,
@@ -71,10 +71,9 @@ def prefill(
     cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
     q_nope, q_rope = project_queries(config, params, x, positions)
 
-    if selection is None:
-        cache, selection = own_selection(
-            config, params, x, cache, slots, layer, heads_axis, implementation, prefix=prefix
-        )
+    cache, selection = selection_for(
+        selection, config, params, x, cache, slots, layer, heads_axis, implementation, prefix=prefix
+    )
     if selection.slots is not None:
         q = jnp.concatenate([absorb_queries(params, q_nope), q_rope], axis=-1)
         out = attend_selected(config, q, cache, layer, selection, implementation)

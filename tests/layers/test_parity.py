@@ -76,7 +76,7 @@ def check_layer(directory, dtype: str, tolerance: tolerances.Tolerance, **option
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
-@pytest.mark.parametrize("name", golden_models.NAMES)
+@pytest.mark.parametrize("name", sorted(set(golden_models.NAMES) - {"deepseek_v32_wide"}))
 def test_layer_equals_transformers_in_float32(name, source, scratch):
     check_layer(golden_models.find(name, source, scratch), "float32", tolerances.F32_PARITY)
 

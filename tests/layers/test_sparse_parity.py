@@ -50,7 +50,7 @@ def run(directory, dtype: str, *, name: str = "dense", fp8_keys: bool = False, *
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
-@pytest.mark.parametrize("name", golden_models.SPARSE)
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
 def test_chunks_select_and_compute_what_transformers_does(name, source, scratch):
     directory = golden_models.find(name, source, scratch)
     golden = golden_models.load(directory)

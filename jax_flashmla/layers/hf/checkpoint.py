@@ -78,10 +78,10 @@ def load_attention(
     attentions = _attentions(reader, prefix, config, layers)
     expected = {
         attention + name: shape
-        for attention, of in attentions.items()
+        for attention, of in attentions
         for name, shape in attention_shapes(of).items()
     }
-    within = "|".join(map(re.escape, attentions)) or r"(?!)"
+    within = "|".join(re.escape(name) for name, _ in attentions) or r"(?!)"
     ignored = _IGNORED if config.indexer is not None else rf"{_IGNORED}|indexer\."
     reader.check(expected, within=within, ignore=rf"(?:{within})(?:{ignored})")
     return _load(reader, attentions, dtype, progress)
@@ -113,8 +113,8 @@ def attention_prefix(reader: TensorReader) -> str:
 
 def _attentions(
     reader: TensorReader, prefix: str, config: MLAConfig, layers: Iterable[int]
-) -> dict[str, MLAConfig]:
-    """Each attention's own config, by what the names of its tensors begin with."""
+) -> list[tuple[str, MLAConfig]]:
+    """What the names of each attention's tensors begin with, and its own config."""
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise TypeError(
             f"layers must be the numbers of layers, such as range(3) or [2], got {layers!r}"
@@ -127,7 +127,7 @@ def _attentions(
         )
     twice = any(m["rest"].startswith("0.") for m in matches)  # LongCat
     count = (1 + max(int(m["layer"]) for m in matches)) * (2 if twice else 1)
-    attentions = {}
+    attentions = []
     for layer in layers:
         try:
             i = -1 if isinstance(layer, bool) else operator.index(layer)
@@ -139,7 +139,7 @@ def _attentions(
                 f"{count} layers under {prefix!r}, got {layer}"
             )
         place = f"{i // 2}.self_attn.{i % 2}." if twice else f"{i}.self_attn."
-        attentions[f"{prefix}layers.{place}"] = config.for_layer(i)
+        attentions.append((f"{prefix}layers.{place}", config.for_layer(i)))
     return attentions
 
 
@@ -188,12 +188,15 @@ def track(items: Sequence[_T], description: str, progress: bool) -> Iterable[_T]
 
 
 def _load(
-    reader: TensorReader, attentions: dict[str, MLAConfig], dtype: DTypeLike, progress: bool
+    reader: TensorReader,
+    attentions: list[tuple[str, MLAConfig]],
+    dtype: DTypeLike,
+    progress: bool,
 ) -> Iterator[MLAParams]:
     def read(name: str) -> jax.Array:
         return reader.read(name, jnp.float32 if name.endswith(_FLOAT32) else dtype)
 
-    for attention, config in track(list(attentions.items()), "attention", progress):
+    for attention, config in track(attentions, "attention", progress):
         names = attention_shapes(config)
         yield _to_params(config, {name: read(attention + name) for name in names})
 
