@@ -148,6 +148,14 @@ MODELS = {
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
     },
+    "axk1": {
+        **_SMALL,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "vocab_size": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": _yarn(1.0),
+    },
     "youtu": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
     "minicpm3": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
 }
@@ -199,7 +207,7 @@ def write(name: str, directory: pathlib.Path, seed: int = 0) -> None:
         for hook in hooks:
             hook.remove()
     golden |= {"tokens": tokens.int(), "logits": logits.clone()}
-    if name not in ("minicpm3", "youtu"):  # the example has no such models
+    if name not in ("minicpm3", "youtu", "axk1"):  # the example has no such models
         _generate(model, golden)
         model.generation_config.eos_token_id = golden.pop("end").tolist()
         model.generation_config.save_pretrained(directory)
