@@ -50,20 +50,20 @@ class Layer(nnx.Module):
         cache: PagedCache,
         slots: Slots,
         schedule: SplitSchedule | None,
+        prefix: bool,
         selection: Selection | None,
     ) -> tuple[PagedCache, jax.Array, Selection | None]:
         normed, attention = self.input_layernorm(x), self.self_attn
         # Without an indexer of its own, it attends to what an earlier layer has selected, if any.
-        prefix = schedule is not None
         if self.index_layer is not None:
             cache, selection = attention.select(
                 normed, cache, slots=slots, layer=self.index_layer, prefix=prefix
             )
         step = {"slots": slots, "layer": self.index, "selection": selection}
-        if prefix:
-            cache, y = attention.decode(normed, cache, schedule=schedule, **step)
+        if schedule is None:
+            cache, y = attention.prefill(normed, cache, prefix=prefix, **step)
         else:
-            cache, y = attention.prefill(normed, cache, prefix=False, **step)
+            cache, y = attention.decode(normed, cache, schedule=schedule, **step)
         x = x + y
         tokens = self.post_attention_layernorm(x).reshape(-1, x.shape[-1])
         return cache, x + self.mlp(tokens).reshape(x.shape), selection
@@ -93,23 +93,30 @@ class DeepSeek(nnx.Module):
         )
 
     def __call__(
-        self, tokens: jax.Array, cache: PagedCache, slots: Slots, *, prefill: bool
+        self,
+        tokens: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        *,
+        prefill: bool,
+        prefix: bool = False,
     ) -> tuple[PagedCache, jax.Array]:
         """One step: tokens [b, s] int32 -> the cache with their rows, and states [b, s, hidden].
 
         Args:
             tokens: each sequence's next tokens.
             cache: of all layers, after the step's `advance`, which gave `slots`.
-            prefill: whether these are whole prompts, with nothing in the cache before them.
+            prefill: whether these are prompts.
+            prefix: whether the cache may hold tokens of a prompt before these.
         """
         schedule = None
         if not prefill:  # once for all layers
             schedule = make_schedule(
                 cache.table.cache_seqlens, h_q=self.heads, max_seqlen=cache.table.max_seqlen
             )
-        x, selection = self.embed_tokens(tokens), None
+        x, selection, prefix = self.embed_tokens(tokens), None, prefix or not prefill
         for layer in self.layers:
-            cache, x, selection = layer(x, cache, slots, schedule, selection)
+            cache, x, selection = layer(x, cache, slots, schedule, prefix, selection)
         return cache, self.norm(x)
 
     def logits(self, states: jax.Array) -> jax.Array:
