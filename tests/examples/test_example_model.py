@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -290,3 +291,22 @@ def test_reader_may_stop_early():
     assert again[:2] == first
     assert len(again) == 12
     assert [token.prompt for token in again if token.last] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_model_within_another_is_found_by_its_prefix(tmp_path):
+    directory = golden_models.GOLDEN / "deepseek_v3"
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    inner = {f"language_model.{name}": x for name, x in tensors.items()}
+    hf = json.loads((directory / "config.json").read_text())
+    wrapped = write_checkpoint(
+        tmp_path / "wrapped",
+        {**inner, "vision_tower.layers.0.weight": np.ones(3, np.float32)},
+        config={"model_type": "images_too", "text_config": hf},
+    )
+    (_, got), (_, expected) = load(wrapped), load(directory)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
+    inner["language_model.model.surprise"] = np.ones(3, np.float32)
+    write_checkpoint(wrapped, inner)
+    with pytest.raises(ValueError, match=r"extra language_model\.model\.surprise"):
+        load(wrapped)
