@@ -135,10 +135,13 @@ def test_modules_compute_what_the_functions_do():
     expected = functions(params, x, cache)
     for got in (of_nnx(module, x, cache), of_linen(variables, x, cache)):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
-    half = layers_nnx.MLAttention(FULL, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    half = layers_nnx.MLAttention(FULL, param_dtype=jnp.bfloat16, params=params)
     assert half.params.index_w_weights.dtype == jnp.float32
     assert half.params.index_w_q.dtype == jnp.bfloat16
-    assert (half.params.index_k_bias == 0).all()
+    init = functools.partial(MLAParams.init, FULL, dtype=jnp.bfloat16)
+    drawn = jax.eval_shape(init, jax.random.key(0))
+    assert drawn == MLAParams.shapes(FULL, jnp.bfloat16)
+    assert drawn.index_w_weights.dtype == jnp.float32
 
 
 def test_heads_over_eight_devices():

@@ -66,7 +66,6 @@ def test_chunks_select_and_compute_what_transformers_does(name, source, scratch)
 @pytest.mark.parametrize(
     ("dtype", "name", "tolerance"),
     [
-        ("float32", "dense", tolerances.F32_PARITY),
         ("bfloat16", "dense", tolerances.BF16_PARITY),
         ("bfloat16", "v32", tolerances.FP8_PARITY),
     ],
