@@ -4,8 +4,9 @@
 
 DIR holds config.json, model.safetensors (or shards and their index) and tokenizer.json, or Kimi
 K2's tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures:
-deepseek_v2, deepseek_v3 (R1, V3.1), kimi_k2, glm4_moe_lite. Runs on a CPU and, unchanged, on a
-Hopper GPU.
+deepseek_v2, deepseek_v3 (R1, V3.1), deepseek_v32, kimi_k2, glm4_moe_lite, glm_moe_dsa (GLM-5).
+V3.2 and GLM-5 attend sparsely, to the tokens that their indexers select; --cache-format v32 keeps
+the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU.
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
 a time. Text is printed as it comes, in the prompts' order; speeds go to standard error.
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     exit_on_ctrl_c("generate")
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
 from deepseek.sampling import Sampling
@@ -47,6 +49,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache-blocks",
         type=int,
         help="blocks of 64 tokens in the cache; by default enough for --batch of the longest",
+    )
+    parser.add_argument(
+        "--cache-format",
+        choices=("dense", "v32"),
+        default="dense",
+        help="of the cache's rows: dense (default), or v32: latents in fp8",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -124,6 +132,14 @@ def summary(stats: Stats) -> str:
     )
 
 
+def use_cache_of_format(server: Server, config: ModelConfig, dtype: DTypeLike, name: str) -> None:
+    """Gives the server the model's own cache, with index keys where it has them."""
+    table, server.cache = server.cache.table, None  # the old one is freed first
+    server.cache = config.create_cache(
+        table, num_blocks=server.allocator.num_blocks, dtype=dtype, name=name
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_directory(arguments.checkpoint)
     sampling = Sampling(
@@ -131,6 +147,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.cache_format != "dense" and arguments.dtype == "float32":
+        raise ValueError(
+            "--dtype must be bfloat16 or float16 with --cache-format "
+            f"{arguments.cache_format}, got float32"
+        )
     prompts = read_prompts(arguments)
     tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
@@ -155,6 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
         sampling=sampling,
         stop_tokens=stop_tokens,
     )
+    use_cache_of_format(server, config, dtype, arguments.cache_format)
     tokens = server.generate(prompt_tokens, arguments.max_new_tokens)
     print_in_order(tokens, prompts, tokenizer, stop_tokens)
     print(summary(server.stats), file=sys.stderr)

@@ -7,14 +7,19 @@ import json
 import pathlib
 from typing import Any
 
+from jax.typing import DTypeLike
+
+from jax_flashmla import BlockTable, PagedCache
 from jax_flashmla.layers import MLAConfig
 
 # model_type: how the router scores experts. All rotate and cache as MLAConfig knows them.
 SCORING = {
     "deepseek_v2": "softmax",
     "deepseek_v3": "sigmoid",
+    "deepseek_v32": "sigmoid",
     "kimi_k2": "sigmoid",
     "glm4_moe_lite": "sigmoid",
+    "glm_moe_dsa": "sigmoid",
 }
 _GROUP_LIMITS = {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}
 
@@ -73,6 +78,27 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.moe)
 
+    def create_cache(
+        self, table: BlockTable, *, num_blocks: int, dtype: DTypeLike, name: str = "dense"
+    ) -> PagedCache:
+        """The model's cache: its rows, and its index keys where layers have an indexer.
+
+        Args:
+            table: the block table; with an indexer, of blocks of 64 tokens.
+            num_blocks: blocks of each layer.
+            dtype: of the computation.
+            name: the format of rows, "dense" or "v32" (fp8).
+        """
+        indexer = self.attention.indexer
+        return PagedCache.create(
+            self.attention.cache_format(dtype, table.block_size, name=name),
+            table,
+            num_blocks=num_blocks,
+            layers=self.num_layers,
+            index_format=self.attention.index_format(dtype),
+            index_layers=None if indexer is None else indexer.index_layer(self.num_layers),
+        )
+
     @classmethod
     def from_directory(cls, directory: pathlib.Path) -> ModelConfig:
         """Reads config.json and, for the tokens that end a text, generation_config.json.
@@ -84,7 +110,7 @@ class ModelConfig:
         """
         if not directory.is_dir():
             raise FileNotFoundError(f"the checkpoint must be a folder, got {str(directory)!r}")
-        hf = _read(directory / "config.json")
+        hf = _unwrap(_read(directory / "config.json"))
         model_type = hf.get("model_type")
         if model_type not in SCORING:
             raise NotImplementedError(
@@ -105,6 +131,14 @@ class ModelConfig:
             max_positions=_integer(hf, "max_position_embeddings"),
             stop_tokens=_stop_tokens(directory, hf),
         )
+
+
+def _unwrap(hf: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration that wraps one, as of images and text."""
+    if hf.get("model_type") in SCORING:
+        return hf
+    inner = [hf[key] for key in ("text_config", "language_config") if hf.get(key)]
+    return inner[0] if len(inner) == 1 and isinstance(inner[0], dict) else hf
 
 
 def _stop_tokens(directory: pathlib.Path, hf: dict[str, Any]) -> frozenset[int]:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from deepseek.config import ModelConfig
 from deepseek.moe import MLP, MoE
 from jax_flashmla import PagedCache, Slots, SplitSchedule, make_schedule
+from jax_flashmla.layers import Selection
 from jax_flashmla.layers.nnx import MLAttention
 
 
@@ -31,7 +32,10 @@ class Layer(nnx.Module):
         hidden = config.attention.hidden_size
         self.index = index
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
-        self.self_attn = MLAttention(config.attention, param_dtype=dtype, rngs=rngs)
+        attention = config.attention.for_layer(index)
+        self.self_attn = MLAttention(attention, param_dtype=dtype, rngs=rngs)
+        indexer = attention.indexer
+        self.index_layer = None if indexer is None else indexer.index_layer(index)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         moe = config.moe[index]
         self.mlp = (
@@ -41,20 +45,28 @@ class Layer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cache: PagedCache, slots: Slots, schedule: SplitSchedule | None
-    ) -> tuple[PagedCache, jax.Array]:
-        normed = self.input_layernorm(x)
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        schedule: SplitSchedule | None,
+        prefix: bool,
+        selection: Selection | None,
+    ) -> tuple[PagedCache, jax.Array, Selection | None]:
+        normed, attention = self.input_layernorm(x), self.self_attn
+        # Without an indexer of its own, it attends to what an earlier layer has selected, if any.
+        if self.index_layer is not None:
+            cache, selection = attention.select(
+                normed, cache, slots=slots, layer=self.index_layer, prefix=prefix
+            )
+        step = {"slots": slots, "layer": self.index, "selection": selection}
         if schedule is None:
-            cache, y = self.self_attn.prefill(
-                normed, cache, slots=slots, layer=self.index, prefix=False
-            )
+            cache, y = attention.prefill(normed, cache, prefix=prefix, **step)
         else:
-            cache, y = self.self_attn.decode(
-                normed, cache, slots=slots, layer=self.index, schedule=schedule
-            )
+            cache, y = attention.decode(normed, cache, schedule=schedule, **step)
         x = x + y
         tokens = self.post_attention_layernorm(x).reshape(-1, x.shape[-1])
-        return cache, x + self.mlp(tokens).reshape(x.shape)
+        return cache, x + self.mlp(tokens).reshape(x.shape), selection
 
 
 class DeepSeek(nnx.Module):
@@ -81,23 +93,30 @@ class DeepSeek(nnx.Module):
         )
 
     def __call__(
-        self, tokens: jax.Array, cache: PagedCache, slots: Slots, *, prefill: bool
+        self,
+        tokens: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        *,
+        prefill: bool,
+        prefix: bool = False,
     ) -> tuple[PagedCache, jax.Array]:
         """One step: tokens [b, s] int32 -> the cache with their rows, and states [b, s, hidden].
 
         Args:
             tokens: each sequence's next tokens.
             cache: of all layers, after the step's `advance`, which gave `slots`.
-            prefill: whether these are whole prompts, with nothing in the cache before them.
+            prefill: whether these are prompts.
+            prefix: whether the cache may hold tokens of a prompt before these.
         """
         schedule = None
         if not prefill:  # once for all layers
             schedule = make_schedule(
                 cache.table.cache_seqlens, h_q=self.heads, max_seqlen=cache.table.max_seqlen
             )
-        x = self.embed_tokens(tokens)
+        x, selection, prefix = self.embed_tokens(tokens), None, prefix or not prefill
         for layer in self.layers:
-            cache, x = layer(x, cache, slots, schedule)
+            cache, x, selection = layer(x, cache, slots, schedule, prefix, selection)
         return cache, self.norm(x)
 
     def logits(self, states: jax.Array) -> jax.Array:

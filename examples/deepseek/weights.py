@@ -13,7 +13,12 @@ from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
 from deepseek.model import DeepSeek
-from jax_flashmla.layers.checkpoint import attention_shapes, load_attention, track
+from jax_flashmla.layers.checkpoint import (
+    attention_prefix,
+    attention_shapes,
+    load_attention,
+    track,
+)
 from jax_flashmla.layers.tensor_reader import TensorReader
 
 Path = tuple[Any, ...]  # of a parameter in the model
@@ -34,24 +39,28 @@ def load_model(
     parameters = {
         path: parameter for path, parameter in nnx.to_flat_state(state) if "self_attn" not in path
     }
+    prefix = attention_prefix(reader)
     expected = {
-        f"model.layers.{i}.self_attn.{name}": shape
+        f"{prefix}layers.{i}.self_attn.{name}": shape
         for i in range(config.num_layers)
-        for name, shape in attention_shapes(config.attention).items()
+        for name, shape in attention_shapes(config.attention.for_layer(i)).items()
     }
     for path, parameter in parameters.items():
         shape = parameter.get_value().shape
-        for name in tensor_names(path, shape):
+        for name in tensor_names(path, shape, prefix):
             expected[name] = _stored_shape(path, shape)
-    reader.check(expected, ignore=_unused(config))
+    within = re.escape(prefix.removesuffix("model."))  # other models beside it are not loaded
+    reader.check(expected, within=within, ignore=_unused(config, prefix))
 
     for path, parameter in track(list(parameters.items()), "weights", progress):
         shape, as_dtype = parameter.get_value().shape, parameter.get_value().dtype
-        tensors = [reader.read(name, as_dtype) for name in tensor_names(path, shape)]
+        tensors = [reader.read(name, as_dtype) for name in tensor_names(path, shape, prefix)]
         tensors = [x.T if _is_transposed(path) else x for x in tensors]
         parameter.set_value(jnp.stack(tensors) if _is_stacked(path) else tensors[0])
     layers = range(config.num_layers)
-    loaded = load_attention(reader, config.attention, layers, dtype=dtype, progress=progress)
+    loaded = load_attention(
+        reader, config.attention, layers, dtype=dtype, prefix=prefix, progress=progress
+    )
     for i, params in zip(layers, loaded, strict=True):
         for field in dataclasses.fields(params):
             if getattr(params, field.name) is not None:
@@ -59,10 +68,14 @@ def load_model(
     return nnx.merge(graph, state)
 
 
-def tensor_names(path: Path, shape: tuple[int, ...]) -> list[str]:
-    """The tensors that a parameter is made of: one, or one for each expert."""
+def tensor_names(path: Path, shape: tuple[int, ...], prefix: str = "model.") -> list[str]:
+    """The tensors that a parameter is made of: one, or one for each expert.
+
+    Layers' names begin with the prefix; the head is beside what it leads to.
+    """
     *parents, leaf = path
-    module = ".".join(map(str, parents if parents[0] == "lm_head" else ["model", *parents]))
+    before = prefix.removesuffix("model.") if parents[0] == "lm_head" else prefix
+    module = before + ".".join(map(str, parents))
     if _is_stacked(path):
         return [f"{module}.{expert}.{leaf}.weight" for expert in range(shape[0])]
     return [f"{module}." + {"kernel": "weight", "embedding": "weight"}.get(leaf, leaf)]
@@ -82,12 +95,13 @@ def _is_transposed(path: Path) -> bool:
     return _is_stacked(path) or path[-1] == "kernel"
 
 
-def _unused(config: ModelConfig) -> str:
+def _unused(config: ModelConfig, prefix: str) -> str:
     """Matches the names of what a checkpoint may have and the model does not use.
 
     Layers past the last one predict several tokens ahead (V3); rotary frequencies are computed.
     """
     own_layers = "|".join(map(str, range(config.num_layers)))
-    later_layers = rf"model\.layers\.(?!(?:{own_layers})\.)"
-    tied_head = "|" + re.escape("lm_head.weight") if config.tied_embeddings else ""
+    later_layers = rf"{re.escape(prefix)}layers\.(?!(?:{own_layers})\.)"
+    head = prefix.removesuffix("model.") + "lm_head.weight"
+    tied_head = "|" + re.escape(head) if config.tied_embeddings else ""
     return rf"{later_layers}|.*\.rotary_emb\.inv_freq$" + tied_head

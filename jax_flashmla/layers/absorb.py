@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jax_flashmla import _checks
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import MLAParams, check_array, check_params
+from jax_flashmla.layers.params import MLAParams, check_params
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +28,15 @@ class AbsorbedWeights:
     def check(self, config: MLAConfig, num_heads: int) -> None:
         """Raises ValueError unless these are of such a layer."""
         inputs = config.q_lora_rank or config.hidden_size
-        for name, expected in (
-            ("w_q", (inputs, num_heads, config.d_qk)),
-            ("w_o", (num_heads, config.kv_lora_rank, config.hidden_size)),
+        for name, dims, expected in (
+            ("w_q", "[inputs, heads, d_qk]", (inputs, num_heads, config.d_qk)),
+            (
+                "w_o",
+                "[heads, kv_lora_rank, hidden_size]",
+                (num_heads, config.kv_lora_rank, config.hidden_size),
+            ),
         ):
-            check_array(f"absorbed.{name}", getattr(self, name))
+            _checks.refuse_foreign(f"absorbed.{name}", getattr(self, name), dims)
             got = getattr(self, name).shape
             if got != expected:
                 raise ValueError(f"absorbed.{name} must be {expected}, got {got}")
@@ -55,7 +60,7 @@ def absorb(config: MLAConfig, params: MLAParams) -> AbsorbedWeights:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
     if isinstance(params, MLAParams):
-        check_array("params.w_o", params.w_o)
+        _checks.refuse_foreign("params.w_o", params.w_o, "[heads, v, hidden]")
     # One device's share has fewer heads than the config.
     check_params(config, params, params.w_o.shape[0] if isinstance(params, MLAParams) else 1)
     w_q = params.w_q if config.q_lora_rank is None else params.w_uq

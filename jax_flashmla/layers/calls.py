@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jax_flashmla import PagedCache, Slots, SplitSchedule
+from jax_flashmla import PagedCache, Slots, SplitSchedule, _checks
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import decode
-from jax_flashmla.layers.params import MLAParams, check_array
+from jax_flashmla.layers.indexer import Selection, select
+from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.prefill import prefill
 from jax_flashmla.layers.project import manual_axis
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MLACalls:
-    """The calls of a module: the functions `decode` and `prefill` with its own parameters.
+    """The calls of a module: `decode`, `prefill` and `select` with its own parameters.
 
     Attributes:
         config: the layer.
@@ -45,6 +46,7 @@ class MLACalls:
         layer: int | jax.Array | None = None,
         schedule: SplitSchedule | None = None,
         absorbed: AbsorbedWeights | None = None,
+        selection: Selection | None = None,
         implementation: str | None = None,
     ) -> tuple[PagedCache, jax.Array]:
         """A few new tokens per sequence: see `jax_flashmla.layers.decode`."""
@@ -57,6 +59,7 @@ class MLACalls:
             layer=layer,
             schedule=schedule,
             absorbed=absorbed,
+            selection=selection,
             heads_axis=manual_axis(self.heads_axis),
             implementation=implementation,
         )
@@ -69,10 +72,35 @@ class MLACalls:
         slots: Slots,
         layer: int | jax.Array | None = None,
         prefix: bool = True,
+        selection: Selection | None = None,
         implementation: str | None = None,
     ) -> tuple[PagedCache, jax.Array]:
         """A prompt or a chunk of it: see `jax_flashmla.layers.prefill`."""
         return prefill(
+            self.config,
+            self.params,
+            _cast(x, self.dtype),
+            cache,
+            slots=slots,
+            layer=layer,
+            prefix=prefix,
+            selection=selection,
+            heads_axis=manual_axis(self.heads_axis),
+            implementation=implementation,
+        )
+
+    def select(
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        *,
+        slots: Slots,
+        layer: int | jax.Array | None = None,
+        prefix: bool = True,
+        implementation: str | None = None,
+    ) -> tuple[PagedCache, Selection]:
+        """The tokens that the new ones attend to: see `jax_flashmla.layers.select`."""
+        return select(
             self.config,
             self.params,
             _cast(x, self.dtype),
@@ -86,5 +114,5 @@ class MLACalls:
 
 
 def _cast(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    check_array("x", x)
+    _checks.refuse_foreign("x", x, "[b, s, hidden_size]")
     return x if dtype is None else x.astype(dtype)

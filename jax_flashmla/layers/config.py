@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jax_flashmla import CacheFormat, _checks, _limits
 from jax_flashmla.layers.hf.config import read_fields
+from jax_flashmla.layers.indexer_config import IndexerConfig as IndexerConfig
 from jax_flashmla.layers.rope_config import LongRopeConfig as LongRopeConfig
 from jax_flashmla.layers.rope_config import RopeConfig as RopeConfig
 from jax_flashmla.layers.rope_config import YarnConfig as YarnConfig
@@ -39,6 +40,8 @@ class MLAConfig:
         kv_scale: what the latent is multiplied by after its norm (LongCat).
         q_norm_eps: epsilon of the RMSNorm after the query's down-projection.
         kv_norm_eps: epsilon of the latent's RMSNorm.
+        indexer: what chooses the tokens that are attended to; None for a layer that attends to all,
+            or to those that an earlier one has selected. It needs q_lora_rank.
 
     Raises:
         TypeError, ValueError: a number that no layer can have.
@@ -56,6 +59,7 @@ class MLAConfig:
     kv_scale: float = 1.0
     q_norm_eps: float = 1e-6
     kv_norm_eps: float = 1e-6
+    indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -86,9 +90,27 @@ class MLAConfig:
                 "rope.longrope.factors must have qk_rope_head_dim / 2 = "
                 f"{self.qk_rope_head_dim // 2} numbers, got {len(longrope.factors)}"
             )
+        self._check_indexer()
         # Each number is in range; their product may not be.
         check_number("sm_scale, which comes from q_scale and rope,", self.sm_scale)
         check_number("the scale of cos and sin, which comes from rope,", self.rope.rotation_scale)
+
+    def _check_indexer(self) -> None:
+        indexer = self.indexer
+        if indexer is None:
+            return
+        if not isinstance(indexer, IndexerConfig):
+            raise TypeError(f"indexer must be an IndexerConfig or None, got {indexer!r}")
+        if self.q_lora_rank is None:
+            raise ValueError(
+                "q_lora_rank must be an int with an indexer, which projects its queries from the "
+                "query's latent, got None"
+            )
+        if self.rope.layout != "none" and self.qk_rope_head_dim > indexer.head_dim:
+            raise ValueError(
+                f"indexer.head_dim must be at least qk_rope_head_dim = {self.qk_rope_head_dim}, "
+                f"got {indexer.head_dim}"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> MLAConfig:
@@ -98,8 +120,8 @@ class MLAConfig:
             config: a Hugging Face configuration: the dict, a config.json, or the folder that holds
                 one; or one that wraps such a model as text_config or language_config. Its
                 model_type, or without one its architectures, says deepseek_v2, deepseek_v3,
-                deepseek_v32 (its attention without the indexer: the same up to index_topk tokens),
-                kimi_k2, glm4_moe_lite, longcat_flash or minicpm3. Nulls count as absent keys.
+                deepseek_v32, kimi_k2, glm_moe_dsa (GLM-5), glm4_moe_lite, longcat_flash, minicpm3,
+                youtu or axk1. Nulls count as absent keys.
 
         Raises:
             NotImplementedError: a model or an option that is not supported, and why.
@@ -125,15 +147,51 @@ class MLAConfig:
         width = self.qk_nope_head_dim + self.qk_rope_head_dim
         return width**-0.5 * self.rope.softmax_scale * self.q_scale
 
-    def cache_format(self, dtype: DTypeLike = jnp.bfloat16, block_size: int = 64) -> CacheFormat:
+    def for_layer(self, layer: int) -> MLAConfig:
+        """That of a layer of the model: without the indexer where the layer has none (IndexShare).
+
+        Args:
+            layer: which layer, from 0.
+        """
+        if self.indexer is None or not self.indexer.is_shared(layer):
+            return self
+        return dataclasses.replace(self, indexer=None)
+
+    def cache_format(
+        self, dtype: DTypeLike = jnp.bfloat16, block_size: int = 64, *, name: str = "dense"
+    ) -> CacheFormat:
         """The format of the cache that the layer writes and reads.
 
         A row is [latent after its norm and kv_scale, rotary key after its rotation].
 
         Args:
-            dtype: bfloat16, float16 or float32.
-            block_size: tokens of a block.
+            dtype: bfloat16 or float16; in "dense" also float32.
+            block_size: tokens of a block; 64 with an index pool.
+            name: "dense", or "v32" for a latent in fp8.
+
+        Raises:
+            NotImplementedError: another format.
+            ValueError: a format with another number of columns.
         """
+        if name not in ("dense", "v32"):
+            raise NotImplementedError(f'name must be "dense" or "v32", got {name!r}')
         return CacheFormat(
-            d_qk=self.d_qk, d_v=self.kv_lora_rank, block_size=block_size, dtype=dtype
+            name=name, d_qk=self.d_qk, d_v=self.kv_lora_rank, block_size=block_size, dtype=dtype
         )
+
+    def index_format(self, dtype: DTypeLike = jnp.bfloat16) -> CacheFormat | None:
+        """The format of the index pool; None without an indexer.
+
+        Keys of 128 columns are stored in fp8, as the models were trained to be served. Others, and
+        float32, are stored as they are, and scored in pure JAX: what a small or float32 model is
+        compared with.
+
+        Args:
+            dtype: that of the cache's rows.
+        """
+        if self.indexer is None:
+            return None
+        width = self.indexer.head_dim
+        if width != 128 or jnp.dtype(dtype) == jnp.float32:
+            return CacheFormat(d_qk=width, d_v=width, block_size=64, dtype=dtype)
+        return CacheFormat(name="fp8_index", dtype=dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax_flashmla import PagedCache, Slots, SplitSchedule, dense_decode
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
+from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import (
     check_call,
@@ -16,9 +17,11 @@ from jax_flashmla.layers.project import (
     project_queries,
     project_rows,
     query_inputs,
+    roll_tokens,
     write_rows,
 )
 from jax_flashmla.layers.rope import rotate
+from jax_flashmla.layers.sparse import attend_selected
 
 
 def decode(
@@ -31,10 +34,11 @@ def decode(
     layer: int | jax.Array | None = None,
     schedule: SplitSchedule | None = None,
     absorbed: AbsorbedWeights | None = None,
+    selection: Selection | None = None,
     heads_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:
-    """Attention of a few new tokens per sequence to all tokens up to themselves.
+    """Attention of a few new tokens per sequence to all tokens up to themselves, or the selected.
 
     It writes the new tokens' rows to the cache, and attends in latent space: W_UK is applied to the
     queries and W_UV to the result, so that no key or value of a head is ever made.
@@ -48,8 +52,12 @@ def decode(
             y past them are finite, and mean nothing.
         layer: which layer of the cache; may be traced. May be left out if there is one.
         schedule: the step's schedule, of `make_schedule(cache.table.cache_seqlens, h_q=heads,
-            s_q=s_q, max_seqlen=cache.table.max_seqlen)`; made here by default.
+            s_q=s_q, max_seqlen=cache.table.max_seqlen)`; made here by default. It is of dense
+            attention, and not used where tokens are selected.
         absorbed: precomputed products of weights, from `absorb`, to be used in place of params'.
+        selection: what this layer or an earlier one has selected for these tokens, from `select`.
+            By default the layer selects for itself, where the cache has an index pool with as many
+            layers as itself, and attends to all tokens where it has none.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
         implementation: as for `dense_decode`.
 
@@ -77,18 +85,26 @@ def decode(
         q_rope = rotate(config, q_rope, positions)
     q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.format.dtype)
 
-    # dense_decode's last query is a sequence's last token: move the padding to the front.
-    padding = slots.s_new - slots.num_new
-    out, _ = dense_decode(
-        roll_tokens(q, padding),
-        *cache.layer(layer),
-        d_v=config.kv_lora_rank,
-        sm_scale=config.sm_scale,
-        causal=True,
-        schedule=schedule,
-        implementation=implementation,
+    cache, selection = selection_for(
+        selection, config, params, x, cache, slots, layer, heads_axis, implementation
     )
-    out = roll_tokens(out, -padding).astype(x.dtype)
+    if selection.slots is not None:
+        out = attend_selected(config, q, cache, layer, selection, implementation)
+    else:
+        # dense_decode's last query is a sequence's last token: move the padding to the front.
+        padding = slots.s_new - slots.num_new
+        out, _ = dense_decode(
+            roll_tokens(q, padding),
+            *cache.layer(layer),
+            format=cache.format,
+            d_v=config.kv_lora_rank,
+            sm_scale=config.sm_scale,
+            causal=True,
+            schedule=schedule,
+            implementation=implementation,
+        )
+        out = roll_tokens(out, -padding)
+    out = out.astype(x.dtype)
 
     if absorbed is None:
         return cache, project_output(params, unabsorb_values(params, out), heads_axis)
@@ -104,12 +120,3 @@ def absorb_queries(params: MLAParams, q_nope: jax.Array) -> jax.Array:
 def unabsorb_values(params: MLAParams, out: jax.Array) -> jax.Array:
     """Weighted latents to weighted values: [b, s, heads, kv_lora_rank] to [b, s, heads, v]."""
     return jnp.einsum("bshc,hvc->bshv", out, params.w_uv.astype(out.dtype))
-
-
-def roll_tokens(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """x [b, s, ...] with sequence i's tokens moved shift[i] [b] to the right, around the end."""
-    s = x.shape[1]
-    if s == 1:
-        return x
-    source = (jnp.arange(s, dtype=jnp.int32)[None, :] - shift[:, None]) % s
-    return jnp.take_along_axis(x, source[:, :, None, None], axis=1)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jax_flashmla.layers.calls import MLACalls
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import AXES, MLAParams, initializer
+from jax_flashmla.layers.params import AXES, MLAParams, initializer, stored_dtype
 from jax_flashmla.layers.project import heads_per_device, manual_axis
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class MLAttention(MLACalls, nn.Module):
                 init: Callable = initializer(name)
                 if self.heads_axis is not None:
                     init = nn.with_partitioning(init, tuple(getattr(specs, name)))
-                arrays[name] = self.param(name, init, shape.shape, self.param_dtype)
+                arrays[name] = self.param(
+                    name, init, shape.shape, stored_dtype(name, self.param_dtype)
+                )
         self.arrays = MLAParams(**arrays)
 
     @property

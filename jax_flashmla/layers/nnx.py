@@ -9,7 +9,7 @@ from flax import nnx
 
 from jax_flashmla.layers.calls import MLACalls
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import AXES, MLAParams, check_params
+from jax_flashmla.layers.params import AXES, MLAParams, check_params, stored_dtype
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -56,7 +56,7 @@ class MLAttention(MLACalls, nnx.Module):
         for name in AXES:
             array = getattr(params, name)
             if array is not None:
-                value = array.astype(param_dtype)
+                value = array.astype(stored_dtype(name, param_dtype))
                 spec = None if heads_axis is None else getattr(specs, name)
                 setattr(self, name, nnx.Param(value, out_sharding=spec))
 

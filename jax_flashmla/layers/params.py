@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
+from jax_flashmla import _checks
 from jax_flashmla.layers.config import MLAConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class MLAParams:
         w_uk: key up-projection [heads, nope, kv_lora_rank].
         w_uv: value up-projection [heads, v, kv_lora_rank].
         w_o: output projection [heads, v, hidden].
+        index_w_q: the indexer's query projection [q_lora_rank, index_heads, head_dim].
+        index_w_k: its key projection [hidden, head_dim].
+        index_k_norm: weight of the LayerNorm of its keys [head_dim].
+        index_k_bias: bias of that [head_dim].
+        index_w_weights: projection to the weights of its heads [hidden, index_heads], float32
+            whatever the others are.
     """
 
     w_q: Any = None
@@ -46,6 +52,11 @@ class MLAParams:
     w_uk: Any
     w_uv: Any
     w_o: Any
+    index_w_q: Any = None
+    index_w_k: Any = None
+    index_k_norm: Any = None
+    index_k_bias: Any = None
+    index_w_weights: Any = None
 
     @staticmethod
     def init(config: MLAConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> MLAParams:
@@ -58,18 +69,24 @@ class MLAParams:
         """
 
         def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
-            return initializer(name)(jax.random.fold_in(key, index), shape, dtype)
+            key_of = jax.random.fold_in(key, index)
+            return initializer(name)(key_of, shape, stored_dtype(name, dtype))
 
         return _map_fields(config, init_array)
 
     @staticmethod
     def shapes(config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
         """A `jax.ShapeDtypeStruct` for each array."""
-        return _map_fields(config, lambda name, shape, _: jax.ShapeDtypeStruct(shape, dtype))
+        return _map_fields(
+            config, lambda name, shape, _: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype))
+        )
 
     @staticmethod
     def specs(config: MLAConfig, heads: str | None) -> MLAParams:
-        """A `PartitionSpec` for each array: heads over the mesh axis `heads`, the rest unsplit."""
+        """A `PartitionSpec` for each array: heads over the mesh axis `heads`, the rest unsplit.
+
+        The indexer's heads are not split: each device selects for itself, without communication.
+        """
 
         def spec(name: str, shape: tuple[int, ...], _: int) -> PartitionSpec:
             return PartitionSpec(*(heads if axis == "heads" else None for axis in AXES[name]))
@@ -87,6 +104,11 @@ AXES = {
     "w_uk": ("heads", "nope", "kv_rank"),
     "w_uv": ("heads", "v", "kv_rank"),
     "w_o": ("heads", "v", "hidden"),
+    "index_w_q": ("q_rank", "index_heads", "index_dim"),
+    "index_w_k": ("hidden", "index_dim"),
+    "index_k_norm": ("index_dim",),
+    "index_k_bias": ("index_dim",),
+    "index_w_weights": ("hidden", "index_heads"),
 }
 _INPUTS = {
     "w_q": (0,),
@@ -96,13 +118,18 @@ _INPUTS = {
     "w_uk": (2,),
     "w_uv": (2,),
     "w_o": (0, 1),
+    "index_w_q": (0,),
+    "index_w_k": (0,),
+    "index_w_weights": (0,),
 }  # of each projection, the axes that are summed over
 
 
 def initializer(name: str) -> Callable[..., jax.Array]:
     """`init(key, shape, dtype)` of one parameter."""
-    if name in ("q_norm", "kv_norm"):
+    if name in ("q_norm", "kv_norm", "index_k_norm"):
         return jax.nn.initializers.ones
+    if name == "index_k_bias":
+        return jax.nn.initializers.zeros
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         fan_in = math.prod(shape[axis] for axis in _INPUTS[name])
@@ -110,6 +137,11 @@ def initializer(name: str) -> Callable[..., jax.Array]:
         return numbers.astype(dtype)
 
     return init
+
+
+def stored_dtype(name: str, dtype: DTypeLike) -> DTypeLike:
+    """What a parameter is stored in where the others are of `dtype`."""
+    return jnp.float32 if name == "index_w_weights" else dtype
 
 
 def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
@@ -120,7 +152,8 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
     wrong = []
     for field in dataclasses.fields(MLAParams):
         if getattr(params, field.name) is not None:
-            check_array(f"params.{field.name}", getattr(params, field.name))
+            dims = f"[{', '.join(AXES[field.name])}]"
+            _checks.refuse_foreign(f"params.{field.name}", getattr(params, field.name), dims)
     for field in dataclasses.fields(MLAParams):
         want, got = getattr(expected, field.name), getattr(params, field.name)
         want_shape = None if want is None else want.shape
@@ -129,21 +162,6 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
             wrong.append(f"params.{field.name} must be {want_shape}, got {got_shape}")
     if wrong:
         raise ValueError("; ".join(wrong))
-
-
-def check_array(name: str, x: Any) -> None:
-    """That x is an array of JAX or NumPy, or stands for one; masked arrays do not count."""
-    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
-        return
-    if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
-        return
-    way = "; jax.dlpack.from_dlpack takes it over" if hasattr(x, "__dlpack__") else ""
-    if isinstance(x, np.ma.MaskedArray):
-        way = ", whose mask would be ignored; fill it first"
-    kind = type(x)
-    raise TypeError(
-        f"{name} must be an array of JAX or NumPy, got {kind.__module__}.{kind.__qualname__}{way}"
-    )
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:
@@ -158,8 +176,12 @@ def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], A
         "qk": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "v": config.v_head_dim,
         "row": config.d_qk,
+        "index_heads": 0 if config.indexer is None else config.indexer.num_heads,
+        "index_dim": 0 if config.indexer is None else config.indexer.head_dim,
     }
-    unused = ("w_dq", "q_norm", "w_uq") if direct else ("w_q",)
+    unused: tuple[str, ...] = ("w_dq", "q_norm", "w_uq") if direct else ("w_q",)
+    if config.indexer is None:
+        unused += tuple(name for name in AXES if name.startswith("index_"))
     return MLAParams(
         **{
             name: make(name, tuple(sizes[axis] for axis in axes), index)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax_flashmla import PagedCache, Slots, dense_decode, merge_lse
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import absorb_queries, unabsorb_values
+from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import (
     check_call,
@@ -19,6 +20,7 @@ from jax_flashmla.layers.project import (
     project_rows,
     write_rows,
 )
+from jax_flashmla.layers.sparse import attend_selected
 
 
 def prefill(
@@ -30,6 +32,7 @@ def prefill(
     slots: Slots,
     layer: int | jax.Array | None = None,
     prefix: bool = True,
+    selection: Selection | None = None,
     heads_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:
@@ -37,7 +40,8 @@ def prefill(
 
     It writes the rows of the tokens to the cache. Among themselves the tokens attend in expanded
     form, through `jax.nn.dot_product_attention`. To what the cache held before, they attend in
-    latent space, as `decode` does, and the two are merged by their log-sum-exps.
+    latent space, as `decode` does, and the two are merged by their log-sum-exps. Where tokens are
+    selected, there may be other ones for each query, which attends to them as in `decode`.
 
     Args:
         config: the layer.
@@ -49,6 +53,7 @@ def prefill(
         layer: which layer of the cache; may be traced. May be left out if there is one.
         prefix: whether any sequence may have tokens in the cache already. False is faster, and
             wrong where one has: `slots.positions` must be 0.
+        selection: as for `decode`; its `select` must have been given the same prefix.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
         implementation: as for `dense_decode` and `cache_append`.
 
@@ -65,6 +70,15 @@ def prefill(
     latent, k_rope = project_rows(config, params, x, positions)
     cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
     q_nope, q_rope = project_queries(config, params, x, positions)
+
+    cache, selection = selection_for(
+        selection, config, params, x, cache, slots, layer, heads_axis, implementation, prefix=prefix
+    )
+    if selection.slots is not None:
+        q = jnp.concatenate([absorb_queries(params, q_nope), q_rope], axis=-1)
+        out = attend_selected(config, q, cache, layer, selection, implementation)
+        attended = unabsorb_values(params, out.astype(x.dtype))
+        return cache, project_output(params, attended, heads_axis)
 
     k_nope = jnp.einsum("bsc,hdc->bshd", latent, params.w_uk.astype(x.dtype))
     values = jnp.einsum("bsc,hvc->bshv", latent, params.w_uv.astype(x.dtype))
@@ -83,6 +97,7 @@ def prefill(
         blocks,
         block_table,
         slots.positions,  # tokens before the chunk
+        format=cache.format,
         d_v=config.kv_lora_rank,
         sm_scale=config.sm_scale,
         implementation=implementation,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import PagedCache, Slots
+from jax_flashmla import PagedCache, Slots, _checks
 from jax_flashmla.layers.config import MLAConfig
-from jax_flashmla.layers.params import MLAParams, check_array, check_params
+from jax_flashmla.layers.params import MLAParams, check_params
 from jax_flashmla.layers.rope import rotate
 
 
@@ -40,7 +40,7 @@ def check_call(
             f"cache must have config.cache_format()'s d_qk = {config.d_qk}, d_v = "
             f"{config.kv_lora_rank} and h_kv = 1, got {cache.format}"
         )
-    check_array("x", x)
+    _checks.refuse_foreign("x", x, "[b, s, hidden_size]")
     b = cache.table.block_table.shape[0]
     if jnp.shape(x) != (b, slots.s_new, config.hidden_size):
         raise ValueError(
@@ -109,6 +109,15 @@ def project_rows(
     latent, k_rope = jnp.split(row, [config.kv_lora_rank], axis=-1)
     latent = rms_norm(latent, params.kv_norm, config.kv_norm_eps, config.kv_scale)
     return latent, rotate(config, k_rope[:, :, None, :], positions)[:, :, 0]
+
+
+def roll_tokens(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """x [b, s, ...] with sequence i's tokens moved shift[i] [b] to the right, around the end."""
+    s = x.shape[1]
+    if s == 1:
+        return x
+    source = (jnp.arange(s, dtype=jnp.int32)[None, :] - shift[:, None]) % s
+    return jnp.take_along_axis(x, source.reshape(*source.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def write_rows(

@@ -49,20 +49,23 @@ def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> np.ndarray:
     return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def rotate(config: MLAConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
+def rotate(
+    config: MLAConfig, x: jax.Array, positions: jax.Array, layout: str | None = None
+) -> jax.Array:
     """Applies the rotary embedding.
 
     Args:
         config: the layer.
         x: [b, s, heads, qk_rope_head_dim], floating.
         positions: [b, s] int32.
+        layout: other than the config's, as an indexer may have it.
 
     Returns:
         The rotated columns in x's dtype, computed in float32.
     """
-    layout = config.rope.layout
-    if layout == "none":
+    if config.rope.layout == "none":
         return x
+    layout = config.rope.layout if layout is None else layout
     frequencies = inverse_frequencies(config)[None, None, None, :]
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = (f(angles) * np.float32(config.rope.rotation_scale) for f in (jnp.cos, jnp.sin))

@@ -26,10 +26,11 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 V3 = golden_models.GOLDEN / "deepseek_v3"
 
 
-def expected_text(i: int) -> str:
-    golden = golden_models.load(V3)
-    end = json.loads((V3 / "generation_config.json").read_text())["eos_token_id"]
-    tokens = [t for t in golden[f"greedy.{i}"].tolist() if t != end]
+def expected_text(i: int, directory: pathlib.Path = V3, count: int | None = None) -> str:
+    """The prompt and the first `count` tokens that transformers adds."""
+    golden = golden_models.load(directory)
+    end = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    tokens = [t for t in golden[f"greedy.{i}"].tolist()[:count] if t != end]
     return bytes(golden[f"prompt.{i}"].tolist()).decode() + bytes(tokens).decode(errors="replace")
 
 
@@ -44,6 +45,16 @@ def test_command_prints_what_transformers_generates(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == "".join(expected_text(i) + "\n" for i in range(5))
     assert b"tokens/s" in done.stderr
+
+
+def test_sparse_model_generates_from_an_fp8_cache_past_topk(capsys):
+    directory = golden_models.GOLDEN / "deepseek_v32_wide"
+    prompt = golden_models.maker().PROMPTS[1]
+    options = ["--checkpoint", str(directory), "--prompt", prompt, "--max-new-tokens", "4"]
+    out = run(capsys, *options, "--dtype", "bfloat16", "--cache-format", "v32")
+    assert out.startswith(expected_text(1, directory, count=2))
+    assert generate.main([*options, "--cache-format", "v32", "--dtype", "float32"]) == 2
+    assert "--dtype must be bfloat16 or float16 with --cache-format v32" in capsys.readouterr().err
 
 
 def run(capsys, *options: str) -> str:

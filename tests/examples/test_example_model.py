@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -20,6 +21,7 @@ from deepseek.moe import Experts, route
 from deepseek.sampling import Sampling
 from deepseek.serve import Server, Stats
 from deepseek.weights import load_model
+from generate import use_cache_of_format
 from jax_flashmla import BlockTable, PagedCache
 
 
@@ -39,8 +41,7 @@ def logits_of(
 ) -> np.ndarray:
     """Logits after each token from prefilled - 1 on: a prefill, then steps."""
     table = BlockTable.create(np.arange(8, dtype=np.int32)[None], block_size=block_size)
-    format = config.attention.cache_format(dtype, block_size)
-    cache = PagedCache.create(format, table, num_blocks=8, layers=config.num_layers)
+    cache = config.create_cache(table, num_blocks=8, dtype=jnp.dtype(dtype))
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -66,7 +67,9 @@ def test_logits_and_greedy_tokens_equal_transformers(name, source, scratch):
     golden = golden_models.load(directory)
     config, model = load(directory)
     expected = golden["logits"]
-    got = logits_of(config, model, golden["tokens"], len(golden["tokens"]) - len(expected) + 1)
+    block_size = 16 if config.attention.indexer is None else 64
+    prefilled = len(golden["tokens"]) - len(expected) + 1
+    got = logits_of(config, model, golden["tokens"], prefilled, block_size=block_size)
     tolerances.assert_close("logits", got, expected, tolerances.F32_LOGITS)
 
     # Two places for five prompts, and a cache in which not all of them would have room.
@@ -75,11 +78,12 @@ def test_logits_and_greedy_tokens_equal_transformers(name, source, scratch):
         model,
         batch=2,
         max_tokens=80,
-        num_blocks=7,
-        block_size=16,
+        num_blocks=7 if block_size == 16 else 3,
+        block_size=block_size,
         dtype=jnp.float32,
         stop_tokens=config.stop_tokens,
     )
+    use_cache_of_format(server, config, jnp.float32, "dense")
     prompts = [golden[f"prompt.{i}"].tolist() for i in range(5)]
     answers: list[list[int]] = [[] for _ in prompts]
     ended = []
@@ -91,7 +95,7 @@ def test_logits_and_greedy_tokens_equal_transformers(name, source, scratch):
     assert answers == [golden[f"greedy.{i}"].tolist() for i in range(5)]
     assert len(answers[0]) < golden_models.maker().MAX_NEW_TOKENS  # it met the end token
     assert ended[0] == 0
-    assert server.allocator.num_free == 7
+    assert server.allocator.num_free == server.allocator.num_blocks
     assert server.stats.most_active == 2
     assert server.stats.compile_seconds > 0
 
@@ -287,3 +291,22 @@ def test_reader_may_stop_early():
     assert again[:2] == first
     assert len(again) == 12
     assert [token.prompt for token in again if token.last] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_model_within_another_is_found_by_its_prefix(tmp_path):
+    directory = golden_models.GOLDEN / "deepseek_v3"
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    inner = {f"language_model.{name}": x for name, x in tensors.items()}
+    hf = json.loads((directory / "config.json").read_text())
+    wrapped = write_checkpoint(
+        tmp_path / "wrapped",
+        {**inner, "vision_tower.layers.0.weight": np.ones(3, np.float32)},
+        config={"model_type": "images_too", "text_config": hf},
+    )
+    (_, got), (_, expected) = load(wrapped), load(directory)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
+    inner["language_model.model.surprise"] = np.ones(3, np.float32)
+    write_checkpoint(wrapped, inner)
+    with pytest.raises(ValueError, match=r"extra language_model\.model\.surprise"):
+        load(wrapped)

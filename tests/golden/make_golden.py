@@ -10,6 +10,8 @@ in float32 with the same weights:
     logits      its logits at the last LOGITS of them [LOGITS, vocab], float32
     prompt.i    prompts for generation [any], int32
     greedy.i    the tokens that greedy generation adds, up to and with the end token [any], int32
+    selected    with an indexer, the tokens that the first layer's selects for each [TOKENS, topk],
+                int32; of tokens that see fewer, the last ones mean nothing
 
 It needs torch and transformers; the tests that read the files need neither.
 """
@@ -49,6 +51,10 @@ _EXPERTS = {
     "n_group": 4,
     "topk_group": 2,
 }
+
+# Heads enough that no two scores are 0, as where every head's relu is: equal ones may be ranked
+# anyhow.
+_INDEXER = {"index_n_heads": 8, "index_head_dim": 32, "index_topk": 24}
 
 
 def _yarn(mscale: float) -> dict:
@@ -109,6 +115,48 @@ MODELS = {
         "tie_word_embeddings": True,
         "rope_parameters": _yarn(1.0),
     },
+    "deepseek_v32": {
+        **_SMALL,
+        **_EXPERTS,
+        **_INDEXER,
+        "first_k_dense_replace": 1,
+        "rope_parameters": _yarn(1.0),
+    },
+    # Index keys of 128 columns, and rows that can be stored in fp8.
+    "deepseek_v32_wide": {
+        **_SMALL,
+        **_EXPERTS,
+        **_INDEXER,
+        "model_type": "deepseek_v32",
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "index_head_dim": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": _yarn(1.0),
+    },
+    "glm_moe_dsa": {
+        **_SMALL,
+        **_EXPERTS,
+        **_INDEXER,
+        "num_hidden_layers": 3,
+        "indexer_types": ["full", "shared", "full"],
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 8e6},
+    },
+    "axk1": {
+        **_SMALL,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "vocab_size": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": _yarn(1.0),
+    },
+    "youtu": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
     "minicpm3": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
 }
 
@@ -127,6 +175,8 @@ def write(name: str, directory: pathlib.Path, seed: int = 0) -> None:
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith("norm.weight"):
                 value.add_(0.3 * torch.randn(value.shape))  # by default ones
+            elif key.endswith("k_norm.bias"):
+                value.copy_(0.3 * torch.randn(value.shape))  # by default zeros
             elif key.endswith("kv_b_proj.weight"):
                 value.mul_((16 / config.kv_lora_rank) ** 0.5)  # keys of one size, whatever the rank
             elif key.endswith("e_score_correction_bias"):
@@ -143,13 +193,21 @@ def write(name: str, directory: pathlib.Path, seed: int = 0) -> None:
         golden["x"] = (args or (kwargs["hidden_states"],))[0][0].clone()
         golden["y"] = result[0][0].clone()
 
+    def keep_selected(module, args, result):
+        golden["selected"] = result[0].int().clone()
+
     tokens = torch.randint(config.vocab_size, (TOKENS,))
     with torch.no_grad():
         hook = model.model.layers[0].self_attn.register_forward_hook(keep, with_kwargs=True)
+        hooks = [hook]
+        if hasattr(config, "index_topk"):
+            indexer = model.model.layers[0].self_attn.indexer
+            hooks.append(indexer.register_forward_hook(keep_selected))
         logits = model(tokens[None]).logits[0, -LOGITS:]
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     golden |= {"tokens": tokens.int(), "logits": logits.clone()}
-    if name != "minicpm3":  # the example has no such model
+    if name not in ("minicpm3", "youtu", "axk1"):  # the example has no such models
         _generate(model, golden)
         model.generation_config.eos_token_id = golden.pop("end").tolist()
         model.generation_config.save_pretrained(directory)

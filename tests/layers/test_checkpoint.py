@@ -12,7 +12,7 @@ import pytest
 
 import golden_models
 from checkpoints import dequantise, quantise, write_checkpoint
-from jax_flashmla.layers import MLAConfig, MLAParams
+from jax_flashmla.layers import IndexerConfig, MLAConfig, MLAParams
 from jax_flashmla.layers.checkpoint import attention_shapes, load_attention
 from layer_cases import LITE, V3
 
@@ -201,6 +201,50 @@ def test_one_error_names_the_tensors_of_all_layers(tmp_path):
         match=r"layers must be between 0 and 2, .* 3 layers .*, got -1",
     ):
         load_attention(directory, V3, [-1])
+
+
+INDEXED = dataclasses.replace(
+    WIDE,
+    indexer=IndexerConfig(num_heads=3, topk=4, rope_layout="half", shared=(False, True, False)),
+)
+
+
+def test_indexers_are_loaded_where_layers_have_them(tmp_path):
+    tensors = {}
+    for layer in (0, 1, 2, 3):  # the last one predicts a token further ahead
+        prefix = f"model.layers.{layer}.self_attn."
+        tensors |= make_tensors(INDEXED.for_layer(layer), prefix)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    stored = {k: v for k, v in tensors.items() if k != name}
+    stored[name], stored[name + "_scale_inv"] = quantise(tensors[name])
+    directory = write_checkpoint(tmp_path / "model", stored)
+    first, second, third = load_attention(directory, INDEXED, range(3), dtype=jnp.bfloat16)
+    assert second.index_w_q is None
+    expected = MLAParams.shapes(INDEXED, jnp.bfloat16)
+    for params in (first, third):
+        got = jax.tree.map(lambda a: (a.shape, a.dtype), params)
+        assert got == jax.tree.map(lambda a: (a.shape, a.dtype), expected)
+    assert first.index_w_weights.dtype == jnp.float32
+    exact = dequantise(*quantise(tensors[name])).T
+    np.testing.assert_array_equal(first.index_w_k, exact.astype(jnp.bfloat16))
+    w_q = tensors["model.layers.2.self_attn.indexer.wq_b.weight"]
+    (third,) = load_attention(directory, INDEXED, [2], dtype="float32")
+    for h in range(3):
+        np.testing.assert_array_equal(third.index_w_q[:, h], w_q[h * 128 : (h + 1) * 128].T)
+    # The same one twice; and a model that attends to all tokens, without its indexers.
+    assert len(list(load_attention(directory, INDEXED, [1, 1]))) == 2
+    (dense,) = load_attention(directory, WIDE, [2])
+    assert dense.index_w_q is None
+
+    stored["model.layers.1.self_attn.indexer.wk.weight"] = np.ones((128, 140), np.float32)
+    del stored["model.layers.2.self_attn.indexer.k_norm.bias"]
+    directory = write_checkpoint(tmp_path / "other", stored)
+    with pytest.raises(ValueError, match="2 tensors") as error:
+        load_attention(directory, INDEXED, range(3))
+    assert str(error.value).splitlines()[1:] == [
+        "  extra model.layers.1.self_attn.indexer.wk.weight",
+        "  missing model.layers.2.self_attn.indexer.k_norm.bias [128]",
+    ]
 
 
 def test_only_the_layer_at_hand_is_read(tmp_path, monkeypatch):

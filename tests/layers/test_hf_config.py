@@ -341,7 +341,7 @@ def test_models_without_a_type_are_known_by_their_architecture(model_type, archi
     [
         ({**V3, "model_type": "llama"}, NotImplementedError, r"must be one of .*got 'llama'$"),
         ({**V3, "model_type": ["x"]}, ValueError, "model_type must be a string"),
-        ({**V3, "model_type": "glm_moe_dsa"}, NotImplementedError, "attention is sparse"),
+        ({**V3, "index_topk": 2048}, NotImplementedError, "index_topk must be absent, as deepseek"),
         ({**V3, "model_type": "kimi_linear"}, NotImplementedError, "linear attention"),
         ({**V3, "model_type": "mistral4"}, NotImplementedError, "scales queries by their pos"),
         (

@@ -212,7 +212,7 @@ def test_init_has_unit_variance_and_norms_of_ones() -> None:
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
-@pytest.mark.parametrize("name", ["mla_layers.md", "paged_cache.md"])
+@pytest.mark.parametrize("name", ["mla_layers.md", "paged_cache.md", "sparse_attention.md"])
 def test_documentation_runs(
     monkeypatch: pytest.MonkeyPatch, name: str, axis_type: AxisType
 ) -> None:

@@ -75,22 +75,22 @@ WRONG = {
     "x of another library": (
         {"x": Foreign()},
         TypeError,
-        r"x must be .*Foreign; jax.dlpack",
+        r"x must be .*Foreign: convert it with jax.dlpack",
     ),
     "x of a list": (
         {"x": [1.0]},
         TypeError,
-        "x must be an array of JAX or NumPy, got bu",
+        r"x must be an array \[b, s, hidden_size\], got",
     ),
     "x with a mask": (
         {"x": np.ma.masked_array(np.ones((2, 2, 24), np.float32))},
         TypeError,
-        "x must be an array of JAX or NumPy, got .*MaskedArray, whose mask would be ignored",
+        "x must be a JAX or NumPy array .* without a mask, got a masked array",
     ),
     "params of another library": (
         {"params": dataclasses.replace(layer_cases.make_params(V3), w_uk=Foreign())},
         TypeError,
-        "params.w_uk must be an array of JAX or NumPy",
+        r"params.w_uk must be a JAX or NumPy array \[heads, nope, kv_rank\], got .*Foreign",
     ),
     "a layer past the last": ({"layer": 1}, ValueError, "layer must be between 0 and 0, got 1"),
     "an implementation": ({"implementation": "gpu"}, ValueError, "implementation must be None"),

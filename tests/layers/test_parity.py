@@ -1,5 +1,8 @@
 """A layer of a published architecture against transformers: prefill, then 64 steps of decoding.
 
+Layers with an indexer attend to fewer tokens than there are from step 8 on; see also
+test_sparse_parity.py.
+
 Golden files hold what transformers computed; "live" does it now, where torch and transformers are
 installed.
 """
@@ -30,11 +33,16 @@ def run_layer(directory, x: np.ndarray, dtype: str, **decode_options) -> list[np
     (params,) = load_attention(directory, config, [0], dtype=dtype)
     if decode_options.pop("absorbed", False):
         decode_options["absorbed"] = absorb(config, params)
-    block_size = 64 if config.d_qk == 576 else 16
+    block_size = 64 if config.d_qk == 576 or config.indexer is not None else 16
     allocator = BlockAllocator(num_blocks=12, block_size=block_size)
     sequences = [allocator.allocate(n + STEPS) for n in PROMPTS]
     table = BlockTable.create(allocator.block_table(sequences, 6), block_size=block_size)
-    cache = PagedCache.create(config.cache_format(dtype, block_size), table, num_blocks=12)
+    cache = PagedCache.create(
+        config.cache_format(dtype, block_size),
+        table,
+        num_blocks=12,
+        index_format=config.index_format(dtype),
+    )
 
     x = jnp.asarray(x).astype(dtype)
     padded = jnp.stack([x[: max(PROMPTS)]] * 2)
@@ -68,14 +76,14 @@ def check_layer(directory, dtype: str, tolerance: tolerances.Tolerance, **option
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
-@pytest.mark.parametrize("name", golden_models.NAMES)
+@pytest.mark.parametrize("name", sorted(set(golden_models.NAMES) - {"deepseek_v32_wide"}))
 def test_layer_equals_transformers_in_float32(name, source, scratch):
     check_layer(golden_models.find(name, source, scratch), "float32", tolerances.F32_PARITY)
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("source", golden_models.SOURCES)
-@pytest.mark.parametrize("name", golden_models.NAMES)
+@pytest.mark.parametrize("name", sorted(set(golden_models.NAMES) - set(golden_models.SPARSE)))
 def test_layer_is_near_transformers_in_bfloat16(name, source, scratch):
     check_layer(golden_models.find(name, source, scratch), "bfloat16", tolerances.BF16_PARITY)
 

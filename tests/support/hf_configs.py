@@ -52,6 +52,44 @@ GLM = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 1},
 }
+V32 = {
+    **V3,
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
+GLM5 = {
+    "model_type": "glm_moe_dsa",
+    "hidden_size": 6144,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 78,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+}
+YOUTU = {
+    "model_type": "youtu",
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_interleave": True,
+    "rope_theta": 1600000,
+}
 LONGCAT = {
     "model_type": "longcat_flash",
     "hidden_size": 6144,
@@ -87,7 +125,10 @@ PUBLISHED = {
     hf["model_type"]: hf
     for hf in (
         V3,
-        {**V3, "model_type": "deepseek_v32", "index_topk": 2048},
+        V32,
+        GLM5,
+        YOUTU,
+        {**V3, "model_type": "axk1"},
         V2_LITE,
         KIMI_K2,
         GLM,

@@ -105,10 +105,13 @@ def cached_rows(cache: PagedCache, sequence: int, layer: int = 0) -> np.ndarray:
 
 
 def naive_layer(
-    config: MLAConfig, params: MLAParams, x: np.ndarray
+    config: MLAConfig, params: MLAParams, x: np.ndarray, seen: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sequence from its first token on: x [tokens, hidden] -> y [tokens, hidden], and the rows
-    [tokens, d_qk] that a cache would hold."""
+    [tokens, d_qk] that a cache would hold. Tokens attend to those up to themselves, or to the
+    `seen` [tokens, tokens]."""
+    if seen is None:
+        seen = np.tril(np.ones((len(x), len(x)), bool))
     p = jax.tree.map(lambda a: np.asarray(a).astype(np.float64), params)
     x = x.astype(np.float64)
     nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
@@ -132,7 +135,7 @@ def naive_layer(
         values = latent @ p.w_uv[h].T
         for i in range(len(x)):
             out, _ = naive.attend(
-                queries[i : i + 1], keys[: i + 1], values[: i + 1], sm_scale=scale
+                queries[i : i + 1], keys[seen[i]], values[seen[i]], sm_scale=scale
             )
             y[i] += out[0] @ p.w_o[h]
     return y, np.concatenate([latent, k_rope], axis=1)

@@ -58,6 +58,9 @@ F32_PARITY = Tolerance(absolute=1e-5, relative=1e-5, cosine=1e-11)
 # A layer in bfloat16 against transformers in float32 with the same, rounded weights: as BF16_LAYER.
 BF16_PARITY = BF16_LAYER
 
+# The same with latents in e4m3 (3 bits of fraction: 2^-4 of each, hundreds of them averaged).
+FP8_PARITY = Tolerance(absolute=0.2, relative=0.1, cosine=1e-3)
+
 # Logits of a whole small model in float32 against transformers', about 1.5 large: the errors of its
 # layers (F32_PARITY) added up, and multiplied by the norms and projections that follow.
 F32_LOGITS = Tolerance(absolute=5e-5, relative=5e-5, cosine=1e-10)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.hf.tensor_reader import TensorReader
+from jax_flashmla.layers.indexer_config import IndexerConfig
 from jax_flashmla.layers.params import MLAParams
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# Beside the layer's weights: V3.2's indexer, and the frequencies that old checkpoints store.
-_IGNORED = r"indexer\.|rotary_emb\.inv_freq$"
+# Beside the layer's weights: the frequencies that old checkpoints store.
+_IGNORED = r"rotary_emb\.inv_freq$"
+_FLOAT32 = "indexer.weights_proj.weight"  # read in float32 whatever the others are read in
 _LAYER = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d{1,9})\.self_attn\.(?P<rest>.*)")
 
 
@@ -45,7 +47,7 @@ def load_attention(
     Args:
         checkpoint: the directory, or a reader of it. Weights may be float32, bfloat16, float16 or
             float8 in blocks with scales: see `TensorReader`.
-        config: the layer.
+        config: the layer. Without an indexer, those of the checkpoint are passed over.
         layers: which ones, from 0. LongCat's layers have two attentions each: there they are
             2 * layer and 2 * layer + 1, as transformers counts them.
         dtype: of the parameters.
@@ -73,15 +75,16 @@ def load_attention(
         prefix = attention_prefix(reader)
     elif not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string or None, got {prefix!r}")
-    attentions = _attentions(reader, prefix, layers)
+    attentions = _attentions(reader, prefix, config, layers)
     expected = {
         attention + name: shape
-        for attention in attentions
-        for name, shape in attention_shapes(config).items()
+        for attention, of in attentions
+        for name, shape in attention_shapes(of).items()
     }
-    within = "|".join(map(re.escape, attentions)) or r"(?!)"
-    reader.check(expected, within=within, ignore=rf"(?:{within})(?:{_IGNORED})")
-    return _load(reader, config, attentions, dtype, progress)
+    within = "|".join(re.escape(name) for name, _ in attentions) or r"(?!)"
+    ignored = _IGNORED if config.indexer is not None else rf"{_IGNORED}|indexer\."
+    reader.check(expected, within=within, ignore=rf"(?:{within})(?:{ignored})")
+    return _load(reader, attentions, dtype, progress)
 
 
 def attention_prefix(reader: TensorReader) -> str:
@@ -108,8 +111,10 @@ def attention_prefix(reader: TensorReader) -> str:
     )
 
 
-def _attentions(reader: TensorReader, prefix: str, layers: Iterable[int]) -> list[str]:
-    """What the names of each attention's tensors begin with."""
+def _attentions(
+    reader: TensorReader, prefix: str, config: MLAConfig, layers: Iterable[int]
+) -> list[tuple[str, MLAConfig]]:
+    """What the names of each attention's tensors begin with, and its own config."""
     if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise TypeError(
             f"layers must be the numbers of layers, such as range(3) or [2], got {layers!r}"
@@ -133,11 +138,8 @@ def _attentions(reader: TensorReader, prefix: str, layers: Iterable[int]) -> lis
                 f"layers must be between 0 and {count - 1}, as {reader.directory} has "
                 f"{count} layers under {prefix!r}, got {layer}"
             )
-        attentions.append(
-            f"{prefix}layers.{i // 2}.self_attn.{i % 2}."
-            if twice
-            else f"{prefix}layers.{i}.self_attn."
-        )
+        place = f"{i // 2}.self_attn.{i % 2}." if twice else f"{i}.self_attn."
+        attentions.append((f"{prefix}layers.{place}", config.for_layer(i)))
     return attentions
 
 
@@ -155,6 +157,15 @@ def attention_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
             "q_b_proj.weight": (queries, rank),
         }
     keys_and_values = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    if config.indexer is not None:
+        index = config.indexer
+        shapes |= {
+            "indexer.wq_b.weight": (index.num_heads * index.head_dim, rank or 0),
+            "indexer.wk.weight": (index.head_dim, hidden),
+            "indexer.k_norm.weight": (index.head_dim,),
+            "indexer.k_norm.bias": (index.head_dim,),
+            "indexer.weights_proj.weight": (index.num_heads, hidden),
+        }
     return shapes | {
         "kv_a_proj_with_mqa.weight": (config.d_qk, hidden),
         "kv_a_layernorm.weight": (config.kv_lora_rank,),
@@ -177,11 +188,17 @@ def track(items: Sequence[_T], description: str, progress: bool) -> Iterable[_T]
 
 
 def _load(
-    reader: TensorReader, config: MLAConfig, attentions: list[str], dtype: DTypeLike, progress: bool
+    reader: TensorReader,
+    attentions: list[tuple[str, MLAConfig]],
+    dtype: DTypeLike,
+    progress: bool,
 ) -> Iterator[MLAParams]:
-    names = attention_shapes(config)
-    for attention in track(attentions, "attention", progress):
-        yield _to_params(config, {name: reader.read(attention + name, dtype) for name in names})
+    def read(name: str) -> jax.Array:
+        return reader.read(name, jnp.float32 if name.endswith(_FLOAT32) else dtype)
+
+    for attention, config in track(attentions, "attention", progress):
+        names = attention_shapes(config)
+        yield _to_params(config, {name: read(attention + name) for name in names})
 
 
 def _to_params(config: MLAConfig, tensors: dict[str, jax.Array]) -> MLAParams:
@@ -196,6 +213,7 @@ def _to_params(config: MLAConfig, tensors: dict[str, jax.Array]) -> MLAParams:
     direct = config.q_lora_rank is None
     w_uk, w_uv = jnp.split(per_head("kv_b_proj.weight"), [nope], axis=1)
     w_o = tensors["o_proj.weight"].reshape(config.hidden_size, heads, config.v_head_dim)
+    indexer = {} if config.indexer is None else _to_index_params(config.indexer, tensors)
     return MLAParams(
         w_q=queries("q_proj.weight") if direct else None,
         w_dq=None if direct else tensors["q_a_proj.weight"].T,
@@ -206,4 +224,16 @@ def _to_params(config: MLAConfig, tensors: dict[str, jax.Array]) -> MLAParams:
         w_uk=w_uk,
         w_uv=w_uv,
         w_o=jnp.transpose(w_o, (1, 2, 0)),
+        **indexer,
     )
+
+
+def _to_index_params(config: IndexerConfig, tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    w_q = tensors["indexer.wq_b.weight"].T  # [q_lora_rank, heads * head_dim]
+    return {
+        "index_w_q": w_q.reshape(-1, config.num_heads, config.head_dim),
+        "index_w_k": tensors["indexer.wk.weight"].T,
+        "index_k_norm": tensors["indexer.k_norm.weight"],
+        "index_k_bias": tensors["indexer.k_norm.bias"],
+        "index_w_weights": tensors["indexer.weights_proj.weight"].T,
+    }

@@ -11,21 +11,24 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jax_flashmla.layers.hf.indexer import read_indexer
 from jax_flashmla.layers.hf.json_object import JsonObject, describe, read_json
 from jax_flashmla.layers.hf.refused_keys import refuse_other_attention
 from jax_flashmla.layers.hf.rope import LAYOUTS, read_rope
 
 MODEL_TYPES = sorted(LAYOUTS)
 _ARCHITECTURES = {
+    "AXK1ForCausalLM": "axk1",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "DeepseekV32ForCausalLM": "deepseek_v32",
+    "GlmMoeDsaForCausalLM": "glm_moe_dsa",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "LongcatFlashForCausalLM": "longcat_flash",
     "MiniCPM3ForCausalLM": "minicpm3",
+    "YoutuForCausalLM": "youtu",
 }  # where there is no model_type
 _OTHER_MODELS = {
-    "glm_moe_dsa": "its attention is sparse, chosen by an indexer",
     "kimi_linear": "most of its layers are linear attention; build an MLAConfig by hand for the "
     'others, with rope.layout "none"',
     "mistral4": "it scales queries by their positions",
@@ -75,6 +78,7 @@ def read_fields(config: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[str
         "rope": read_rope(hf, model_type),
         "q_scale": q_scale,
         "kv_scale": kv_scale,
+        "indexer": read_indexer(hf, model_type),
     }
 
 

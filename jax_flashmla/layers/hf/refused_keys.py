@@ -101,8 +101,8 @@ def refuse_other_attention(hf: JsonObject, model_type: str) -> None:
         if type(value) is not type(expected) or value != expected:
             _refuse(hf, key, f"must be {describe(expected)}", reason)
     known = ["attention", "full_attention"]
-    if model_type == "deepseek_v32":
-        known.append("indexed_attention")  # dense up to index_topk tokens
+    if model_type in ("deepseek_v32", "glm_moe_dsa"):
+        known.append("indexed_attention")
     if set(hf.strings("layer_types")) - set(known):
         _refuse(hf, "layer_types", f"must be of {known}", "all layers attend alike")
 

@@ -24,9 +24,12 @@ LAYOUTS = {
     "deepseek_v3": None,
     "deepseek_v32": "deinterleaved",
     "kimi_k2": None,
+    "glm_moe_dsa": "deinterleaved",
     "glm4_moe_lite": None,
     "longcat_flash": "deinterleaved",
     "minicpm3": "half",
+    "youtu": None,
+    "axk1": None,
 }
 _DEFAULT_THETA = {"longcat_flash": 1e7}
 

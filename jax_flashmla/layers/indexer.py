@@ -1,0 +1,289 @@
+"""The indexer: index queries and keys of new tokens, and the selection of what they attend to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import CacheFormat, PagedCache, Slots, index_topk, quantise
+from jax_flashmla.layers.config import IndexerConfig, MLAConfig
+from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
+from jax_flashmla.layers.rope import rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The tokens that each of a step's tokens attends to, the same in every layer of the cache.
+
+    Attributes:
+        slots: [b, s, topk] int32, by the cache's block table, first those that there are, then -1;
+            or None: all tokens up to itself.
+        lengths: how many there are at most [b, s] int32; None with slots None.
+    """
+
+    slots: jax.Array | None
+    lengths: jax.Array | None
+
+
+ALL = Selection(None, None)
+
+
+def select(
+    config: MLAConfig,
+    params: MLAParams,
+    x: jax.Array,
+    cache: PagedCache,
+    *,
+    slots: Slots,
+    layer: int | jax.Array | None = None,
+    prefix: bool = True,
+    heads_axis: str | None = None,
+    implementation: str | None = None,
+) -> tuple[PagedCache, Selection]:
+    """Writes the new tokens' index keys, and selects the tokens that they attend to.
+
+    `decode` and `prefill` do it themselves where every layer has an indexer. Under IndexShare, call
+    it in a layer that has one, and hand the selection to that layer and to those after it.
+
+    Where the shapes say that no token can see more than topk, the selection is of all tokens, and
+    attention is dense. Else the `min(topk, visible)` best are selected, which are all of them as
+    long as a sequence is short.
+
+    Args:
+        config: the layer, with an indexer.
+        params: its parameters.
+        x: the new tokens [b, s, hidden_size], as for `decode`.
+        cache: the cache, after the step's `advance(s)`. Without an index pool nothing is written,
+            and all tokens are selected. The pool's format is that of `config.index_format`.
+        slots: what `advance` gave.
+        layer: which layer of the index pool (`config.indexer.index_layer`); may be traced. May be
+            left out if there is one.
+        prefix: as for `prefill`.
+        heads_axis: inside `jax.shard_map`, the mesh axis that splits heads. Each of its devices
+            selects for itself: the same tokens, as the indexer's heads are not split.
+        implementation: as for `index_topk`.
+
+    Returns:
+        cache: with the new index keys.
+        selection: of each new token; of padding, any.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    check_call(config, params, x, cache, slots, heads_axis)
+    indexer = config.indexer
+    if indexer is None:
+        raise ValueError("config must have an indexer to select tokens, got None")
+    if cache.index_blocks is None:
+        return cache, ALL
+    format = _check_pool(indexer, cache)
+    x = jnp.asarray(x)
+    positions = positions_of(slots)
+    keys = _project_keys(config, indexer, params, x, positions)
+    keys = keys.astype(format.dtype) if format.name == "dense" else _spread(indexer, keys)
+    cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
+    longest = cache.table.max_seqlen
+    longest = longest if prefix else min(longest, slots.s_new)
+    if longest <= indexer.topk:
+        return cache, ALL
+
+    q = _project_queries(config, indexer, params, x, positions)
+    weights = _weigh_heads(indexer, params, x)
+    # The last query is a sequence's last token: move the padding to the front.
+    padding = slots.s_new - slots.num_new
+    q, weights = roll_tokens(q, padding), roll_tokens(weights, padding)
+    best = _select_best(indexer, q, weights, cache, layer, implementation)
+    return cache, Selection(roll_tokens(best, -padding), jnp.minimum(positions + 1, indexer.topk))
+
+
+def selection_for(
+    selection: Selection | None,
+    config: MLAConfig,
+    params: MLAParams,
+    x: jax.Array,
+    cache: PagedCache,
+    slots: Slots,
+    layer: int | jax.Array | None,
+    heads_axis: str | None,
+    implementation: str | None,
+    *,
+    prefix: bool = True,
+) -> tuple[PagedCache, Selection]:
+    """What a layer attends to: the selection that it is given, or its own."""
+    if selection is not None:
+        if not isinstance(selection, Selection):
+            raise TypeError(
+                f"selection must be a Selection or None, got {type(selection).__name__}"
+            )
+        if selection.slots is not None and selection.slots.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"selection must be of x's b, s = {x.shape[:2]}, got slots of shape "
+                f"{selection.slots.shape}"
+            )
+        return cache, selection
+    if cache.index_blocks is None:
+        return cache, ALL
+    if config.indexer is None:
+        raise ValueError(
+            "selection must be given where the cache has an index pool and the layer no indexer: "
+            "that of the last layer with one, from select(); got None"
+        )
+    if cache.index_layers != cache.layers:
+        raise ValueError(
+            "selection must be given, from select(), where the index pool does not have the "
+            f"cache's {cache.layers} layers but {cache.index_layers}, got None"
+        )
+    return select(
+        config, params, x, cache, slots=slots, layer=layer, prefix=prefix, heads_axis=heads_axis,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> CacheFormat:
+    """The format of the cache's index pool, which is one that the indexer writes."""
+    assert cache.index_format is not None
+    format, width = cache.index_format, indexer.head_dim
+    if format.name not in ("dense", "fp8_index") or format.d_qk != width or format.h_kv != 1:
+        raise ValueError(
+            f'cache must have an index pool of format "fp8_index" or "dense" with indexer.head_dim '
+            f"= {width} columns and h_kv = 1, got {format}"
+        )
+    if format.block_size != 64:
+        raise ValueError(
+            f"cache must have blocks of 64 tokens to select from, got {format.block_size}"
+        )
+    return format
+
+
+def _select_best(
+    indexer: IndexerConfig,
+    q: jax.Array,
+    weights: jax.Array,
+    cache: PagedCache,
+    layer: int | jax.Array | None,
+    implementation: str | None,
+) -> jax.Array:
+    """Slots [b, s, topk] for index queries [b, s, heads, head_dim] at the sequences' ends."""
+    pool = cache.index_layer(layer)
+    table, lengths = cache.table.block_table, cache.table.cache_seqlens
+    if pool.format.name == "dense":
+        best = index_topk(
+            None,
+            None,
+            None,
+            table,
+            lengths,
+            format=None,
+            topk=indexer.topk,
+            scores=_score_unquantised(q, weights, pool.blocks, pool.block_table),
+            layer_blocks=pool.num_blocks,
+            implementation=implementation,
+        )
+        assert isinstance(best, jax.Array)
+        return best
+    codes, scales = _quantise(pool.format, _spread(indexer, q))
+    best = index_topk(
+        codes,
+        weights * scales,
+        pool.blocks,
+        table,
+        lengths,
+        format=pool.format,
+        topk=indexer.topk,
+        first_block=pool.first_block,
+        layer_blocks=pool.num_blocks,
+        implementation=implementation,
+    )
+    assert isinstance(best, jax.Array)
+    return best
+
+
+def _project_queries(
+    config: MLAConfig,
+    indexer: IndexerConfig,
+    params: MLAParams,
+    x: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """Index queries [b, s, heads, head_dim], rotated."""
+    inputs = query_inputs(config, params, x)
+    q = jnp.einsum("bsr,rhd->bshd", inputs, params.index_w_q.astype(x.dtype))
+    return _rotate_first(config, indexer, q, positions)
+
+
+def _project_keys(
+    config: MLAConfig,
+    indexer: IndexerConfig,
+    params: MLAParams,
+    x: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """Index keys [b, s, 1, head_dim], normed and rotated."""
+    k = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
+    wide = k.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(variance + np.float32(indexer.norm_eps))
+    scale, bias = (
+        a.astype(jnp.float32)[None, None, :] for a in (params.index_k_norm, params.index_k_bias)
+    )
+    k = (normed * scale + bias).astype(x.dtype)
+    return _rotate_first(config, indexer, k[:, :, None, :], positions)
+
+
+def _rotate_first(
+    config: MLAConfig, indexer: IndexerConfig, x: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """The rotary embedding of the first columns, unlike attention's, which is of the last."""
+    turned, rest = jnp.split(x, [config.qk_rope_head_dim], axis=-1)
+    turned = rotate(config, turned, positions, indexer.rope_layout)
+    return jnp.concatenate([turned, rest], axis=-1)
+
+
+def _weigh_heads(indexer: IndexerConfig, params: MLAParams, x: jax.Array) -> jax.Array:
+    """Each head's weight [b, s, heads] float32, with the scale of the scores."""
+    # GPUs would multiply float32 in fewer bits otherwise, and select other tokens.
+    weights = jnp.einsum(
+        "bsi,ih->bsh",
+        x.astype(jnp.float32),
+        params.index_w_weights.astype(jnp.float32),
+        precision="highest",
+    )
+    return weights * np.float32((indexer.num_heads * indexer.head_dim) ** -0.5)
+
+
+def _spread(indexer: IndexerConfig, x: jax.Array) -> jax.Array:
+    """x [..., head_dim] times a Hadamard matrix and head_dim^-0.5, where the config says so."""
+    if not indexer.hadamard:
+        return x
+    width, dtype = x.shape[-1], x.dtype
+    x = x.astype(jnp.float32)
+    half = 1
+    while half < width:  # sums and differences of columns half apart
+        pairs = x.reshape(*x.shape[:-1], width // (2 * half), 2, half)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = jnp.stack([first + second, first - second], axis=-2).reshape(x.shape)
+        half *= 2
+    return (x * np.float32(width**-0.5)).astype(dtype)
+
+
+def _quantise(format: CacheFormat, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries as e4m3 [b, s, heads, 128], and their scales [b, s, heads] float32."""
+    codes, scales = quantise(format, q)
+    codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+    return codes, jax.lax.bitcast_convert_type(scales, jnp.float32)
+
+
+def _score_unquantised(
+    q: jax.Array, weights: jax.Array, blocks: jax.Array, block_table: jax.Array
+) -> jax.Array:
+    """Scores [b, s, tokens] float32 of keys as they are; of tokens that are not there, any."""
+    gathered = blocks[jnp.maximum(block_table, 0)]  # [b, max_blocks, 64, 1, head_dim]
+    k = gathered.reshape(len(gathered), -1, gathered.shape[-1]).astype(jnp.float32)
+    products = jnp.einsum("bshd,btd->bsht", q.astype(jnp.float32), k, precision="highest")
+    return jnp.einsum("bsh,bsht->bst", weights, jax.nn.relu(products), precision="highest")
