@@ -139,10 +139,14 @@ def test_modules_import_each_other_in_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one
 
 
-def test_allocator_needs_numpy_at_most():
-    path = PACKAGE / "cache" / "allocator.py"
-    roots = {name.partition(".")[0] for name in imports_of(path)}
-    assert roots - set(sys.stdlib_module_names) <= {"numpy"}
+@pytest.mark.parametrize("name", ["allocator", "prefix", "scheduler"])
+def test_the_hosts_bookkeeping_needs_numpy_at_most(name):
+    """And its own modules."""
+    found = imports_of(PACKAGE / "cache" / f"{name}.py")
+    ours = {x for x in found if x.startswith("jax_flashmla.cache.")}
+    assert {x.split(".")[2] for x in ours} <= {"allocator", "prefix"}
+    roots = {x.partition(".")[0] for x in found - ours} - set(sys.stdlib_module_names)
+    assert roots <= {"numpy"}
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
