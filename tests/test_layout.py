@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jax_flashmla"
 CSRC = ROOT / "csrc"
 
-EXTRAS = ("layers", "cli", "bench")
+EXTRAS = ("layers", "serve", "cli", "bench")
 CORE = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in EXTRAS
 )
@@ -175,6 +175,17 @@ def test_layers_need_flax_in_the_modules_alone():
         assert not {name for name in found if name in private or name.startswith("jax._src")}
         roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
         assert roots <= CORE_DEPENDENCIES | optional
+
+
+def test_serve_knows_no_model_and_nobody_knows_serve():
+    """It takes the core's public names, and a model as two functions."""
+    assert all(n.partition(".")[0] == "serve" for n in importers_of("jax_flashmla.serve"))
+    private = {"jax_flashmla._xla.operation", "jax_flashmla._cpu", "jax_flashmla._cuda"}
+    for path in sorted((PACKAGE / "serve").glob("*.py")):
+        found = imports_of(path)
+        assert not {name for name in found if name in private or name.startswith("jax._src")}
+        roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+        assert roots <= CORE_DEPENDENCIES
 
 
 def test_nothing_imports_cli_bench_tests_or_benchmarks():

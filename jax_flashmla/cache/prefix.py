@@ -1,4 +1,4 @@
-"""Which full blocks hold which tokens, by chained hashes: what automatic prefix caching looks up."""
+"""Which full blocks hold which tokens, by chained hashes: for automatic prefix caching."""
 
 from __future__ import annotations
 
