@@ -28,10 +28,10 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 
 from deepseek.config import ModelConfig
-from deepseek.sampling import Sampling
-from deepseek.serve import Server, Stats, Token
+from deepseek.serve import Server, Token
 from deepseek.tokenizer import TextStream, Tokenizer, load_tokenizer
 from deepseek.weights import load_model
+from jax_flashmla.serve import Sampling, Stats
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -41,12 +41,17 @@ class Layer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cache: PagedCache, slots: Slots, schedule: SplitSchedule | None
+        self,
+        x: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        schedule: SplitSchedule | None,
+        prefix: bool,
     ) -> tuple[PagedCache, jax.Array]:
         normed = self.input_layernorm(x)
         if schedule is None:
             cache, y = self.self_attn.prefill(
-                normed, cache, slots=slots, layer=self.index, prefix=False
+                normed, cache, slots=slots, layer=self.index, prefix=prefix
             )
         else:
             cache, y = self.self_attn.decode(
@@ -81,14 +86,21 @@ class DeepSeek(nnx.Module):
         )
 
     def __call__(
-        self, tokens: jax.Array, cache: PagedCache, slots: Slots, *, prefill: bool
+        self,
+        tokens: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        *,
+        prefill: bool,
+        prefix: bool = False,
     ) -> tuple[PagedCache, jax.Array]:
         """One step: tokens [b, s] int32 -> the cache with their rows, and states [b, s, hidden].
 
         Args:
             tokens: each sequence's next tokens.
             cache: of all layers, after the step's `advance`, which gave `slots`.
-            prefill: whether these are whole prompts, with nothing in the cache before them.
+            prefill: whether these are prompts.
+            prefix: whether the cache may hold tokens of a prompt before these.
         """
         schedule = None
         if not prefill:  # once for all layers
@@ -97,7 +109,7 @@ class DeepSeek(nnx.Module):
             )
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            cache, x = layer(x, cache, slots, schedule)
+            cache, x = layer(x, cache, slots, schedule, prefix)
         return cache, self.norm(x)
 
     def logits(self, states: jax.Array) -> jax.Array:
