@@ -27,13 +27,12 @@ if __name__ == "__main__":
     exit_on_ctrl_c("generate")
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
-from deepseek.sampling import Sampling
-from deepseek.serve import Server, Stats, Token
+from deepseek.serve import Server, Token
 from deepseek.tokenizer import TextStream, Tokenizer, load_tokenizer
 from deepseek.weights import load_model
+from jax_flashmla.serve import Sampling, Stats
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -132,14 +131,6 @@ def summary(stats: Stats) -> str:
     )
 
 
-def use_cache_of_format(server: Server, config: ModelConfig, dtype: DTypeLike, name: str) -> None:
-    """Gives the server the model's own cache, with index keys where it has them."""
-    table, server.cache = server.cache.table, None  # the old one is freed first
-    server.cache = config.create_cache(
-        table, num_blocks=server.allocator.num_blocks, dtype=dtype, name=name
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_directory(arguments.checkpoint)
     sampling = Sampling(
@@ -173,10 +164,10 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         num_blocks=arguments.cache_blocks,
         dtype=dtype,
+        cache_format=arguments.cache_format,
         sampling=sampling,
         stop_tokens=stop_tokens,
     )
-    use_cache_of_format(server, config, dtype, arguments.cache_format)
     tokens = server.generate(prompt_tokens, arguments.max_new_tokens)
     print_in_order(tokens, prompts, tokenizer, stop_tokens)
     print(summary(server.stats), file=sys.stderr)

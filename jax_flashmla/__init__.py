@@ -7,6 +7,7 @@ from jax_flashmla.cache.copy import copy_blocks
 from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.cache.paged import PagedCache
 from jax_flashmla.cache.quantise import dequantise, quantise
+from jax_flashmla.cache.scheduler import Scheduler
 from jax_flashmla.cache.table import BlockTable, Slots
 from jax_flashmla.compat import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
@@ -28,6 +29,7 @@ __all__ = [
     "CacheFormat",
     "OutOfBlocks",
     "PagedCache",
+    "Scheduler",
     "Slots",
     "SplitSchedule",
     "cache_append",

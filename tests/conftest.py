@@ -29,7 +29,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The annotations are imported for type checkers only, hence the patch.
 REFERENCE = [
     f"jax_flashmla.reference.{name}"
-    for name in ("append", "attention", "gather", "indexer", "prefill", "rows", "schedule", "sparse")
+    for name in (
+        "append",
+        "attention",
+        "gather",
+        "indexer",
+        "prefill",
+        "rows",
+        "schedule",
+        "sparse",
+    )
 ]
 with (
     mock.patch.object(typing, "TYPE_CHECKING", True),

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jax_flashmla"
 CSRC = ROOT / "csrc"
 
-EXTRAS = ("layers", "cli", "bench")
+EXTRAS = ("layers", "serve", "cli", "bench")
 CORE = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in EXTRAS
 )
@@ -140,10 +140,14 @@ def test_modules_import_each_other_in_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one
 
 
-def test_allocator_needs_numpy_at_most():
-    path = PACKAGE / "cache" / "allocator.py"
-    roots = {name.partition(".")[0] for name in imports_of(path)}
-    assert roots - set(sys.stdlib_module_names) <= {"numpy"}
+@pytest.mark.parametrize("name", ["allocator", "prefix", "scheduler"])
+def test_the_hosts_bookkeeping_needs_numpy_at_most(name):
+    """And its own modules."""
+    found = imports_of(PACKAGE / "cache" / f"{name}.py")
+    ours = {x for x in found if x.startswith("jax_flashmla.cache.")}
+    assert {x.split(".")[2] for x in ours} <= {"allocator", "prefix"}
+    roots = {x.partition(".")[0] for x in found - ours} - set(sys.stdlib_module_names)
+    assert roots <= {"numpy"}
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
@@ -172,6 +176,17 @@ def test_layers_need_flax_in_the_modules_alone():
         assert not {name for name in found if name in private or name.startswith("jax._src")}
         roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
         assert roots <= CORE_DEPENDENCIES | optional
+
+
+def test_serve_knows_no_model_and_nobody_knows_serve():
+    """It takes the core's public names, and a model as two functions."""
+    assert all(n.partition(".")[0] == "serve" for n in importers_of("jax_flashmla.serve"))
+    private = {"jax_flashmla._xla.operation", "jax_flashmla._cpu", "jax_flashmla._cuda"}
+    for path in sorted((PACKAGE / "serve").glob("*.py")):
+        found = imports_of(path)
+        assert not {name for name in found if name in private or name.startswith("jax._src")}
+        roots = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+        assert roots <= CORE_DEPENDENCIES
 
 
 def test_nothing_imports_cli_bench_tests_or_benchmarks():

@@ -89,15 +89,20 @@ class ModelConfig:
             dtype: of the computation.
             name: the format of rows, "dense" or "v32" (fp8).
         """
-        indexer = self.attention.indexer
         return PagedCache.create(
             self.attention.cache_format(dtype, table.block_size, name=name),
             table,
             num_blocks=num_blocks,
             layers=self.num_layers,
             index_format=self.attention.index_format(dtype),
-            index_layers=None if indexer is None else indexer.index_layer(self.num_layers),
+            index_layers=self.index_layers,
         )
+
+    @property
+    def index_layers(self) -> int | None:
+        """Layers of the cache's index pool; None without an indexer."""
+        indexer = self.attention.indexer
+        return None if indexer is None else indexer.index_layer(self.num_layers)
 
     @classmethod
     def from_directory(cls, directory: pathlib.Path) -> ModelConfig:

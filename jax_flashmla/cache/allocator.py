@@ -46,14 +46,14 @@ class BlockAllocator:
         if self.block_size == 0:
             raise ValueError("block_size must be at least 1, got 0")
         self._free = list(range(self.num_blocks - 1, -1, -1))  # a stack: lowest ids leave first
-        self._holders = [0] * self.num_blocks  # how many sequences hold each block
+        self._holders = [0] * self.num_blocks  # how many hold each block
         self._blocks: dict[Hashable, list[int]] = {}
         self._lengths: dict[Hashable, int] = {}
         self._next_id = 0
 
     @property
     def num_free(self) -> int:
-        """Blocks that no sequence holds."""
+        """Blocks that nobody holds."""
         return len(self._free)
 
     @property
@@ -61,25 +61,78 @@ class BlockAllocator:
         """The ids of all live sequences, oldest first."""
         return tuple(self._lengths)
 
-    def allocate(self, num_tokens: int = 0, seq: Hashable | None = None) -> Hashable:
+    def allocate(
+        self, num_tokens: int = 0, seq: Hashable | None = None, *, prefix: Sequence[int] = ()
+    ) -> Hashable:
         """Starts a sequence with room for its first `num_tokens` tokens.
 
         Args:
             num_tokens: its length in tokens; 0 starts it without a block.
             seq: the id to give it, anything hashable; by default an integer not in use.
+            prefix: blocks that somebody holds, full of its first tokens, to share.
 
         Returns:
             The sequence's id.
 
         Raises:
             OutOfBlocks: too few blocks are free.
-            ValueError: `num_tokens` is negative, or `seq` is in use.
+            ValueError: `num_tokens` is negative or less than `prefix` has, `seq` is in use, or
+                nobody holds a block of `prefix`.
         """
         num_tokens = _count("num_tokens", num_tokens)
+        prefix = self._held("prefix", prefix)
+        if len(prefix) * self.block_size > num_tokens:
+            raise ValueError(
+                f"num_tokens must be at least {len(prefix) * self.block_size}, the tokens of "
+                f"prefix, got {num_tokens}"
+            )
         seq = self._new_id(seq)
-        blocks = self._take(self._blocks_for(num_tokens), f"a sequence of {num_tokens} tokens")
-        self._add(seq, blocks, num_tokens)
+        num_new = self._blocks_for(num_tokens) - len(prefix)
+        blocks = self._take(num_new, f"a sequence of {num_tokens} tokens")
+        for block in prefix:
+            self._holders[block] += 1
+        self._add(seq, [*prefix, *blocks], num_tokens)
         return seq
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Holds blocks beside the sequences that do, so that they outlive them: a prefix cache.
+
+        Raises:
+            ValueError: nobody holds a block.
+        """
+        for block in self._held("blocks", blocks):
+            self._holders[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Undoes `retain`; blocks that nobody else holds become free.
+
+        Raises:
+            ValueError: nobody holds a block.
+        """
+        self._give_up(self._held("blocks", blocks))
+
+    def holders(self, block: int) -> int:
+        """How many sequences, and callers of `retain`, hold a block."""
+        return self._holders[block]
+
+    def blocks(self, seq: Hashable) -> tuple[int, ...]:
+        """The blocks of a sequence, in the order of its tokens.
+
+        Raises:
+            ValueError: `seq` is unknown.
+        """
+        return tuple(self._known(seq))
+
+    def blocks_needed(self, seq: Hashable, num_new_tokens: int) -> int:
+        """Free blocks that `extend` would take.
+
+        Raises:
+            ValueError: `seq` is unknown, or `num_new_tokens` is negative.
+        """
+        blocks = self._known(seq)
+        num_new_tokens = _count("num_new_tokens", num_new_tokens)
+        total = self._blocks_for(self._lengths[seq] + num_new_tokens)
+        return total - len(blocks) + self._copies_last(seq, num_new_tokens)
 
     def extend(self, seq: Hashable, num_new_tokens: int) -> list[tuple[int, int]]:
         """Gives a sequence room for `num_new_tokens` more tokens, which it alone may write.
@@ -95,17 +148,14 @@ class BlockAllocator:
         blocks = self._known(seq)
         num_new_tokens = _count("num_new_tokens", num_new_tokens)
         length = self._lengths[seq]
-        # Tokens are written from `length` on, so of the blocks held only a partly filled last one
-        # is written; full ones may stay shared.
-        writes_last = num_new_tokens > 0 and length % self.block_size != 0
-        copies_last = writes_last and self._holders[blocks[-1]] > 1
-        num_added = self._blocks_for(length + num_new_tokens) - len(blocks)
-        added = self._take(num_added + copies_last, f"{num_new_tokens} more tokens of {seq!r}")
+        copies_last = self._copies_last(seq, num_new_tokens)
+        needed = self.blocks_needed(seq, num_new_tokens)
+        added = self._take(needed, f"{num_new_tokens} more tokens of {seq!r}")
 
         copies = []
         if copies_last:
             shared, own = blocks.pop(), added[0]
-            self._holders[shared] -= 1  # at least one other sequence still holds it
+            self._holders[shared] -= 1  # somebody else still holds it
             copies.append((shared, own))
         blocks.extend(added)
         self._lengths[seq] = length + num_new_tokens
@@ -236,6 +286,19 @@ class BlockAllocator:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def _copies_last(self, seq: Hashable, num_new_tokens: int) -> bool:
+        # Tokens are written from the length on, so of the blocks held only a partly filled last one
+        # is written; full ones may stay shared.
+        writes_last = num_new_tokens > 0 and self._lengths[seq] % self.block_size != 0
+        return writes_last and self._holders[self._blocks[seq][-1]] > 1
+
+    def _held(self, name: str, blocks: Iterable[int]) -> list[int]:
+        held = [_count(name, block) for block in blocks]
+        for block in held:
+            if block >= self.num_blocks or self._holders[block] == 0:
+                raise ValueError(f"{name} must be blocks that somebody holds, got {block}")
+        return held
 
     def _known(self, seq: Hashable) -> list[int]:
         if seq not in self._blocks:

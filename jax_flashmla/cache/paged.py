@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_flashmla import _checks, _limits
-from jax_flashmla.cache import pool
+from jax_flashmla import _checks
+from jax_flashmla.cache import move, pool
 from jax_flashmla.cache.check import check_table
 from jax_flashmla.cache.format import CacheFormat
+from jax_flashmla.cache.move import CacheBlocks
 from jax_flashmla.cache.pool import Blocks, LayerView
 from jax_flashmla.cache.table import BlockTable, Slots
 from jax_flashmla.sharding import decode_specs
@@ -128,29 +130,10 @@ class PagedCache:
         Raises:
             ValueError, TypeError: the table's block_size is not the format's, or a bad count.
         """
-        layers = _checks.check_int("layers", layers, 1, _limits.INT32_MAX)
-        for name, of in (("format", format), ("index_format", index_format)):
-            if of is None and name == "index_format":
-                continue
-            if not isinstance(of, CacheFormat):
-                raise TypeError(f"{name} must be a CacheFormat, got {_checks.describe(of)}")
-            if table.block_size != of.block_size:
-                raise ValueError(
-                    f"table must have {name}'s block_size = {of.block_size}, got {table.block_size}"
-                )
-        options = {"array_per_layer": array_per_layer, "device": device}
-        blocks = pool.allocate(format, num_blocks, layers, **options)
-        index_blocks = None
-        if index_format is None:
-            if index_layers is not None:
-                raise ValueError(
-                    f"index_layers must be None without index_format, got {index_layers!r}"
-                )
-            index_layers = 0
-        else:
-            index_layers = layers if index_layers is None else index_layers
-            index_layers = _checks.check_int("index_layers", index_layers, 1, _limits.INT32_MAX)
-            index_blocks = pool.allocate(index_format, num_blocks, index_layers, **options)
+        blocks, layers, index_blocks, index_layers = pool.allocate_both(
+            format, table, num_blocks, layers, index_format, index_layers,
+            array_per_layer=array_per_layer, device=device,
+        )  # fmt: skip
         return cls(
             blocks,
             jax.tree.map(jnp.array, table),
@@ -327,9 +310,7 @@ class PagedCache:
         return self.index_blocks
 
     def copy_blocks(self, src: ArrayLike, dst: ArrayLike) -> PagedCache:
-        """Copies blocks in every layer, as a fork asks for: see `copy_blocks`. Donates the blocks.
-
-        Both pools' blocks are copied.
+        """Copies blocks in all layers of both pools, as a fork asks for. Donates the blocks.
 
         Args:
             src: ids of the blocks to read [n], int32.
@@ -345,6 +326,37 @@ class PagedCache:
         if index is not None:
             index = pool.copy(index, self.index_layers, src, dst)
         return dataclasses.replace(self, blocks=blocks, index_blocks=index)
+
+    def get_sequence(self, block_ids: ArrayLike, *, shard: tuple[int, int] = (0, 1)) -> CacheBlocks:
+        """A copy of blocks of all layers and both pools, to be moved. Not under jit.
+
+        Args:
+            block_ids: a sequence's blocks [n], int32; -1 gives zeros, to keep a shape.
+            shard: where sequences split the cache, the share that ids count in: (rank, size).
+
+        Raises:
+            ValueError, TypeError: a rank, shape or dtype that does not fit.
+        """
+        return move.get_all(self, block_ids, shard)
+
+    def insert_sequences(
+        self,
+        sequences: Sequence[CacheBlocks],
+        block_ids: Sequence[ArrayLike],
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ) -> PagedCache:
+        """The cache with blocks that `get_sequence` gave. Donates its blocks. Not under jit.
+
+        Args:
+            sequences: on the host, or on any devices, of a cache with the same formats and layers.
+            block_ids: for each, the blocks to overwrite [n], int32; -1 drops one.
+            shard: as for `get_sequence`.
+
+        Raises:
+            ValueError, TypeError: blocks of another cache's kind, or ids that do not fit them.
+        """
+        return move.insert_all(self, sequences, block_ids, shard)
 
     def specs(
         self, *, batch: str | None = None, heads: str | None = None, shard_kv_heads: bool = False
@@ -381,9 +393,8 @@ class PagedCache:
     def check(self) -> list[str]:
         """What is wrong with the values, a sentence each: a debugging aid that reads the device.
 
-        Lists lengths outside the table, block ids out of range within a length, blocks that a
-        sequence's next tokens would go to while another entry of the table holds them too (a fork
-        that was not extended, for one), and rows dropped so far. Empty if all is well. Not under
-        jit. A cache that is split over devices by sequences is checked device by device.
+        Lists lengths outside the table, block ids out of range within a length, blocks that two
+        sequences would write next (a fork that was not extended), and rows dropped so far. Empty if
+        all is well. Not under jit. A cache split by sequences is checked device by device.
         """
         return check_table(self.table, self.overflow, self.num_blocks)

@@ -63,6 +63,38 @@ def allocate(
     return format.allocate(layers * num_blocks, device=device)
 
 
+def allocate_both(
+    format: CacheFormat,
+    table: BlockTable,
+    num_blocks: int,
+    layers: int,
+    index_format: CacheFormat | None,
+    index_layers: int | None,
+    **options: Any,
+) -> tuple[Blocks, int, Blocks | None, int]:
+    """A cache's blocks and layers, and those of its index pool: None and 0 without one."""
+    layers = _checks.check_int("layers", layers, 1, _limits.INT32_MAX)
+    for name, of in (("format", format), ("index_format", index_format)):
+        if of is None and name == "index_format":
+            continue
+        if not isinstance(of, CacheFormat):
+            raise TypeError(f"{name} must be a CacheFormat, got {_checks.describe(of)}")
+        if table.block_size != of.block_size:
+            raise ValueError(
+                f"table must have {name}'s block_size = {of.block_size}, got {table.block_size}"
+            )
+    blocks = allocate(format, num_blocks, layers, **options)
+    if index_format is None:
+        if index_layers is not None:
+            raise ValueError(
+                f"index_layers must be None without index_format, got {index_layers!r}"
+            )
+        return blocks, layers, None, 0
+    index_layers = layers if index_layers is None else index_layers
+    index_layers = _checks.check_int("index_layers", index_layers, 1, _limits.INT32_MAX)
+    return blocks, layers, allocate(index_format, num_blocks, index_layers, **options), index_layers
+
+
 def num_blocks(blocks: Blocks, layers: int) -> int:
     """Blocks of each layer."""
     return blocks[0].shape[0] if isinstance(blocks, tuple) else blocks.shape[0] // layers

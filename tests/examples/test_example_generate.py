@@ -9,15 +9,11 @@ import shutil
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 
 import generate
 import golden_models
-from deepseek.sampling import Sampling, sample
 from deepseek.serve import Token
 from deepseek.tokenizer import ByteTokenizer, FileTokenizer, TextStream
 
@@ -199,25 +195,3 @@ def test_characters_are_not_cut():
     assert [piece for piece in pieces if piece] == list(text)
     assert stream.add("é".encode()[0]) == ""
     assert stream.end() == "\N{REPLACEMENT CHARACTER}"
-
-
-def draws(sampling: Sampling, logits: np.ndarray, n: int) -> np.ndarray:
-    """How often each token is drawn, of n times."""
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
-    prompts, positions = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
-    chosen = jax.jit(sample, static_argnums=0)(sampling, rows, prompts, positions)
-    return np.bincount(chosen, minlength=len(logits)) / n
-
-
-def test_sampling_follows_the_probabilities():
-    p = np.array([0.05, 0.5, 0.15, 0.3])
-    for temperature in (1.0, 2.0):
-        expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-        got = draws(Sampling(temperature=temperature), np.log(p), 20000)
-        np.testing.assert_allclose(got, expected, atol=0.015)  # 4 standard deviations
-    got = draws(Sampling(temperature=1.0, top_p=0.75), np.log(p), 20000)
-    np.testing.assert_allclose(got, [0, 0.625, 0, 0.375], atol=0.015)  # 0.5 does not reach 0.75
-    np.testing.assert_array_equal(
-        draws(Sampling(temperature=1.0, top_p=0.1), np.log(p), 50), [0, 1, 0, 0]
-    )
-    np.testing.assert_array_equal(draws(Sampling(), np.log(p), 50), [0, 1, 0, 0])
