@@ -16,7 +16,7 @@ from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.sharding import decode_specs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockAllocator",
