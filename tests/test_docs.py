@@ -1,9 +1,15 @@
-"""Links between the pages of the documentation: the file is there, and so is the heading."""
+"""The documentation: links lead somewhere, code runs, every public name is in the reference."""
 
+import importlib
+import importlib.util
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
+
+import jax_flashmla
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -12,8 +18,21 @@ PAGES = sorted(
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "benchmarks").rglob("*.md"),
+        *ROOT.glob("S*.md"),
     ]
 )
+GUIDES = [
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("start", "migrating")),
+]
+PUBLIC = [  # modules with documented names; their own are those without an underscore
+    "jax_flashmla",
+    "jax_flashmla.layers",
+    "jax_flashmla.layers.nnx",
+    "jax_flashmla.layers.linen",
+    "jax_flashmla.layers.checkpoint",
+    "jax_flashmla.layers.tensor_reader",
+]
 
 
 def anchors(page: pathlib.Path) -> set[str]:
@@ -34,3 +53,56 @@ def test_links_lead_somewhere(page):
         if not linked.exists() or (anchor and anchor not in anchors(linked)):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_code_runs(page, monkeypatch):
+    """All Python of a page is one program, which asserts what it shows."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    code = "\n".join(blocks)
+    assert "assert " in code
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference(module):
+    reference = "\n".join(path.read_text() for path in (ROOT / "docs/reference").glob("*.md"))
+    documented = set()
+    current = ""
+    for line in reference.splitlines():
+        if named := re.fullmatch(r"\.\. currentmodule:: ([\w.]+)", line):
+            current = named[1] + "."
+        elif named := re.fullmatch(r"\.\. auto(?:function|class|exception):: ([\w.]+)", line):
+            documented.add(named[1] if named[1].startswith("jax_flashmla") else current + named[1])
+    assert not {f"{module}.{name}" for name in public_names(module)} - documented
+
+
+def public_names(module: str) -> set[str]:
+    """What `__all__` lists; without one, classes and functions of the package."""
+    found = importlib.import_module(module)
+    if hasattr(found, "__all__"):
+        return set(found.__all__)
+    if module.endswith((".nnx", ".linen")):
+        return {"MLAttention"}
+    names = {name for name in vars(found) if not name.startswith("_")}
+    return {
+        name
+        for name in names
+        if callable(getattr(found, name)) and "jax_flashmla" in getattr(found, name).__module__
+    }
+
+
+def test_public_names_are_found():
+    assert public_names("jax_flashmla") == set(jax_flashmla.__all__)
+    assert {"MLAConfig", "prefill"} <= public_names("jax_flashmla.layers")
+    assert public_names("jax_flashmla.layers.tensor_reader") == {"StoredTensor", "TensorReader"}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sphinx_book_theme"), reason="needs extra docs")
+def test_site_builds_without_warnings(tmp_path):
+    site = tmp_path / "site"
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", site]
+    for command in (build, [ROOT / "scripts" / "check_site.py", site]):
+        done = subprocess.run([sys.executable, "-P", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
