@@ -59,12 +59,15 @@ def _skip(app, what, name, obj, skip, options):
     """Fields of dataclasses and named tuples: the class's docstring describes them."""
     if inspect.isdatadescriptor(obj) and not isinstance(obj, property):
         return True
+    if inspect.isclass(obj) and what == "class":  # a field whose default is a dtype
+        return True
     return skip
 
 
 def _signature(app, what, name, obj, options, signature, return_annotation):
     """Of a dataclass, without the defaults that only `dataclasses` understands."""
     if what == "class" and dataclasses.is_dataclass(obj) and signature:
+        signature = re.sub(r"<class 'jax\.numpy\.(\w+)'>", r"jnp.\1", signature)
         return signature.replace("<factory>", "..."), return_annotation
     return None
 

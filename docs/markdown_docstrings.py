@@ -93,6 +93,8 @@ def rewrite(lines):
 def setup(app):
     def process(app, what, name, obj, options, lines):
         lines[:] = rewrite(list(lines))
+        if what == "property" and lines:  # napoleon takes what is before a colon for its type
+            lines[0] = lines[0].replace(": ", " \N{EN DASH} ", 1)
 
     app.connect("autodoc-process-docstring", process, priority=100)  # napoleon has 500
     return {"parallel_read_safe": True}
