@@ -25,14 +25,15 @@ GUIDES = [
     *sorted((ROOT / "docs" / "guides").glob("*.md")),
     *(ROOT / "docs" / f"{name}.md" for name in ("start", "migrating")),
 ]
-PUBLIC = [  # modules with documented names; their own are those without an underscore
-    "jax_flashmla",
-    "jax_flashmla.layers",
-    "jax_flashmla.layers.nnx",
-    "jax_flashmla.layers.linen",
-    "jax_flashmla.layers.checkpoint",
-    "jax_flashmla.layers.tensor_reader",
-]
+REEXPORTING = {  # modules whose names are all meant, wherever they are defined
+    f"jax_flashmla.layers{name}" for name in ("", ".checkpoint", ".tensor_reader")
+}
+PUBLIC = {  # modules that documented code imports from
+    name
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    for name in re.findall(r"from (jax_flashmla[\w.]*) import", code)
+} | {"jax_flashmla.layers.linen", *REEXPORTING}
 
 
 def anchors(page: pathlib.Path) -> set[str]:
@@ -65,7 +66,7 @@ def test_code_runs(page, monkeypatch):
     exec(compile(code, str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("module", PUBLIC)
+@pytest.mark.parametrize("module", sorted(PUBLIC))
 def test_every_public_name_is_in_the_reference(module):
     reference = "\n".join(path.read_text() for path in (ROOT / "docs/reference").glob("*.md"))
     documented = set()
@@ -79,23 +80,24 @@ def test_every_public_name_is_in_the_reference(module):
 
 
 def public_names(module: str) -> set[str]:
-    """What `__all__` lists; without one, classes and functions of the package."""
+    """What `__all__` lists; without one, the module's classes and functions."""
     found = importlib.import_module(module)
     if hasattr(found, "__all__"):
         return set(found.__all__)
-    if module.endswith((".nnx", ".linen")):
-        return {"MLAttention"}
-    names = {name for name in vars(found) if not name.startswith("_")}
-    return {
-        name
-        for name in names
-        if callable(getattr(found, name)) and "jax_flashmla" in getattr(found, name).__module__
-    }
+
+    def is_meant(name: str) -> bool:
+        defined_in = getattr(getattr(found, name), "__module__", None) or ""
+        own = defined_in.startswith("jax_flashmla") if module in REEXPORTING else False
+        return not name.startswith("_") and (own or defined_in == module)
+
+    return {name for name in vars(found) if callable(getattr(found, name)) and is_meant(name)}
 
 
 def test_public_names_are_found():
     assert public_names("jax_flashmla") == set(jax_flashmla.__all__)
     assert {"MLAConfig", "prefill"} <= public_names("jax_flashmla.layers")
+    assert {"jax_flashmla", "jax_flashmla.layers.nnx"} < PUBLIC
+    assert public_names("jax_flashmla.layers.nnx") == {"MLAttention"}
     assert public_names("jax_flashmla.layers.tensor_reader") == {"StoredTensor", "TensorReader"}
 
 
