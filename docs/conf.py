@@ -28,7 +28,6 @@ myst_heading_anchors = 4
 OPTIONAL = ["sparse_attention", "integrations", "scaling"]  # pages of index.md that may be absent
 suppress_warnings = [
     "myst.header",  # pages may skip a level, as GitHub lets them
-    "toc.not_included",  # entries of the notebook, which its own page lists
 ]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
@@ -83,6 +82,8 @@ def _read(app, docname, source):
     if docname == "index":
         absent = [name for name in OPTIONAL if not (DOCS / f"{name}.md").exists()]
         text = re.sub(rf"^({'|'.join(absent)})\n", "", text, flags=re.MULTILINE) if absent else text
+    if docname.startswith("notebook/") and docname != "notebook/README":  # which lists the entries
+        text = f"---\norphan: true\n---\n{text}"
     source[0] = text
 
 
