@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import re
 import subprocess
@@ -99,6 +100,44 @@ def test_public_names_are_found():
     assert {"jax_flashmla", "jax_flashmla.layers.nnx"} < PUBLIC
     assert public_names("jax_flashmla.layers.nnx") == {"MLAttention"}
     assert public_names("jax_flashmla.layers.tensor_reader") == {"StoredTensor", "TensorReader"}
+
+
+def test_docstrings_become_restructured_text():
+    path = ROOT / "docs" / "markdown_docstrings.py"
+    spec = importlib.util.spec_from_file_location("markdown_docstrings", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    docstring = """Scores `a * b` of a * b, in name_.
+
+    | a | b |
+    |---|---|
+    | `x` | y * z |
+
+    - item
+      goes on.
+
+        code * here
+
+    >>> 2 * 3
+
+    Args:
+        first, second,
+            third: of several.
+
+    Returns:
+        out: [b] values,
+            going on.
+        lse: [b].
+    """
+    assert module.rewrite(inspect.cleandoc(docstring).splitlines()) == [
+        r"Scores `a * b` of a \* b, in name\_.",
+        "",
+        *("", ".. list-table::", "   :header-rows: 1", ""),
+        *("   * - a", "     - b", "   * - `x`", r"     - y \* z", "", ""),
+        *("- item", "  goes on.", "", "::", "", "    code * here", "", ">>> 2 * 3", ""),
+        *("Args:", "    first, second, third: of several.", ""),
+        *(":returns: * **out** -- [b] values, going on.", "          * **lse** -- [b].", ""),
+    ]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("sphinx_book_theme"), reason="needs extra docs")
