@@ -145,7 +145,8 @@ def build(out: Path, platform: str | None, options: list[str]) -> Path:
     """Builds and repairs the wheel; returns its path in `out`."""
     before = set(out.glob("*.whl"))
     with tempfile.TemporaryDirectory() as folder:
-        run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, *options, ROOT)
+        # By way of the source distribution, so that nothing else that lies here gets in.
+        run(sys.executable, "-m", "build", "--outdir", folder, *options, ROOT)
         (raw,) = Path(folder).glob("*.whl")
         plat = ["--plat", f"{platform}_{os.uname().machine}"] if platform else []
         run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, *plat, raw)
@@ -162,7 +163,7 @@ def check(wheel: Path, platform: str | None) -> None:
     if "-abi3-" in wheel.name:
         run(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel)
     with zipfile.ZipFile(wheel) as files:
-        has_cuda = any(name.startswith("jax_flashmla/_cuda.") for name in files.namelist())
+        has_cuda = any(re.fullmatch(r"jax_flashmla/_cuda\..*so", n) for n in files.namelist())
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
