@@ -21,7 +21,7 @@ from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.ops.sparse_prefill import sparse_prefill
 from jax_flashmla.sharding import decode_specs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockAllocator",

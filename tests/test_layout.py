@@ -214,6 +214,7 @@ def test_the_machinery_of_the_bench_knows_no_operation():
     "name",
     [
         *("options", "operation", "operations", "shape", "limits", "summary", "document", "units"),
+        "compare",
         *(f"dense_decode/{name}" for name in ("__init__", "grids", "shapes", "peers")),
     ],
 )

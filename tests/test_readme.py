@@ -45,3 +45,7 @@ def test_first_screen_has_the_commands(last):
     screen = README.read_text().splitlines()[:28]
     commands = [line for line in screen if line.startswith("python3 -m venv .venv && ")]
     assert [line for line in commands if line.endswith(last)]
+    demos = [line for line in commands if line.endswith("/jax-flashmla demo")]
+    assert len(demos) == 2  # and without the CUDA compiler
+    assert "-C cmake.define.FLASHMLA_CUDA=OFF" in demos[1]
+    assert any(line.startswith("![") for line in screen)

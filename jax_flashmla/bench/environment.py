@@ -14,6 +14,8 @@ import jax
 
 from jax_flashmla.bench.device import cpu_model
 
+PACKAGES = ("jax_flashmla", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
+
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
     """The command's standard output, or None where it is missing or fails."""
@@ -45,6 +47,17 @@ def _source(commit: str | None) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter here, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def describe(device: jax.Device, commit: str | None = None) -> dict[str, Any]:
     """What a reader of the results must know about `device` and the software.
 
@@ -66,16 +79,9 @@ def describe(device: jax.Device, commit: str | None = None) -> dict[str, Any]:
             )
     else:
         hardware["device"] = cpu_model()
-    packages = ("jax_flashmla", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "hardware": hardware,
-        "versions": versions,
+        "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **_source(commit),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jax_flashmla.bench import document
+from jax_flashmla.bench.compare import TOLERANCE
 from jax_flashmla.bench.operation import Operation
 from jax_flashmla.bench.operations import DEFAULT, OPERATIONS
 
@@ -29,6 +31,8 @@ class Options:
     json: Path | None = None
     plots: Path | None = None
     saved: Path | None = None  # show these results instead of measuring
+    compared: tuple[Path, ...] = ()  # or compare these two: old, new
+    tolerance: float = TOLERANCE  # of comparisons: by how much medians may differ
 
     def shapes(self, platform: str) -> tuple[str, tuple[Any, ...]]:
         """The grid's name, and those of its shapes that meet a condition.
@@ -126,6 +130,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show results saved by --json instead of measuring",
     )
     parser.add_argument(
+        "--compare",
+        dest="compared",
+        type=Path,
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="compare two results of --json; exit status 1 where a shape fails, is missing or "
+        "became slower beyond noise: all its samples are slower than the old ones, and the median "
+        "is by more than --tolerance",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=Options.tolerance,
+        metavar="FRACTION",
+        help="of --compare, default %(default)s",
+    )
+    parser.add_argument(
         "--commit", metavar="HASH", help="the sources' commit, to record where git does not know it"
     )
 
@@ -154,6 +175,8 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         json=arguments.json,
         plots=arguments.plots,
         saved=arguments.saved,
+        compared=tuple(arguments.compared or ()),
+        tolerance=arguments.tolerance,
     )
     _check(options, OPERATIONS[options.operation])
     return options
@@ -177,6 +200,11 @@ def _check(options: Options, operation: Operation) -> None:
         raise ValueError(f"--peers: none of {operation.name} can be timed beside it")
     if options.saved is not None and options != Options(saved=options.saved, plots=options.plots):
         raise ValueError("--from measures nothing: beside it only --plots has a meaning")
+    compared = Options(compared=options.compared, tolerance=options.tolerance)
+    if options.compared and options != compared:
+        raise ValueError("--compare measures nothing: beside it only --tolerance has a meaning")
+    if not 0 <= options.tolerance < math.inf:
+        raise ValueError(f"--tolerance must be a fraction of at least 0, got {options.tolerance}")
     first, *_ = next(iter(operation.grids.values())).shapes()
     for condition in options.conditions:
         matches(first, condition)

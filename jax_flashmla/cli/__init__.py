@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax_flashmla
 from jax_flashmla import _interrupt
-from jax_flashmla.bench import document
+from jax_flashmla.bench import compare, document
 from jax_flashmla.bench import options as bench_options
 from jax_flashmla.cli import workload
 
@@ -24,8 +24,8 @@ NEEDS = {  # packages of the extra `cli` that a command needs
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    0: all went well; 1: a demo step did not match, or a shape could not be measured; 2: bad
-    arguments or a missing dependency; 130: interrupted.
+    0: all went well; 1: a demo step did not match, a shape could not be measured, or became slower
+    in a comparison; 2: bad arguments or a missing dependency; 130: interrupted.
     """
     try:
         status = _run(argv)
@@ -58,9 +58,20 @@ def _run(argv: Sequence[str] | None) -> int:
         "the others still run. Ctrl-C keeps what was measured.",
     )
     bench_options.add_arguments(bench_parser)
-    commands.add_parser("info", help="list which kernels work on this machine, and why not others")
+    info_parser = commands.add_parser(
+        "info", help="list which kernels work on this machine, and why not others"
+    )
+    info_parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, for bug reports"
+    )
     arguments = parser.parse_args(argv)
 
+    if arguments.command == "info" and arguments.json:  # without rich, as scripts may be
+        from jax_flashmla.cli import info
+
+        return info.run(as_json=True)
+    if arguments.command == "bench" and arguments.compared:
+        return _compare(arguments, bench_parser)
     missing = [name for name in NEEDS[arguments.command] if not importlib.util.find_spec(name)]
     if missing:
         print(
@@ -76,7 +87,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if arguments.command == "info":
         from jax_flashmla.cli import info
 
-        return info.run(console)
+        return info.run(as_json=False)
     if arguments.command == "bench":
         try:
             options = bench_options.from_arguments(arguments)
@@ -97,3 +108,16 @@ def _run(argv: Sequence[str] | None) -> int:
     from jax_flashmla.cli import demo
 
     return demo.run(chosen, console)
+
+
+def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """`bench --compare`: 1 if a shape of the old results became worse."""
+    try:
+        options = bench_options.from_arguments(arguments)
+        old, new = map(document.read, options.compared)
+        comparison = compare.compare(old, new, options.tolerance)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for line in comparison.lines():
+        print(line)
+    return 1 if comparison.regressions else 0

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import json
+import os
 import platform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 import jax_flashmla
+from jax_flashmla.bench import environment
 from jax_flashmla.bench.device import describe_decode, describe_device
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
+VARIABLES = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "LD_LIBRARY_PATH")  # beginnings of their names
 
 
-def run(console: Console) -> int:
+def run(*, as_json: bool) -> int:
     """Prints versions, compiled modules, and each device with what dense_decode runs on it.
+
+    Args:
+        as_json: one JSON object instead of a table, for bug reports: also the hardware, the commit
+            and the environment variables that JAX, XLA and CUDA read.
 
     Returns:
         0; 1 if a small dense_decode fails or is wrong on a device.
     """
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print_table(found)
+    return 0 if all(device["right"] for device in found["devices"]) else 1
+
+
+def describe() -> dict[str, Any]:
+    """What `info --json` prints.
+
+    Returns:
+        What a benchmark's document says of hardware and software, and "platform" (the operating
+        system), "kernels" ({"cpu", "cuda"}: whether they are built and usable), "devices"
+        ([{"device", "dense_decode", "right"}]) and "environment" (variables).
+    """
+    devices = _devices()
+    decodes = [_decode_on(device) for device in devices]
+    return {
+        **environment.describe(devices[0]),
+        "platform": platform.platform(),
+        "kernels": {target: _kernels(target) for target in ("cpu", "cuda")},
+        "devices": [
+            {"device": describe_device(device), "dense_decode": verdict, "right": is_right}
+            for device, (verdict, is_right) in zip(devices, decodes, strict=True)
+        ],
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+        },
+    }
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False)
+    versions = {**found["versions"]}
     table.add_row("jax_flashmla", jax_flashmla.__version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        if version := _version(package):
-            table.add_row(package, version)
-    table.add_row("CPU kernels", _kernels("cpu"))
-    table.add_row("CUDA kernels", _kernels("cuda"))
-    all_right = True
-    for device in _devices():
-        verdict, is_right = _decode_on(device)
-        all_right &= is_right
-        table.add_row("device", describe_device(device))
-        table.add_row("    dense_decode", verdict)
-    console.print(table, highlight=False, markup=False)
-    return 0 if all_right else 1
+    table.add_row("python", f"{versions.pop('python')} on {found['platform']}")
+    versions.pop("jax_flashmla", None)
+    for package, version in versions.items():
+        table.add_row(package, version)
+    table.add_row("CPU kernels", found["kernels"]["cpu"])
+    table.add_row("CUDA kernels", found["kernels"]["cuda"])
+    for device in found["devices"]:
+        table.add_row("device", device["device"])
+        table.add_row("    dense_decode", device["dense_decode"])
+    Console().print(table, highlight=False, markup=False)
 
 
 def _kernels(target: str) -> str:
@@ -56,17 +94,10 @@ def _kernels(target: str) -> str:
 
 
 def _no_device(target: str) -> str:
-    plugins = [name for name in PACKAGES if name.startswith(f"jax-{target}")]
-    if target == "cuda" and not any(map(_version, plugins)):
+    plugins = [name for name in environment.versions() if name.startswith(f"jax-{target}")]
+    if target == "cuda" and not plugins:
         return "JAX is installed without CUDA: pip install 'jax[cuda13]'"
     return f"JAX has no {target} device here"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[jax.Device]:

@@ -2,9 +2,11 @@
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -185,6 +187,27 @@ def test_info_says_what_runs_here(capsys, monkeypatch):
         assert expected in said
     assert "WRONG" not in said
     assert "fails" not in said
+
+
+def test_info_as_json_needs_no_terminal_package(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "rich" else real(name)
+    )
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    assert main(["info", "--json"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said)
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["environment"]["XLA_FLAGS"] == "--xla_dump_to=/nowhere"
+    assert "secret" not in said
+    assert set(found["kernels"]) == {"cpu", "cuda"}
+    assert len(found["devices"]) >= jax.local_device_count()
+    assert all(device["right"] for device in found["devices"])
+    monkeypatch.setattr(jax_flashmla, "dense_decode", lambda *arguments: 1 / 0)
+    assert main(["info", "--json"]) == 1
+    assert "ZeroDivisionError" in json.loads(capsys.readouterr().out)["devices"][0]["dense_decode"]
 
 
 def test_info_notices_a_wrong_result_and_a_failure(capsys, monkeypatch):
