@@ -39,15 +39,15 @@ def default_split(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | No
     return Split(min(max(1, sm_count // tiles), _limits.MAX_PARTS), tile_rows)
 
 
-def sparse_num_parts(*, tiles: int, h_q: int) -> int:
+def sparse_num_parts(*, tiles: int, h_q: int, small_tiles: bool) -> int:
     """Parts of sparse_decode's query tokens, which have so many tiles of indices together.
 
-    In a small problem so few that the Hopper kernel takes smaller tiles of heads: it reads that off
-    their number (choose_rows in csrc/sm90/sparse_decode/launch.cu).
+    With small_tiles, in a small problem so few that the Hopper kernel takes smaller tiles of heads:
+    it reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu).
     """
     sm_count = _sm_count()
     for rows, few in _FEW_SPARSE_TILES.items():
-        if tiles * -(-h_q // rows) <= few * sm_count:
+        if small_tiles and tiles * -(-h_q // rows) <= few * sm_count:
             return min(max(1, sm_count // -(-h_q // rows)), _limits.MAX_PARTS)
     return min(max(1, sm_count // -(-h_q // _limits.TILE_ROWS)), _limits.MAX_PARTS)
 

@@ -77,7 +77,7 @@ def get_mla_metadata(
             return None, None
         lengths = jnp.full(tokens, topk, jnp.int32)
         tiles = tokens * -(-topk // _limits.SPLIT_TILE)
-        num_parts = sparse_num_parts(tiles=tiles, h_q=num_heads_q)
+        num_parts = sparse_num_parts(tiles=tiles, h_q=num_heads_q, small_tiles=True)
         schedule = make_schedule(lengths, h_q=num_heads_q, num_parts=num_parts)
     sequence, tile = schedule.cuts[1:-1, 0], schedule.cuts[1:-1, 1]
     inside = jnp.where(tile > 0, sequence, schedule.b)  # a cut at tile 0 splits nothing

@@ -7,14 +7,12 @@ import pytest
 
 from ffi_calls import call, i32, refused, replaced, result, zeros
 from jax_flashmla import _limits
-from jax_flashmla.ops.index_scores import sm90_refusal
 from jax_flashmla.ops.index_topk import workspace_bytes
 
 b, s_q, heads, topk, max_blocks, num_blocks, num_parts = 2, 3, 4, 7, 2, 5, 6
 SIZE = workspace_bytes(b=b, s_q=s_q, max_blocks=max_blocks)
 GPU = [
     pytest.mark.gpu,
-    pytest.mark.skipif(sm90_refusal() is not None, reason=str(sm90_refusal())),
 ]
 
 

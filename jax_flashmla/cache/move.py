@@ -62,7 +62,13 @@ def insert(
 ) -> Blocks:
     """The blocks with `moved` [layers, n, *block_shape] as `ids` [n]. Donates them."""
     if isinstance(blocks, tuple):
-        return tuple(insert(x, 1, moved[i : i + 1], ids, shard) for i, x in enumerate(blocks))
+        return tuple(_insert(x, 1, moved[i : i + 1], ids, shard) for i, x in enumerate(blocks))
+    return _insert(blocks, layers, moved, ids, shard)
+
+
+def _insert(
+    blocks: jax.Array, layers: int, moved: Any, ids: jax.Array, shard: tuple[int, int]
+) -> jax.Array:
     index = _index(blocks, layers, ids, shard)
     sharding = _moved_sharding(blocks)
     moved = jax.device_put(moved, sharding)

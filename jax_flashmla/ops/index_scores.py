@@ -60,7 +60,7 @@ def index_scores(
         schedule: from `make_schedule` for these sequences; made here by default, with a part for
             each multiprocessor.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
-            pure JAX, which can be differentiated. There is no Hopper kernel yet.
+            pure JAX, which can be differentiated.
 
     Returns:
         scores: [b, s_q, max_blocks * 64] float32 by token position, -inf where not visible.
@@ -97,11 +97,6 @@ def index_cuts(
     if schedule is None:
         return make_schedule(cache_seqlens, h_q=1, implementation=implementation).cuts
     return check_schedule(schedule, cache_seqlens.shape[0]).cuts
-
-
-def sm90_refusal() -> str | None:
-    """Why the Hopper kernels do not take a call; None where they do."""
-    return "there is no sm90 kernel of index_scores yet"
 
 
 def _results(
@@ -158,5 +153,4 @@ scores_op = Operation(
     reference=_reference,
     batch=_batch,
     attributes=_attributes,
-    refusal=lambda *_, **__: sm90_refusal(),
 )

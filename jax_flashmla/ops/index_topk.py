@@ -90,7 +90,7 @@ def index_topk(
         schedule: from `make_schedule` for these sequences; made here by default, with a part for
             each multiprocessor.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
-            pure JAX. There is no Hopper kernel yet.
+            pure JAX.
 
     Returns:
         indices: [b, s_q, topk] int32, the slots in ascending order of position, then -1.
@@ -148,11 +148,6 @@ def index_topk(
         implementation=implementation,
     )
     return (indices, positions) if return_positions else indices
-
-
-def sm90_refusal() -> str | None:
-    """Why the Hopper kernels do not take a call; None where they do."""
-    return "there is no sm90 kernel of index_topk yet"
 
 
 _SCORE_BYTES = 2**25  # kIndexTopkScoreBytes in csrc/params/index_topk.h
@@ -260,5 +255,4 @@ topk_op = Operation(
     reference=_reference,
     batch=_batch,
     attributes=_attributes,
-    refusal=lambda *_, **__: sm90_refusal(),
 )

@@ -147,6 +147,7 @@ def sparse_decode(
             [source.topk_length for source in sources],
             [source.indices.shape[-1] for source in sources],
             h_q,
+            is_narrow(q.dtype, main.format, None if extra is None else extra.format),
             implementation,
         )
     else:
@@ -178,13 +179,29 @@ def sm90_refusal(
     dtype: DTypeLike, format: CacheFormat, extra_format: CacheFormat | None, d_v: int
 ) -> str | None:
     """Why the Hopper kernel does not take a call; None where it does."""
-    if (format.name, extra_format, d_v) == ("v32", None, 512) and dtype == jnp.bfloat16:
-        return None
-    extra = "no extra cache" if extra_format is None else f"extra_format = {extra_format.name}"
-    return (
-        "the sm90 kernel of sparse_decode takes v32 caches without an extra cache, bfloat16 and "
-        f"d_v = 512, got {format.name}, {extra}, {dtype} and d_v = {d_v}"
-    )
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the sm90 kernels of sparse_decode take bfloat16 and float16, got {dtype}"
+    for cache in (format, extra_format):
+        stride = None if cache is None or cache.name != "dense" else cache.row_stride
+        if stride is not None and stride % 8 != 0:
+            return (
+                "the sm90 kernels of sparse_decode take rows a multiple of 8 columns wide, got "
+                f"{stride}"
+            )
+    if format.d_qk not in (512, 576) or d_v != 512:
+        return (
+            "the sm90 kernels of sparse_decode take d_qk = 512 or 576 and d_v = 512, got "
+            f"d_qk = {format.d_qk} and d_v = {d_v}"
+        )
+    return None
+
+
+def is_narrow(dtype: DTypeLike, format: CacheFormat, extra_format: CacheFormat | None) -> bool:
+    """Whether the Hopper kernel has tiles of 16 and 32 heads too.
+
+    `is_narrow` in csrc/sm90/sparse_decode/launch.cu says the same.
+    """
+    return (format.name, extra_format) == ("v32", None) and dtype == jnp.bfloat16
 
 
 def _refuse_extra(**arguments: Any) -> None:
@@ -196,12 +213,16 @@ def _refuse_extra(**arguments: Any) -> None:
 
 
 def _make_cuts(
-    topk_lengths: list[jax.Array], topks: list[int], h_q: int, implementation: str | None
+    topk_lengths: list[jax.Array],
+    topks: list[int],
+    h_q: int,
+    small_tiles: bool,
+    implementation: str | None,
 ) -> jax.Array:
     """[num_parts + 1, 2] for topk_lengths [b, s_q] of each cache."""
     n, tile = topk_lengths[0].size, _limits.SPLIT_TILE
     most_tiles = sum(-(-topk // tile) for topk in topks)  # of a query token
-    num_parts = sparse_num_parts(tiles=n * most_tiles, h_q=h_q)
+    num_parts = sparse_num_parts(tiles=n * most_tiles, h_q=h_q, small_tiles=small_tiles)
     if n > _limits.MAX_BATCH:  # as many whole query tokens to each part
         return uncut(n, num_parts)
     tiles = sum(
@@ -287,7 +308,11 @@ def _batch(
     if extra_format is not None:
         layers["extra_layer_blocks"] = extra_layer
     cuts = _make_cuts(
-        [x[2] for x, _ in folded], [x[1].shape[-1] for x, _ in folded], q.shape[2], implementation
+        [x[2] for x, _ in folded],
+        [x[1].shape[-1] for x, _ in folded],
+        q.shape[2],
+        is_narrow(q.dtype, format, extra_format),
+        implementation,
     )
     out, lse, *workspace = sparse_op.bind(
         q, *main, *extra, *operands[9:11], cuts, **params, **layers

@@ -16,10 +16,7 @@ import index_cases
 import tolerances
 from index_cases import E4M3, FORMAT, IndexCase, Problem
 from jax_flashmla import index_scores, make_schedule, quantise
-from jax_flashmla.ops.index_scores import sm90_refusal
 from jax_flashmla.reference import indexer
-
-ON_HOPPER = pytest.mark.skipif(sm90_refusal() is not None, reason=str(sm90_refusal()))
 
 
 @pytest.fixture(scope="module", params=index_cases.index_cases(), ids=str)
@@ -58,7 +55,6 @@ def test_matches_naive_scores(
 
 
 @pytest.mark.gpu
-@ON_HOPPER
 @pytest.mark.parametrize("case", index_cases.hopper_cases(), ids=str)
 def test_hopper_matches_naive_scores(case: IndexCase) -> None:
     made = index_cases.make_problem(case)

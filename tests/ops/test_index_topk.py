@@ -15,9 +15,6 @@ from hypothesis import strategies as st
 import index_cases
 from index_cases import IndexCase, Problem
 from jax_flashmla import index_scores, index_topk, make_schedule
-from jax_flashmla.ops.index_topk import sm90_refusal
-
-ON_HOPPER = pytest.mark.skipif(sm90_refusal() is not None, reason=str(sm90_refusal()))
 
 
 @pytest.fixture(scope="module", params=index_cases.index_cases(), ids=str)
@@ -72,7 +69,6 @@ def test_selects_what_a_stable_sort_does(problem: Problem, implementation: str) 
 
 
 @pytest.mark.gpu
-@ON_HOPPER
 @pytest.mark.parametrize("case", index_cases.hopper_cases(), ids=str)
 def test_hopper_selects_what_a_stable_sort_does(case: IndexCase) -> None:
     with jax.default_device(jax.devices("cuda")[0]):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -271,14 +272,18 @@ def test_lowering_for_cuda_of_what_the_kernel_takes() -> None:
 
 def test_lowering_for_cuda_of_what_the_kernel_does_not_take() -> None:
     dispatch.warn_once.cache_clear()
-    message = "takes v32 caches without an extra cache, bfloat16 and d_v = 512, got v4, no extra"
+    message = "take d_qk = 512 or 576 and d_v = 512, got d_qk = 576 and d_v = 256"
     with pytest.warns(RuntimeWarning, match=message):
-        text = lowered(*v32_call(name="v4"), "cuda")
+        text = lowered(*v32_call(d_v=256), "cuda")
     assert "flashmla_sparse_decode" not in text
-    for wrong in ({"name": "v41"}, {"d_v": 256}):
-        function, shapes = v32_call(**wrong, implementation="kernel")
-        with pytest.raises(NotImplementedError, match=r"takes v32 caches .*, got "):
-            lowered(function, shapes, "cuda")
+    function, shapes = v32_call(d_v=256, implementation="kernel")
+    with pytest.raises(NotImplementedError, match=message):
+        lowered(function, shapes, "cuda")
+
+
+@pytest.mark.parametrize("name", ["v32_nope", "v4", "v41", "fp8_row"])
+def test_lowering_for_cuda_of_other_formats(name: str) -> None:
+    assert "@flashmla_sparse_decode_v1(" in lowered(*v32_call(name=name), "cuda")
 
 
 def test_lowering_for_a_platform_without_kernels_is_the_reference() -> None:
@@ -293,13 +298,27 @@ def test_lowering_for_a_platform_without_kernels_is_the_reference() -> None:
 )
 def test_parts_are_as_many_as_the_kernel_takes_at_once(b: int, h_q: int, num_parts: int) -> None:
     """Of an H100's 132 multiprocessors: tiles of 16 or 32 heads in a small problem, else of 64."""
+    format = CacheFormat(name="v32", block_size=4)
     shapes = (
-        jax.ShapeDtypeStruct((b, 1, h_q, 24), jnp.float32),
-        jax.ShapeDtypeStruct((2, 4, 1, 24), jnp.float32),
+        jax.ShapeDtypeStruct((b, 1, h_q, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, *format.block_shape), format.storage_dtype),
         jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32),
     )
-    jaxpr = str(jax.make_jaxpr(functools.partial(sparse_decode, d_v=16))(*shapes))
-    assert re.findall(r"flashmla_make_schedule\[[^\]]*num_parts=(\d+)", jaxpr) == [str(num_parts)]
+    assert parts(functools.partial(sparse_decode, format=format), shapes) == [str(num_parts)]
+
+
+def test_other_formats_have_tiles_of_64_heads_alone() -> None:
+    shapes = (
+        jax.ShapeDtypeStruct((1, 1, 128, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 4, 1, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 1, 2048), jnp.int32),
+    )
+    assert parts(sparse_decode, shapes) == ["66"]
+
+
+def parts(function: Callable, shapes: tuple) -> list[str]:
+    jaxpr = str(jax.make_jaxpr(function)(*shapes))
+    return re.findall(r"flashmla_make_schedule\[[^\]]*num_parts=(\d+)", jaxpr)
 
 
 def test_a_step_with_many_layers_makes_one_schedule() -> None:

@@ -49,8 +49,8 @@ def logits(weights, states):
 def model() -> Model:
     embed = jax.random.normal(jax.random.key(1), (VOCAB, 16), jnp.float32)
     head = jax.random.normal(jax.random.key(2), (16, VOCAB), jnp.float32)
-    return Model({"embed": embed, "head": head, "attention": MLAParams.init(CONFIG, jax.random.key(0))}, step,
-                 logits)  # fmt: skip
+    attention = MLAParams.init(CONFIG, jax.random.key(0))
+    return Model({"embed": embed, "head": head, "attention": attention}, step, logits)
 
 
 def make_server(model: Model, **options: object) -> Server:

@@ -44,6 +44,7 @@ struct KernelArgs {
   SourceArgs extra;  // blocks null where there is none
   const uint8_t* q;
   const float* attn_sink;
+  const float* kv_scale;  // of kFp8Row
   const int32_t* cuts;
   void* out;
   float* lse;

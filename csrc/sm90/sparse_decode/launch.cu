@@ -111,6 +111,7 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .extra = make_source(params.extra),
                                 .q = static_cast<const uint8_t*>(params.q),
                                 .attn_sink = params.attn_sink,
+                                .kv_scale = params.kv_scale,
                                 .cuts = params.cuts,
                                 .out = params.out,
                                 .lse = params.lse,

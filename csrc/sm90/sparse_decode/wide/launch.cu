@@ -44,6 +44,8 @@ Status launch_formats(const SparseDecodeParams& params, const KernelArgs& args,
         return launch_kernel<T, V4, V4>(args, parts, stream);
       case Format::kV41:
         return launch_kernel<T, V41, V41>(args, parts, stream);
+      case Format::kFp8Row:
+        return launch_kernel<T, Fp8Row, Fp8Row>(args, parts, stream);
       case Format::kDense:
         if (params.d_qk == 576) {
           return launch_kernel<T, Dense<576>, Dense<576>>(args, parts, stream);
@@ -54,7 +56,8 @@ Status launch_formats(const SparseDecodeParams& params, const KernelArgs& args,
     }
   }
   return Status::InvalidArgument(
-      "the Hopper sparse_decode kernel takes v32, v32_nope, v4, v41 and 16-bit caches, an extra "
+      "the Hopper sparse_decode kernel takes v32, v32_nope, v4, v41, fp8_row and 16-bit caches, an "
+      "extra "
       "one "
       "of the same format, and v41_fp4 as v41's extra cache");
 }

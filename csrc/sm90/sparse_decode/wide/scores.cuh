@@ -55,13 +55,28 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], const AnyPlan& plan)
   }
 }
 
-// The rows' sums, and what the value warpgroups are to multiply with, sinks included.
+// What all codes of the cache are to be multiplied with.
+template <typename Format>
+__device__ __forceinline__ float cache_scale(const sparse::KernelArgs& args) {
+  if constexpr (Format::kCodes == Codes::kE4M3 && Format::kScales == Scales::kNone) {
+    return __ldg(args.kv_scale);
+  } else {
+    return 1.0f;
+  }
+}
+
+// The rows' sums, and what the value warpgroups are to multiply with, sinks and the cache's scale
+// included.
+template <typename Format>
 __device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, HeadTile heads,
                                             float (&inverse_sum)[kRows], SoftmaxRows& rows,
                                             bool partial) {
   finish_sums(inverse_sum, rows);
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-  if (partial || args.attn_sink == nullptr || lane % 4 != 0) return;
+  if (lane % 4 != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) inverse_sum[row + 8 * r] *= cache_scale<Format>(args);
+  if (partial || args.attn_sink == nullptr) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= heads.count || !(rows.sum[r] > 0.0f)) continue;
@@ -87,6 +102,7 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   PieceWalk walk = PieceWalk::before(smem.begin);
   walk.next(args, smem.begin, smem.end, on_empty);
   if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
+  const float scale_log2 = args.scale_log2 * cache_scale<Main>(args);
   float s[32];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
@@ -114,12 +130,11 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
       mask_scores(s, smem.plan[tile % kPlans]);
-      update_references(smem.rescale[buffer], s, rows, args.scale_log2);
-      store_probabilities<T, true>(s, rows, args.scale_log2,
-                                   smem_address(smem.probabilities(buffer)), scores_done,
-                                   parity_of(tile));
+      update_references(smem.rescale[buffer], s, rows, scale_log2);
+      store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
+                                   scores_done, parity_of(tile));
       if (last) {
-        finish_rows(args, heads, smem.inverse_sum[pieces % 3], rows, piece.partial());
+        finish_rows<Main>(args, heads, smem.inverse_sum[pieces % 3], rows, piece.partial());
         if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
       }
       fence_async_proxy();
