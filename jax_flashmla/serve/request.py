@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from jax_flashmla.serve.sampling import Sampling
+import jax
+
+from jax_flashmla.serve.sampling import Sampling, sampling_arrays
 
 
 class Token(NamedTuple):
@@ -56,3 +58,8 @@ class Request:
     def left(self) -> int:
         """Tokens that it may still get."""
         return self.max_new_tokens - (len(self.tokens) - self.prompt_length)
+
+
+def sampling_of(batch: Sequence[Request | None]) -> tuple[jax.Array, ...]:
+    """A batch's sampling as `sample` takes it; empty places are greedy."""
+    return sampling_arrays([None if request is None else request.sampling for request in batch])

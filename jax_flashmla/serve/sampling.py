@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,14 @@ def sample(
     chosen = jax.vmap(choose)(in_order, seeds, positions).astype(jnp.int32)
     chosen = jnp.where(temperature > 0, chosen, jnp.int32(0))
     return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def sampling_arrays(batch: Sequence[Sampling | None]) -> tuple[jax.Array, ...]:
+    """temperature, top_k, top_p, seeds, [n] each, as `sample` takes them; None is greedy."""
+    each = [sampling or Sampling() for sampling in batch]
+    return (
+        jnp.array([s.temperature for s in each], jnp.float32),
+        jnp.array([s.top_k for s in each], jnp.int32),
+        jnp.array([s.top_p for s in each], jnp.float32),
+        jnp.array([s.seed % 2**32 for s in each], jnp.uint32),
+    )

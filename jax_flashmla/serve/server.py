@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import BlockTable, CacheFormat, OutOfBlocks, PagedCache, Scheduler
-from jax_flashmla.serve.request import Request, Stats, Token
+from jax_flashmla.serve.request import Request, Stats, Token, sampling_of
 from jax_flashmla.serve.sampling import Sampling, sample
 
 SHORTEST_PREFILL = 16  # tokens that prompts are padded to at least; then powers of two
@@ -236,7 +236,7 @@ class Server:
         self._sampling = None
         self._set_table(batch)
         chosen, seconds = self._run(
-            batch, news, width, _sampling_arrays(batch), prefill=True, prefix=any(cached)
+            batch, news, width, sampling_of(batch), prefill=True, prefix=any(cached)
         )
         self.stats.prompt_tokens += sum(map(len, news)) if seconds else 0
         self.stats.prefill_seconds += seconds
@@ -257,7 +257,7 @@ class Server:
         if self._sampling is None or most:  # lengths on the device count rejected tokens
             self._set_table(self._places)
         if self._sampling is None:
-            self._sampling = _sampling_arrays(self._places)
+            self._sampling = sampling_of(self._places)
         news = [
             [] if request is None else [request.tokens[-1], *draft]
             for request, draft in zip(self._places, drafts, strict=True)
@@ -345,17 +345,6 @@ class Server:
         self.scheduler.free(request.seq)
         self._places[request.place] = None
         self._sampling = None
-
-
-def _sampling_arrays(batch: Sequence[Request | None]) -> tuple[jax.Array, ...]:
-    """temperature, top_k, top_p, seeds, [b] each."""
-    each = [Sampling() if request is None else request.sampling for request in batch]
-    return (
-        jnp.array([s.temperature for s in each], jnp.float32),
-        jnp.array([s.top_k for s in each], jnp.int32),
-        jnp.array([s.top_p for s in each], jnp.float32),
-        jnp.array([s.seed % 2**32 for s in each], jnp.uint32),
-    )
 
 
 @functools.lru_cache(maxsize=8)
