@@ -60,7 +60,8 @@ def test_golden_steps(path: pathlib.Path, page_list: bool, implementation: str) 
     arrays, options = arguments(step, "bfloat16", page_list)
     out, cache = mla_ragged_paged_attention(**arrays, **options, implementation=implementation)
     assert arrays["cache_kv"].is_deleted()
-    tolerances.assert_close("out", out, step["out"], tolerances.OUT)
+    # Of few tokens, as in sparse attention, whose averages are larger.
+    tolerances.assert_close("out", out, step["out"], tolerances.SPARSE_OUT)
     expected = values(step["cache_after"], "bfloat16").reshape(cache.shape)
     np.testing.assert_array_equal(bits(cache), bits(expected))
 
