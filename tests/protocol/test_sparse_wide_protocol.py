@@ -69,9 +69,14 @@ def score_warp(name: str, pieces: list[int], drop: set, eager: bool) -> Role:
     load_query()
     for n, tiles in enumerate(pieces):
         warp.wait(("query_full",), n)
-        start(n)
-        plan_to(tile + 1 + AHEAD)
         for last in [False] * (tiles - 1) + [True]:
+            go = barrier("values_go", tile - 1)  # of the tile before
+            if eager and tile > 0:
+                warp.arrive(go)
+            start(n)
+            if not eager and tile > 0:
+                warp.arrive(go)
+            plan_to(tile + 1 + AHEAD)
             warp.end(keys(tile, 0), keys(tile, 1), *rope(tile), QUERY)
             warp.arrive(barrier("scores_done", tile))
             warp.read(tile // PLANS + 1, *plan(tile))  # which tokens are attended
@@ -87,15 +92,9 @@ def score_warp(name: str, pieces: list[int], drop: set, eager: bool) -> Role:
                     load_query()
             warp.end(*stored)
             warp.arrive(barrier("probabilities_stored", tile))
-            go = barrier("values_go", tile)
+            if last and n + 1 == len(pieces):
+                warp.arrive(barrier("values_go", tile))
             tile += 1
-            if eager or last:
-                warp.arrive(go)
-            if not last:
-                start(n)
-                if not eager:
-                    warp.arrive(go)
-            plan_to(tile + 1 + AHEAD)
     return warp
 
 
