@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if type(document) is dict and "grid" in document and "rows" in document:
         operation = OPERATIONS["dense_decode"]
-        shapes = [{**operation.defaults, **result} for result in document["rows"]]
+        shapes = [{**operation.defaults, **result} for result in document.pop("rows")]
         document = {"operation": operation.name, **document, "shapes": shapes}
         document["summary"] = summarise(operation, shapes)
     missing = (
