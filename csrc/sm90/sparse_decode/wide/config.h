@@ -22,7 +22,6 @@ constexpr int kValueWarps = 2 * kWarps;
 // together the whole file.
 constexpr int kScoreRegisters = 88, kValueRegisters = 160, kConvertRegisters = 104;
 static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
-constexpr int kScoreBarrier = 1;  // a named barrier
 
 struct KernelArgs {
   sparse::KernelArgs common;
