@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks
+from jax_flashmla.layers import jax_llm_examples, maxtext
 from jax_flashmla.layers.config import MLAConfig
 
 if TYPE_CHECKING:
@@ -93,6 +94,56 @@ class MLAParams:
 
         return _map_fields(config, spec)
 
+    @staticmethod
+    def from_maxtext(
+        config: MLAConfig, weights: Mapping[str, Any], *, dtype: DTypeLike = jnp.bfloat16
+    ) -> MLAParams:
+        """The parameters of a latent attention layer of MaxText.
+
+        Args:
+            config: the layer; docs/integrations.md has its fields in MaxText's terms.
+            weights: the parameters of the layer's `self_attention`, nested dicts of unboxed arrays:
+                `{"wkv_a": {"kernel": [hidden, kv_lora_rank + rope]}, ...}`. Without an indexer in
+                config, an indexer's are passed over.
+            dtype: of the parameters.
+
+        Raises:
+            TypeError: weights are no dict, or not of arrays.
+            ValueError: it names every array that is missing, extra or misshapen.
+        """
+        return _from_fields(config, maxtext.from_maxtext, weights, dtype)
+
+    def to_maxtext(self) -> dict[str, Any]:
+        """The parameters as MaxText nests them, in their own dtypes; see `from_maxtext`."""
+        return maxtext.to_maxtext(vars(self))
+
+    @staticmethod
+    def from_jax_llm_examples(
+        config: MLAConfig, layer: Any, *, dtype: DTypeLike = jnp.bfloat16
+    ) -> MLAParams:
+        """The parameters of an attention layer of jax-llm-examples (deepseek_r1_jax).
+
+        Args:
+            config: the layer; docs/integrations.md has its fields in that project's terms.
+            layer: its `AttentionLayer`, or a dict of the arrays by name. Arrays of int8 with scales
+                (`QuantArray`) are multiplied by them, in float32.
+            dtype: of the parameters.
+
+        Raises:
+            TypeError: the layer is something else, or not of arrays.
+            ValueError: a config without q_lora_rank or with an indexer; or it names every array
+                that is missing, extra or misshapen.
+        """
+        return _from_fields(config, jax_llm_examples.from_jax_llm_examples, layer, dtype)
+
+    def to_jax_llm_examples(self) -> dict[str, Any]:
+        """The arrays of jax-llm-examples' `AttentionLayer` by name, unquantised, in their dtypes.
+
+        Raises:
+            ValueError: a layer without q_lora_rank or with an indexer: there is none there.
+        """
+        return jax_llm_examples.to_jax_llm_examples(vars(self))
+
 
 AXES = {
     "w_q": ("hidden", "heads", "qk"),
@@ -162,6 +213,20 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
             wrong.append(f"params.{field.name} must be {want_shape}, got {got_shape}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def _from_fields(
+    config: MLAConfig,
+    read: Callable[[MLAConfig, Any], dict[str, Any]],
+    weights: Any,
+    dtype: DTypeLike,
+) -> MLAParams:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, got {dtype}")
+    fields = read(config, weights)
+    return MLAParams(**{name: x.astype(stored_dtype(name, dtype)) for name, x in fields.items()})
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:
