@@ -344,6 +344,13 @@ def test_models_without_a_type_are_known_by_their_architecture(model_type, archi
         ({**V3, "index_topk": 2048}, NotImplementedError, "index_topk must be absent, as deepseek"),
         ({**V3, "model_type": "kimi_linear"}, NotImplementedError, "linear attention"),
         ({**V3, "model_type": "mistral4"}, NotImplementedError, "scales queries by their pos"),
+        ({**V3, "model_type": "axk2"}, NotImplementedError, "has an output gate"),
+        ({**V3, "model_type": "hy_v4"}, NotImplementedError, "output gate, and learned sinks"),
+        (
+            {**V3, "rope_scaling": {**DEEPSEEK_YARN, "type": "deepseek_yarn"}},
+            NotImplementedError,
+            "must be default, yarn or longrope, got 'deepseek_yarn'",
+        ),
         (
             {**V3, "rope_scaling": {"type": "linear", "factor": 2}},
             NotImplementedError,
