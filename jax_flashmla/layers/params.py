@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks
@@ -68,12 +70,8 @@ class MLAParams:
             key: a key of `jax.random`.
             dtype: of the arrays.
         """
-
-        def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
-            key_of = jax.random.fold_in(key, index)
-            return initializer(name)(key_of, shape, stored_dtype(name, dtype))
-
-        return _map_fields(config, init_array)
+        _check_config(config)
+        return _init(config, key, jnp.dtype(dtype))
 
     @staticmethod
     def shapes(config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
@@ -215,18 +213,31 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
         raise ValueError("; ".join(wrong))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))  # one compilation, not nine
+def _init(config: MLAConfig, key: jax.Array, dtype: np.dtype) -> MLAParams:
+    def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
+        key_of = jax.random.fold_in(key, index)
+        return initializer(name)(key_of, shape, stored_dtype(name, dtype))
+
+    return _map_fields(config, init_array)
+
+
 def _from_fields(
     config: MLAConfig,
     read: Callable[[MLAConfig, Any], dict[str, Any]],
     weights: Any,
     dtype: DTypeLike,
 ) -> MLAParams:
-    if not isinstance(config, MLAConfig):
-        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    _check_config(config)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be floating, got {dtype}")
     fields = read(config, weights)
     return MLAParams(**{name: x.astype(stored_dtype(name, dtype)) for name, x in fields.items()})
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:
