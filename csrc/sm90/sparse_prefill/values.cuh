@@ -1,0 +1,109 @@
+// A value warpgroup: O[64 x 256] = P V for one half of the value columns, and the output. Its warps
+// load the ring too, while the score products run.
+#pragma once
+
+#include "sm90/attention/softmax.cuh"
+#include "sm90/attention/store_rows.cuh"
+#include "sm90/ptx/wgmma.cuh"
+#include "sm90/sparse_prefill/gather.cuh"
+
+namespace flashmla::sm90::sparse_prefill {
+
+// The head, of the block's, in o's row r of this thread.
+__device__ __forceinline__ int output_row(int r) {
+  const int thread = reread_thread() % kWarpgroupThreads;
+  return thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+}
+
+__device__ __forceinline__ int value_half() { return reread_thread() / kWarpgroupThreads - 1; }
+
+template <typename T>
+__device__ __forceinline__ void store_rows(const KernelArgs& args, const float (&o)[128], int query,
+                                           const float (&out_factor)[kTileRows]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = output_row(r);
+    const bool valid = row < count_heads(args);
+    if (!__any_sync(~0u, valid)) break;
+    const int64_t result = int64_t{query} * args.h_q + first_head() + row;
+    store_half_row<T>(
+        static_cast<T*>(args.out) + result * kValueDim + value_half() * (kValueDim / 2), o, r,
+        out_factor[row], valid);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    const int row = output_row(r);
+    const int64_t result = int64_t{query} * args.h_q + first_head() + row;
+    store_zero_half_row(reinterpret_cast<uint4*>(static_cast<T*>(args.out) + result * kValueDim),
+                        /*partial=*/false, value_half(), row < count_heads(args));
+  }
+}
+
+// Loads into a slot once all are through with what it holds.
+template <int kHeadDim>
+__device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& smem,
+                                       LoadStream<kHeadDim>& stream, Ring ring) {
+  if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
+  mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity);
+  stream.load_next(args, smem, ring.slot);
+  // Keeps lanes together: without this, the next wgmma can wait for ever.
+  __syncwarp();
+}
+
+template <typename T, int kHeadDim>
+__device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
+  float o[128];
+  Ring ring;
+  bool odd = false;  // counting query tokens that are not empty
+  LoadStream<kHeadDim> stream;
+  stream.start(args, smem);
+#pragma unroll 1
+  for (int slot = 0; slot < kStages; ++slot) stream.load_next(args, smem, slot);
+
+  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
+    const int tiles = num_tiles(args.length_of(query));
+    if (tiles == 0) {
+      store_zeros<T>(args, query);
+      continue;
+    }
+    refill(args, smem, stream, ring);  // once the score warpgroup has taken the heads
+    ring.advance();
+    for (int tile = 0; tile < tiles; ++tile) {
+      mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
+      const int power0 = smem.rescale[ring.slot][output_row(0)];
+      const int power1 = smem.rescale[ring.slot][output_row(1)];
+      if (tile > 0 && __any_sync(~0u, (power0 | power1) != 0)) {
+        const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
+#pragma unroll
+        for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
+      }
+      const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot]));
+      const uint64_t values = mn_major_desc(smem_address(smem.latent[ring.slot][value_half()]),
+                                            kGroupBytes, kTokenGroupBytes);
+      pin_registers(o);
+      mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+      fence_async_proxy();  // the tile was written by cp.async
+      mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kTileTokens / 16; ++k) {
+        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
+                            k > 0 || tile > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin_registers(o);
+      __syncwarp();
+      refill(args, smem, stream, ring);
+      ring.advance();
+    }
+    store_rows<T>(args, o, query, smem.out_factor[odd]);
+    odd ^= true;
+  }
+}
+
+}  // namespace flashmla::sm90::sparse_prefill
