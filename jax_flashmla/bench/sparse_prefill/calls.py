@@ -55,9 +55,7 @@ Prefill = Callable[..., tuple[jax.Array, Any]]
 
 
 @partial(jax.jit, static_argnames="implementation")
-def package_prefill(
-    q: jax.Array, sources: Sources, implementation: str
-) -> tuple[jax.Array, jax.Array]:
+def package_prefill(q: jax.Array, sources: Sources, implementation: str) -> tuple[jax.Array, Any]:
     """One call for each source, through jax_flashmla, and the sum of one lse each: so every out
     gets the same memory, as in a model."""
     results = [
