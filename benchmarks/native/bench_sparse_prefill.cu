@@ -134,7 +134,7 @@ struct Bench {
       for (size_t i = 0; i < rows; ++i) {
         if (a[i] == b[i]) continue;
         const double e = std::abs(double(a[i]) - b[i]);
-        if (!(e <= 1e-6 || e <= 2.01 / 65536 * std::abs(b[i]))) ++bad_lse;
+        if (!(e <= 1e-6 * h.query_scale || e <= 2.01 / 65536 * std::abs(b[i]))) ++bad_lse;
         worst_lse = std::max(worst_lse, e);
       }
     }

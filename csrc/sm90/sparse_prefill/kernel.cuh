@@ -17,7 +17,7 @@
 namespace flashmla::sm90::sparse_prefill {
 
 // Grid: (head tiles, blocks): blocks that read the same rows are neighbours.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kPair>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_prefill_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -33,28 +33,40 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.scores_done[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupWarps);
-      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarpgroupWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarpgroupWarps + kPair);
+      mbarrier_init(smem_address(&smem.half_full[i]), 2 * kWarpgroupThreads);
+      mbarrier_init(smem_address(&smem.peer_free[i]), 1);
     }
     for (uint8_t& odd : smem.odd_query) odd = 0;
+    smem.to_send = -1;
     mbarrier_init_fence();
   }
   wait_for_prerequisites();
   launch_dependents();
-  __syncthreads();
+  if constexpr (kPair)
+    cluster_sync();
+  else
+    __syncthreads();
   if (threadIdx.x / kWarpgroupThreads == 0) {
     raise_registers<kScoreRegisters>();
-    run_scores<T, (kHeadDim > kValueDim)>(args, smem);
+    run_scores<T, (kHeadDim > kValueDim), kPair>(args, smem);
+    if constexpr (kPair) cluster_sync();  // the peer may still write here
   } else {
     lower_registers<kValueRegisters>();
-    run_values<T, kHeadDim>(args, smem);
+    run_values<T, kHeadDim, kPair>(args, smem);
+    if constexpr (kPair) cluster_sync();  // the peer may still write here
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kPair>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch(sparse_prefill_kernel<T, kHeadDim>,
-                {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream,
-                "sparse_prefill", args);
+  return launch(sparse_prefill_kernel<T, kHeadDim, kPair>,
+                {.grid = grid,
+                 .block = kThreads,
+                 .shared_bytes = sizeof(SharedStorage),
+                 .dependent = true,
+                 .cluster = kPair ? 2 : 1},
+                stream, "sparse_prefill", args);
 }
 
 }  // namespace flashmla::sm90::sparse_prefill

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sm90/attention/softmax_rows.cuh"
+#include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_prefill/query.cuh"
 
@@ -80,7 +81,13 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, int query,
   }
 }
 
-template <typename T, bool kRope>
+// Tells the peer that what it has sent of a load is here.
+__device__ __forceinline__ void confirm(SharedStorage& smem, Ring ring) {
+  const uint32_t done = map_shared(smem_address(&smem.load_done[ring.slot]), cluster_rank() ^ 1);
+  if (threadIdx.x == 0) mbarrier_arrive_cluster(done);
+}
+
+template <typename T, bool kRope, bool kPair>
 __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const bool leader = threadIdx.x % 32 == 0;
   QueryFragments q;
@@ -99,7 +106,12 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     }
     SoftmaxRows rows;
     float peak[2] = {-INFINITY, -INFINITY};
+    if constexpr (kPair) {
+      // The peer's slot is this load's by then: so what it is told counts to this round.
+      mbarrier_wait_cluster(smem_address(&smem.peer_free[ring.slot]), ring.parity);
+    }
     take_query<kRope>(smem, ring, args.query_box, q);
+    if constexpr (kPair) confirm(smem, ring);
     if (leader) {
       // Nobody waits for the first three here: arriving keeps their parity aligned with the ring.
       mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
@@ -110,6 +122,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     ring.advance();
     mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
     start_scores<T, kRope>(s, q, smem, ring);
+    if constexpr (kPair) confirm(smem, ring);
     wgmma_wait<0>();
 
     for (; tiles > 0; --tiles) {
@@ -143,6 +156,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       if (!last) {
         mbarrier_wait(full, ring.parity);
         start_scores<T, kRope>(s, q, smem, ring);
+        if constexpr (kPair) confirm(smem, ring);
       }
       if (leader && ready) mbarrier_arrive(values_go);
       wgmma_wait<0>();

@@ -34,6 +34,10 @@ struct alignas(1024) SharedStorage {
   uint64_t probabilities_stored[kStages];  // and the rescale powers
   uint64_t values_go[kStages];  // the tensor cores are free for the tile's value products
   uint64_t load_done[kStages];  // all warps are through with what was loaded
+  // In pairs of blocks:
+  uint64_t half_full[kStages];  // this block's half of the tile is there
+  uint64_t peer_free[kStages];  // the peer's slot may be written
+  int to_send;                  // the sending thread's own: slot and parity of a half; -1: none
 };
 static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 

@@ -44,25 +44,29 @@ __device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
 }
 
 // Loads into a slot once all are through with what it holds.
-template <int kHeadDim>
+template <int kHeadDim, bool kPair>
 __device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& smem,
-                                       LoadStream<kHeadDim>& stream, Ring ring) {
+                                       LoadStream<kHeadDim, kPair>& stream, Ring ring) {
+  stream.send(smem);
   if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
   mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity);
-  stream.load_next(args, smem, ring.slot);
+  stream.load_next(args, smem, ring.slot, ring.parity ^ 1);
   // Keeps lanes together: without this, the next wgmma can wait for ever.
   __syncwarp();
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kPair>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   float o[128];
   Ring ring;
   bool odd = false;  // counting query tokens that are not empty
-  LoadStream<kHeadDim> stream;
+  LoadStream<kHeadDim, kPair> stream;
   stream.start(args, smem);
 #pragma unroll 1
-  for (int slot = 0; slot < kStages; ++slot) stream.load_next(args, smem, slot);
+  for (int slot = 0; slot < kStages; ++slot) {
+    stream.load_next(args, smem, slot, 0);
+    stream.send(smem);
+  }
 
   for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
     const int tiles = num_tiles(args.length_of(query));
@@ -95,6 +99,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
                             k > 0 || tile > 0);
       }
       wgmma_commit();
+      stream.send(smem);
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
