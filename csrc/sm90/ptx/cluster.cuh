@@ -48,32 +48,4 @@ __device__ __forceinline__ void store_cluster(uint32_t mapped, uint2 v) {
                : "memory");
 }
 
-// Arrives at an mbarrier of another block.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped)
-               : "memory");
-}
-
-// As mbarrier_wait, where other blocks arrive.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "wait:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait;\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Copies bytes (a multiple of 16, as the addresses are) of this block's shared memory to another
-// block's and completes them on an mbarrier there.
-__device__ __forceinline__ void copy_bulk_cluster(uint32_t mapped_target, uint32_t source,
-                                                  uint32_t bytes, uint32_t mapped_barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-      "[%3];" ::"r"(mapped_target),
-      "r"(source), "r"(bytes), "r"(mapped_barrier)
-      : "memory");
-}
-
 }  // namespace flashmla::sm90

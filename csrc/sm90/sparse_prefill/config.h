@@ -30,8 +30,8 @@ constexpr int kSharedBase = 1024;  // where dynamic shared memory starts: Hopper
 constexpr int kThreads = 3 * kWarpgroupThreads;
 constexpr int kGatherWarps = 2 * kWarpgroupWarps;
 static_assert(kGatherWarps == kTokenGroups);
-constexpr int kSendingThread = 2 * kWarpgroupThreads + 32;
-constexpr int kScoreBarrier = 1;  // named barrier of the score warpgroup
+constexpr int kLoadingThread = kWarpgroupThreads;  // of heads
+constexpr int kScoreBarrier = 1;                   // named barrier of the score warpgroup
 // Steps of 16 latent columns, of 32 in all, whose queries stay in the score warpgroup's registers.
 constexpr int kQueryStepsInRegisters = 31;
 // Registers a thread: together the whole file.

@@ -17,7 +17,7 @@
 namespace flashmla::sm90::sparse_prefill {
 
 // Grid: (head tiles, blocks): blocks that read the same rows are neighbours.
-template <typename T, int kHeadDim, bool kPair>
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_prefill_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -29,44 +29,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.query_half_map);
     prefetch_tensor_map(&args.query_rope_map);
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(smem_address(&smem.full[i]), 2 * kWarpgroupThreads + kGatherWarps);
-      mbarrier_init(smem_address(&smem.scores_done[i]), kWarpgroupWarps);
+      // Of each gathering thread its copies; left: of each warp which tokens are attended.
+      mbarrier_init(smem_address(&smem.left_full[i]), 2 * kWarpgroupThreads + kGatherWarps);
+      mbarrier_init(smem_address(&smem.right_full[i]), 2 * kWarpgroupThreads);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupWarps);
-      mbarrier_init(smem_address(&smem.load_done[i]), 3 * kWarpgroupWarps + kPair);
-      mbarrier_init(smem_address(&smem.half_full[i]), 2 * kWarpgroupThreads);
-      mbarrier_init(smem_address(&smem.peer_free[i]), 1);
+      mbarrier_init(smem_address(&smem.half_done[i]), kGatherWarps);
+      mbarrier_init(smem_address(&smem.load_done[i]), kGatherWarps);
     }
+    mbarrier_init(smem_address(&smem.scores_done), kWarpgroupWarps);
     for (uint8_t& odd : smem.odd_query) odd = 0;
-    smem.to_send = -1;
     mbarrier_init_fence();
   }
   wait_for_prerequisites();
   launch_dependents();
-  if constexpr (kPair)
-    cluster_sync();
-  else
-    __syncthreads();
+  __syncthreads();
   if (threadIdx.x / kWarpgroupThreads == 0) {
     raise_registers<kScoreRegisters>();
-    run_scores<T, (kHeadDim > kValueDim), kPair>(args, smem);
-    if constexpr (kPair) cluster_sync();  // the peer may still write here
+    run_scores<T, (kHeadDim > kValueDim)>(args, smem);
   } else {
     lower_registers<kValueRegisters>();
-    run_values<T, kHeadDim, kPair>(args, smem);
-    if constexpr (kPair) cluster_sync();  // the peer may still write here
+    run_values<T, kHeadDim>(args, smem);
   }
 }
 
-template <typename T, int kHeadDim, bool kPair>
+template <typename T, int kHeadDim>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch(sparse_prefill_kernel<T, kHeadDim, kPair>,
-                {.grid = grid,
-                 .block = kThreads,
-                 .shared_bytes = sizeof(SharedStorage),
-                 .dependent = true,
-                 .cluster = kPair ? 2 : 1},
-                stream, "sparse_prefill", args);
+  return launch(sparse_prefill_kernel<T, kHeadDim>,
+                {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream,
+                "sparse_prefill", args);
 }
 
 }  // namespace flashmla::sm90::sparse_prefill

@@ -2,9 +2,7 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-template Status launch_kernel<__half, 576, false>(const KernelArgs&, dim3, cudaStream_t);
-template Status launch_kernel<__half, 576, true>(const KernelArgs&, dim3, cudaStream_t);
-template Status launch_kernel<__half, 512, false>(const KernelArgs&, dim3, cudaStream_t);
-template Status launch_kernel<__half, 512, true>(const KernelArgs&, dim3, cudaStream_t);
+template Status launch_kernel<__half, 576>(const KernelArgs&, dim3, cudaStream_t);
+template Status launch_kernel<__half, 512>(const KernelArgs&, dim3, cudaStream_t);
 
 }  // namespace flashmla::sm90::sparse_prefill

@@ -8,8 +8,8 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-// T: of queries, rows and outputs. kPair: grid.x is even.
-template <typename T, int kHeadDim, bool kPair>
+// T: of queries, rows and outputs.
+template <typename T, int kHeadDim>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace flashmla::sm90::sparse_prefill

@@ -40,16 +40,10 @@ Status make_query_map(const SparsePrefillParams& params, int box, int chunks, CU
                          map);
 }
 
-template <typename T, int kHeadDim>
-Status launch_pairs(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  if (grid.x % 2 == 0) return launch_kernel<T, kHeadDim, true>(args, grid, stream);
-  return launch_kernel<T, kHeadDim, false>(args, grid, stream);
-}
-
 template <typename T>
 Status launch_head_dim(const KernelArgs& args, int d_qk, dim3 grid, cudaStream_t stream) {
-  if (d_qk == 576) return launch_pairs<T, 576>(args, grid, stream);
-  return launch_pairs<T, 512>(args, grid, stream);
+  if (d_qk == 576) return launch_kernel<T, 576>(args, grid, stream);
+  return launch_kernel<T, 512>(args, grid, stream);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ __device__ __forceinline__ void take_query(SharedStorage& smem, Ring ring, int b
   const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
   const uint32_t latent = smem_address(smem.latent[ring.slot]);
-  mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+  mbarrier_wait(smem_address(&smem.left_full[ring.slot]), ring.parity);
+  mbarrier_wait(smem_address(&smem.right_full[ring.slot]), ring.parity);
   if (thread / 32 * 16 < box) {  // a warp without heads computes with whatever it has
 #pragma unroll
     for (int step = 0; step < kQueryStepsInRegisters; ++step) {

@@ -3,20 +3,23 @@
 #pragma once
 
 #include "sm90/attention/softmax_rows.cuh"
-#include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_prefill/query.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
 
-// Starts the products of a tile that is there.
+// Starts the products of a tile as it arrives.
 template <typename T, bool kRope>
 __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragments& q,
                                              const SharedStorage& smem, Ring ring) {
-  fence_async_proxy();  // the tile was written by cp.async
-  wgmma_fence();
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
+    if (c % kHalfChunks == 0) {
+      mbarrier_wait(smem_address(c == 0 ? &smem.left_full[ring.slot] : &smem.right_full[ring.slot]),
+                    ring.parity);
+      fence_async_proxy();  // the tile was written by cp.async
+      wgmma_fence();
+    }
     const uint64_t keys = k_major_desc(
         smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
         kTokenGroupBytes);
@@ -81,13 +84,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, int query,
   }
 }
 
-// Tells the peer that what it has sent of a load is here.
-__device__ __forceinline__ void confirm(SharedStorage& smem, Ring ring) {
-  const uint32_t done = map_shared(smem_address(&smem.load_done[ring.slot]), cluster_rank() ^ 1);
-  if (threadIdx.x == 0) mbarrier_arrive_cluster(done);
-}
-
-template <typename T, bool kRope, bool kPair>
+template <typename T, bool kRope>
 __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const bool leader = threadIdx.x % 32 == 0;
   QueryFragments q;
@@ -106,28 +103,21 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     }
     SoftmaxRows rows;
     float peak[2] = {-INFINITY, -INFINITY};
-    if constexpr (kPair) {
-      // The peer's slot is this load's by then: so what it is told counts to this round.
-      mbarrier_wait_cluster(smem_address(&smem.peer_free[ring.slot]), ring.parity);
-    }
     take_query<kRope>(smem, ring, args.query_box, q);
-    if constexpr (kPair) confirm(smem, ring);
     if (leader) {
-      // Nobody waits for the first three here: arriving keeps their parity aligned with the ring.
-      mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));
+      // Nobody waits for the first and the last here: arriving keeps their parity aligned with the
+      // ring.
+      mbarrier_arrive(smem_address(&smem.scores_done));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
-      mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
     }
     ring.advance();
-    mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
     start_scores<T, kRope>(s, q, smem, ring);
-    if constexpr (kPair) confirm(smem, ring);
     wgmma_wait<0>();
 
     for (; tiles > 0; --tiles) {
       pin_registers(s);
-      const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
+      const uint32_t scores_done = smem_address(&smem.scores_done);
       if (leader) mbarrier_arrive(scores_done);
       mask_scores(s, smem.attended[ring.slot]);
       float tile_peak[2];
@@ -136,27 +126,22 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       for (int r = 0; r < 2; ++r) peak[r] = fmaxf(peak[r], tile_peak[r]);
       raise_references(smem.rescale[ring.slot], tile_peak, rows, args.scale_log2);
       store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
-                                    scores_done, ring.parity);
+                                    scores_done, parity_of(ring));
       const bool last = tiles == 1;
       if (last) finish_rows(args, query, smem.out_factor[odd], rows, peak);
       fence_async_proxy();
       __syncwarp();
-      if (leader) {
-        mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
-        mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
-      }
+      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
 
       // The next scores go first on the tensor cores, if their tile is there: then these have the
       // value products to do while this warpgroup computes the next softmax.
       const uint32_t values_go = smem_address(&smem.values_go[ring.slot]);
       ring.advance();
-      const uint32_t full = smem_address(&smem.full[ring.slot]);
-      const bool ready = !last && mbarrier_test(full, ring.parity);
+      const bool ready =
+          !last && mbarrier_test(smem_address(&smem.right_full[ring.slot]), ring.parity);
       if (leader && !ready) mbarrier_arrive(values_go);
       if (!last) {
-        mbarrier_wait(full, ring.parity);
         start_scores<T, kRope>(s, q, smem, ring);
-        if constexpr (kPair) confirm(smem, ring);
       }
       if (leader && ready) mbarrier_arrive(values_go);
       wgmma_wait<0>();

@@ -43,44 +43,62 @@ __device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
   }
 }
 
-// Loads into a slot once all are through with what it holds.
-template <int kHeadDim, bool kPair>
-__device__ __forceinline__ void refill(const KernelArgs& args, SharedStorage& smem,
-                                       LoadStream<kHeadDim, kPair>& stream, Ring ring) {
-  stream.send(smem);
-  if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
-  mbarrier_wait(smem_address(&smem.load_done[ring.slot]), ring.parity);
-  stream.load_next(args, smem, ring.slot, ring.parity ^ 1);
-  // Keeps lanes together: without this, the next wgmma can wait for ever.
-  __syncwarp();
+// Waits until all value warps are
+// through with a load, or with half of it.
+__device__ __forceinline__ void meet(uint64_t& barrier, uint32_t parity) {
+  if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&barrier));
+  mbarrier_wait(smem_address(&barrier), parity);
 }
 
-template <typename T, int kHeadDim, bool kPair>
+template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   float o[128];
   Ring ring;
-  bool odd = false;  // counting query tokens that are not empty
-  LoadStream<kHeadDim, kPair> stream;
+  const auto odd_query = [&]()->volatile uint8_t& { return smem.odd_query[reread_thread() / 32]; };
+  LoadStream<kHeadDim> stream;
+  const auto state = [&]()->volatile WarpState& { return smem.state[gather_warp()]; };
+  // Loads into the slot of a load that is done with. Keeps lanes together: without that, the next
+  // wgmma can wait for ever.
+  const auto refill_half = [&] {
+    meet(smem.half_done[ring.slot], ring.parity);
+    stream.load_half(args, smem, ring.slot);
+    __syncwarp();
+  };
+  const auto refill_rest = [&] {
+    meet(smem.load_done[ring.slot], ring.parity);
+    stream.load_rest(args, smem, ring.slot);
+    __syncwarp();
+    ring.advance();
+  };
+  const auto next_query = [&] {
+    __syncwarp();
+    if (reread_thread() % 32 == 0) state().computed = state().computed + gridDim.y;
+    __syncwarp();
+  };
   stream.start(args, smem);
 #pragma unroll 1
   for (int slot = 0; slot < kStages; ++slot) {
-    stream.load_next(args, smem, slot, 0);
-    stream.send(smem);
+    stream.load_half(args, smem, slot);
+    stream.load_rest(args, smem, slot);
   }
 
-  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
-    const int tiles = num_tiles(args.length_of(query));
+  const auto query = [&] { return state().computed; };
+  for (; query() < args.s_q; next_query()) {
+    int tiles = num_tiles(args.length_of(query()));
     if (tiles == 0) {
-      store_zeros<T>(args, query);
+      store_zeros<T>(args, query());
       continue;
     }
-    refill(args, smem, stream, ring);  // once the score warpgroup has taken the heads
-    ring.advance();
-    for (int tile = 0; tile < tiles; ++tile) {
+    // The score warpgroup has taken the heads.
+    mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
+    refill_half();
+    refill_rest();
+    bool fresh = true;  // nothing accumulated yet
+    for (; tiles > 0; --tiles) {
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
       const int power0 = smem.rescale[ring.slot][output_row(0)];
       const int power1 = smem.rescale[ring.slot][output_row(1)];
-      if (tile > 0 && __any_sync(~0u, (power0 | power1) != 0)) {
+      if (!fresh && __any_sync(~0u, (power0 | power1) != 0)) {
         const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
@@ -89,25 +107,27 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
       const uint64_t values = mn_major_desc(smem_address(smem.latent[ring.slot][value_half()]),
                                             kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
-      mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+      mbarrier_wait(smem_address(&smem.right_full[ring.slot]), ring.parity);
       fence_async_proxy();  // the tile was written by cp.async
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
-                            k > 0 || tile > 0);
+                            k > 0 || !fresh);
+        if (k % 2 == 1) wgmma_commit();
       }
-      wgmma_commit();
-      stream.send(smem);
+      wgmma_wait<1>();
+      refill_half();
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
-      refill(args, smem, stream, ring);
-      ring.advance();
+      refill_rest();
+      fresh = false;
     }
-    store_rows<T>(args, o, query, smem.out_factor[odd]);
-    odd ^= true;
+    store_rows<T>(args, o, query(), smem.out_factor[odd_query()]);
+    if (reread_thread() % 32 == 0) odd_query() = odd_query() ^ 1;
+    __syncwarp();
   }
 }
 
