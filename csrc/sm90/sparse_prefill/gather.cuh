@@ -9,95 +9,71 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// This warp of the two value warpgroups'.
-__device__ __forceinline__ int gather_warp() { return reread_thread() / 32 - kWarpgroupWarps; }
-
 // The loads of a block in order, as one value warp sees them: of each query token that has tiles
-// its heads, then the tiles. Of a tile's tokens the warp gathers four of the first half and four of
-// the second.
+// its heads, then the tiles, of which the warp gathers one group of eight tokens.
+//
+// A lane copies 16 bytes of each chunk of two tokens. All that can be is computed beforehand, while
+// value products run: these wait for what the warp does between them.
 template <int kHeadDim>
-struct LoadStream {
-  static constexpr int kRowBytes = kHeadDim * 2;
-  static constexpr bool kRope = kHeadDim > kValueDim;
-
-  // Of the next tile; -1: none. Lanes 0-7 have the group of tokens that the warp says of whether
-  // they are attended; lanes 8-11 those that it gathers of the first half, lanes 12-15 of the
-  // second.
-  int32_t row;
-
-  __device__ __forceinline__ void start(const KernelArgs& args, SharedStorage& smem) {
-    WarpState state{.query = static_cast<int>(blockIdx.y) - static_cast<int>(gridDim.y),
-                    .computed = static_cast<int>(blockIdx.y)};
-    enter_next(args, state);
-    save(smem, state);
+class LoadStream {
+ public:
+  __device__ __forceinline__ LoadStream(const KernelArgs& args, int thread) : thread_(thread) {
+    const int lane = thread % 32, group = thread / 32 - kWarpgroupWarps;
+    token_ = group * kTokenGroup + lane % kTokenGroup;
+    target_ = swizzled_offset(lane / 8, lane % 8);
+    query_ = blockIdx.y - gridDim.y;
+    enter_next(args);
   }
 
-  // Begins the next load where it may begin before the slot is free: half of a tile's latent
-  // columns.
-  __device__ __forceinline__ void load_half(const KernelArgs& args, SharedStorage& smem, int slot) {
-    const volatile WarpState& state = smem.state[gather_warp()];
-    if (state.query < args.s_q && state.tile >= 0)
-      copy_latent<0, kLatentChunks>(args, smem, slot, 0);
+  // Finds the rows of the next load.
+  __device__ __forceinline__ void prepare() {
+    const int lane = thread_ % 32;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
   }
 
-  // Begins the rest, once nobody uses the slot any more.
-  __device__ __forceinline__ void load_rest(const KernelArgs& args, SharedStorage& smem, int slot) {
-    WarpState state = smem.state[gather_warp()];
-    if (state.query >= args.s_q) return;
-    if (state.tile < 0)
-      load_heads(args, smem, state.query, slot);
+  // Begins the load that was prepared, into a slot that nobody uses any more, and goes on to the
+  // next.
+  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot) {
+    if (query_ >= args.s_q) return;
+    if (tile_ < 0)
+      load_heads(args, smem, slot);
     else
       load_tile(args, smem, slot);
-    if (++state.tile * kTileTokens >= state.length)
-      enter_next(args, state);
-    else
-      fetch(args, state);
-    save(smem, state);
+    if (++tile_ * kTileTokens >= length_) enter_next(args);
+    const int i = tile_ * kTileTokens + token_;
+    row_ = -1;
+    if (tile_ >= 0 && i < length_) row_ = __ldg(args.indices + int64_t{query_} * args.topk + i);
   }
 
  private:
-  static __device__ __forceinline__ void save(SharedStorage& smem, const WarpState& state) {
-    __syncwarp();
-    if (reread_thread() % 32 == 0) smem.state[gather_warp()] = state;
-    __syncwarp();
-  }
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr bool kRope = kHeadDim > kValueDim;
 
-  static __device__ __forceinline__ void enter_next(const KernelArgs& args, WarpState& state) {
-    state.tile = -1;
-    state.length = 0;
-    for (state.query += gridDim.y; state.query < args.s_q; state.query += gridDim.y) {
-      state.length = args.length_of(state.query);
-      if (state.length > 0) break;
+  int thread_;
+  int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
+  int length_;              // indices of the query token that count
+  int token_;               // that this lane looks up, of each tile
+  int row_;                 // of that token of the next tile; -1: none
+  uint32_t target_;         // of this lane's copies of the first four tokens, within their group
+  uint32_t source_row_[2];  // that this lane copies from
+
+  __device__ __forceinline__ void enter_next(const KernelArgs& args) {
+    length_ = 0;
+    for (query_ += gridDim.y; query_ < args.s_q; query_ += gridDim.y) {
+      length_ = args.length_of(query_);
+      if (length_ > 0) break;
     }
+    tile_ = -1;
   }
 
-  // The first of the four tokens that the warp gathers of a half.
-  static __device__ __forceinline__ int first_token(int half) {
-    return half * (kTileTokens / 2) + gather_warp() * 4;
-  }
-
-  __device__ __forceinline__ void fetch(const KernelArgs& args, const WarpState& state) {
-    const int lane = reread_thread() % 32;
-    const int token =
-        lane < 8 ? gather_warp() * kTokenGroup + lane : first_token(lane / 4 & 1) + lane % 4;
-    const int i = state.tile * kTileTokens + token;
-    row = i < state.length ? __ldg(args.indices + int64_t{state.query} * args.topk + i) : -1;
-  }
-
-  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem, int query,
+  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem,
                                              int slot) const {
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    if (reread_thread() == kLoadingThread) {
+    if (thread_ == kLoadingThread) {
       fence_async_proxy();  // the slot held what cp.async and stmatrix wrote
-      const int first_row = query * args.h_q + first_head();
+      const int first_row = query_ * args.h_q + first_head();
       const uint32_t target = smem_address(smem.latent[slot]);
       const uint32_t bytes = args.query_box * kChunkRowBytes;
       mbarrier_expect(left, bytes * kHalfChunks);
@@ -110,64 +86,55 @@ struct LoadStream {
       }
     }
     __syncwarp();
-    if (reread_thread() % 32 == 0) mbarrier_arrive(left);
+    if (thread_ % 32 == 0) mbarrier_arrive(left);
     mbarrier_arrive(left);
     mbarrier_arrive(right);
   }
 
-  // Whether the token that this lane copies of a half is attended, and its columns.
-  __device__ __forceinline__ bool find_source(const KernelArgs& args, int half,
-                                              const uint8_t*& source) const {
-    const int lane = reread_thread() % 32;
-    const uint32_t of_token = __shfl_sync(~0u, row, 8 + half * 4 + lane / 8);
-    const bool valid = of_token < args.s_kv;
-    source = args.kv + int64_t{valid ? of_token : 0} * kRowBytes + lane % 8 * 16;
-    return valid;
+  // Where the lane's other token lies: the swizzle has another bit there.
+  static __device__ __forceinline__ uint32_t skip_four(uint32_t target, int j) {
+    return (target ^ j * 64) + j * 4 * kChunkRowBytes;
   }
 
-  // Of this lane's token of a half and 16-byte piece, within the groups of a chunk.
-  static __device__ __forceinline__ uint32_t target_offset(int half, int group_bytes) {
-    const int lane = reread_thread() % 32, token = first_token(half) + lane / 8;
-    return token / kTokenGroup * group_bytes + swizzled_offset(token % kTokenGroup, lane % 8);
-  }
-
+  // Copies some chunks of one of the lane's tokens.
   template <int kFirst, int kLast>
-  __device__ __forceinline__ void copy_latent(const KernelArgs& args, SharedStorage& smem, int slot,
-                                              int half) const {
-    const uint8_t* source;
-    const bool valid = find_source(args, half, source);
-    const uint32_t target = smem_address(smem.latent[slot]) + target_offset(half, kTokenGroupBytes);
+  static __device__ __forceinline__ void copy_chunks(uint32_t target, const uint8_t* source,
+                                                     bool valid) {
 #pragma unroll
     for (int c = kFirst; c < kLast; ++c) {
-      copy_16_or_zero(target + c / kHalfChunks * kHalfBytes + c % kHalfChunks * kGroupBytes,
-                      source + c * kChunkRowBytes, valid);
+      const uint32_t chunk = c / kHalfChunks * kHalfBytes + c % kHalfChunks * kGroupBytes;
+      copy_16_or_zero(target + chunk, source + c * kChunkRowBytes, valid);
     }
-  }
-
-  __device__ __forceinline__ void copy_rope(const KernelArgs& args, SharedStorage& smem, int slot,
-                                            int half) const {
-    if constexpr (!kRope) return;
-    const uint8_t* source;
-    const bool valid = find_source(args, half, source);
-    copy_16_or_zero(smem_address(smem.rope[slot]) + target_offset(half, kGroupBytes),
-                    source + kLatentChunks * kChunkRowBytes, valid);
   }
 
   __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem,
                                             int slot) const {
+    const int group = thread_ / 32 - kWarpgroupWarps;
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row) < args.s_kv);
-    if (reread_thread() % 32 == 0) {
-      smem.attended[slot][gather_warp()] = attended;
+    const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + target_;
+    const uint8_t* source[2];
+    bool valid[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      valid[j] = source_row_[j] < args.s_kv;
+      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread_ % 8 * 16;
+      copy_chunks<0, kHalfChunks>(skip_four(target, j), source[j], valid[j]);
+    }
+    const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row_) < args.s_kv);
+    if (thread_ % 32 == 0) {
+      smem.attended[slot][group] = attended;
       mbarrier_arrive(left);
     }
-    __syncwarp();
-    copy_latent<0, kHalfChunks>(args, smem, slot, 1);
     mbarrier_arrive_after_copies(left);
-    copy_latent<kHalfChunks, kLatentChunks>(args, smem, slot, 1);
-    copy_rope(args, smem, slot, 0);
-    copy_rope(args, smem, slot, 1);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      copy_chunks<kHalfChunks, kLatentChunks>(skip_four(target, j), source[j], valid[j]);
+      if constexpr (kRope) {
+        const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + target_;
+        copy_16_or_zero(skip_four(rope, j), source[j] + kLatentChunks * kChunkRowBytes, valid[j]);
+      }
+    }
     mbarrier_arrive_after_copies(right);
   }
 };

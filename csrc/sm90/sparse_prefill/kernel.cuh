@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.right_full[i]), 2 * kWarpgroupThreads);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupWarps);
-      mbarrier_init(smem_address(&smem.half_done[i]), kGatherWarps);
       mbarrier_init(smem_address(&smem.load_done[i]), kGatherWarps);
     }
     mbarrier_init(smem_address(&smem.scores_done), kWarpgroupWarps);

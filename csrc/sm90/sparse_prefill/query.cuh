@@ -16,7 +16,7 @@ template <bool kRope>
 __device__ __forceinline__ void take_query(SharedStorage& smem, Ring ring, int box,
                                            QueryFragments& fragments) {
   const int chunk_bytes = box * kChunkRowBytes;
-  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
+  const int thread = reread_thread(), lane = thread % 32;
   const int row = thread / 32 * 16 + (lane & 15);
   const uint32_t latent = smem_address(smem.latent[ring.slot]);
   mbarrier_wait(smem_address(&smem.left_full[ring.slot]), ring.parity);

@@ -43,91 +43,73 @@ __device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
   }
 }
 
-// Waits until all value warps are
-// through with a load, or with half of it.
-__device__ __forceinline__ void meet(uint64_t& barrier, uint32_t parity) {
-  if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&barrier));
-  mbarrier_wait(smem_address(&barrier), parity);
-}
-
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
+  const int thread = reread_thread();
+  const bool leader = thread % 32 == 0;
+  const int first_row = thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4;
+  const int half = thread / kWarpgroupThreads - 1;
   float o[128];
   Ring ring;
-  const auto odd_query = [&]()->volatile uint8_t& { return smem.odd_query[reread_thread() / 32]; };
-  LoadStream<kHeadDim> stream;
-  const auto state = [&]()->volatile WarpState& { return smem.state[gather_warp()]; };
-  // Loads into the slot of a load that is done with. Keeps lanes together: without that, the next
-  // wgmma can wait for ever.
-  const auto refill_half = [&] {
-    meet(smem.half_done[ring.slot], ring.parity);
-    stream.load_half(args, smem, ring.slot);
-    __syncwarp();
-  };
-  const auto refill_rest = [&] {
-    meet(smem.load_done[ring.slot], ring.parity);
-    stream.load_rest(args, smem, ring.slot);
-    __syncwarp();
-    ring.advance();
-  };
-  const auto next_query = [&] {
-    __syncwarp();
-    if (reread_thread() % 32 == 0) state().computed = state().computed + gridDim.y;
-    __syncwarp();
-  };
-  stream.start(args, smem);
+  bool odd = false;  // counting query tokens that are not empty
+  LoadStream<kHeadDim> stream(args, thread);
 #pragma unroll 1
   for (int slot = 0; slot < kStages; ++slot) {
-    stream.load_half(args, smem, slot);
-    stream.load_rest(args, smem, slot);
+    stream.prepare();
+    stream.load(args, smem, slot);
   }
 
-  const auto query = [&] { return state().computed; };
-  for (; query() < args.s_q; next_query()) {
-    int tiles = num_tiles(args.length_of(query()));
+  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
+    int tiles = num_tiles(args.length_of(query));
     if (tiles == 0) {
-      store_zeros<T>(args, query());
+      store_zeros<T>(args, query);
       continue;
     }
-    // The score warpgroup has taken the heads.
+    stream.prepare();
+    // The score warpgroup has taken the heads out of their slot.
     mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-    refill_half();
-    refill_rest();
+    if (leader) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
+    stream.load(args, smem, ring.slot);
+    __syncwarp();
+    ring.advance();
     bool fresh = true;  // nothing accumulated yet
     for (; tiles > 0; --tiles) {
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-      const int power0 = smem.rescale[ring.slot][output_row(0)];
-      const int power1 = smem.rescale[ring.slot][output_row(1)];
+      const int power0 = smem.rescale[ring.slot][first_row];
+      const int power1 = smem.rescale[ring.slot][first_row + 8];
       if (!fresh && __any_sync(~0u, (power0 | power1) != 0)) {
         const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
       }
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot]));
-      const uint64_t values = mn_major_desc(smem_address(smem.latent[ring.slot][value_half()]),
-                                            kGroupBytes, kTokenGroupBytes);
+      const uint64_t values =
+          mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
-      mbarrier_wait(smem_address(&smem.right_full[ring.slot]), ring.parity);
-      fence_async_proxy();  // the tile was written by cp.async
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
+      // The score warpgroup has seen that the tile is there, and ordered its copies before wgmma.
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
                             k > 0 || !fresh);
-        if (k % 2 == 1) wgmma_commit();
       }
-      wgmma_wait<1>();
-      refill_half();
+      wgmma_commit();
+      stream.prepare();
       wgmma_wait<0>();
       pin_registers(o);
       __syncwarp();
-      refill_rest();
+      const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
+      if (leader) mbarrier_arrive(load_done);
+      mbarrier_wait(load_done, ring.parity);
+      stream.load(args, smem, ring.slot);
+      // Keeps lanes together: without this, the next wgmma can wait for ever.
+      __syncwarp();
+      ring.advance();
       fresh = false;
     }
-    store_rows<T>(args, o, query(), smem.out_factor[odd_query()]);
-    if (reread_thread() % 32 == 0) odd_query() = odd_query() ^ 1;
-    __syncwarp();
+    store_rows<T>(args, o, query, smem.out_factor[odd]);
+    odd ^= true;
   }
 }
 
