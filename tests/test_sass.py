@@ -20,6 +20,7 @@ KERNELS = (
     "make_schedule_kernel",
     *DECODE_KERNELS,
     *SPARSE_KERNELS,
+    "sparse_prefill_kernel",
     "merge_kernel",
     "cache_append_kernel",
     "index_scores_kernel",
@@ -112,6 +113,19 @@ def test_sparse_decode_uses_tensor_cores_and_bulk_copies(instructions):
         # The wide kernel loads its queries by tensor maps, and rows through registers.
         assert count["UTMALDG"] > 0 if "wide" in name else count["UBLKCP"] > 0, name
         assert count["HMMA"] == 0, name
+
+
+@pytest.mark.parametrize("d_qk", [512, 576])
+@pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])
+def test_sparse_prefill_is_built_for_every_element_type_and_width(instructions, element, d_qk):
+    name = rf"sparse_prefill_kernelI\d+{element}Li{d_qk}EE"
+    (count,) = (count for kernel, count in instructions.items() if re.search(name, kernel))
+    # A tile's score products of 64 rows by 64 tokens, where a query token's first one is started
+    # and in the loop; and four of 256 value columns: nothing is repeated or serialised.
+    assert count["HGMMA"] == 2 * d_qk // 16 + 4
+    assert count["WARPGROUP"] < 20
+    assert count["LDGSTS"] > 0  # rows are gathered by cp.async
+    assert count["UTMALDG"] > 0  # queries are loaded by tensor maps
 
 
 @pytest.mark.parametrize("heads", [32, 64])

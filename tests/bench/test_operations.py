@@ -130,6 +130,6 @@ def test_results_of_an_unknown_operation_are_refused(tmp_path):
     file = tmp_path / "other.json"
     file.write_text(json.dumps({**dict.fromkeys(document.FIELDS), "operation": "other"}))
     with pytest.raises(
-        ValueError, match="an operation in dense_decode, sparse_decode, toy, got 'other'"
+        ValueError, match="an operation in dense_decode, sparse_decode, sparse_prefill, toy, got"
     ):
         document.read(file)
