@@ -1,0 +1,136 @@
+// S^T = K Q^T by a score warpgroup: its half of the columns, for all query rows.
+#pragma once
+
+#include "sm90/attention/partial.cuh"
+#include "sm90/dense_decode/fp8/formats.cuh"
+#include "sm90/dense_decode/fp8/shared_storage.cuh"
+#include "sm90/formats/fragments.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
+
+namespace flashmla::sm90::dense_decode::fp8 {
+
+// The scales of a thread's two tokens, lane / 4 and lane / 4 + 8 of its warp's sixteen.
+struct TokenScales {
+  uint32_t key[2][2];  // by group of the side and token: relative to the largest, f16 twice
+  int exponent[2];     // of the token's largest: products with its keys are to be multiplied by 2^
+};
+
+__device__ __forceinline__ uint32_t scales_address(uint32_t tile, int pitch, int offset) {
+  const int thread = reread_thread();
+  return tile + (thread / 32 % kWarps * kWarpTokens + thread % 32 / 4) * pitch + offset;
+}
+
+template <typename Format>
+__device__ __forceinline__ TokenScales load_scales(uint32_t tile) {
+  const uint32_t row = scales_address(tile, Format::kPitch, Format::kScaleOffset);
+  const int side = reread_side();
+  TokenScales scales;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const uint4 v = load_shared(row + m * 8 * Format::kPitch);
+    const float scale[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                            __uint_as_float(v.w)};
+    scales.exponent[m] = token_exponent(fmaxf(fmaxf(fabsf(scale[0]), fabsf(scale[1])),
+                                              fmaxf(fabsf(scale[2]), fabsf(scale[3]))));
+    const float inverse = power_of_two(-scales.exponent[m]);
+    scales.key[0][m] = f16_twice((side == 0 ? scale[0] : scale[2]) * inverse);
+    scales.key[1][m] = f16_twice((side == 0 ? scale[1] : scale[3]) * inverse);
+  }
+  return scales;
+}
+
+// Puts the scales of the side's groups where the value warps read them: lanes 0 and 1 of a quad
+// have a group each. left: tokens of the sequence from the tile's first on; others count as zeros.
+// Returns whether there are scales that one factor does not hold.
+template <typename Format, typename Storage>
+__device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot, int left) {
+  const int thread = reread_thread(), warp = thread / 32 % kWarps, token = thread % 32 / 4;
+  const int group = reread_side() * 2 + thread % 2;
+  const uint32_t row = scales_address(smem_address(smem.ring[stage]), Format::kPitch,
+                                      Format::kScaleOffset + group * 4);
+  const int first = warp * kWarpTokens + token;
+  const float low = first < left ? load_scale(row) : 0.0f;
+  const float high = first + 8 < left ? load_scale(row + 8 * Format::kPitch) : 0.0f;
+  if (thread % 4 < 2) {
+    const uint32_t value =
+        pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
+    uint16_t* const target = smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 +
+                             warp % 2 * 4 + token % 2;
+    target[0] = value & 0xffff;
+    target[2] = value >> 16;
+  }
+  return __any_sync(~0u, is_large(low) || is_large(high));
+}
+
+constexpr int kStepColumns = 32;                            // of a group of products
+constexpr int kLatentSteps = kValueDim / kSides / kStepColumns;
+constexpr int kBuffers = 2;                                 // of fragments
+
+template <typename Format, int kRows>
+__device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
+                                               const SharedStorage<Format, kRows>& smem, int stage,
+                                               const TokenScales& scales) {
+  constexpr int kStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
+  const int thread = reread_thread(), lane = thread % 32, side = reread_side();
+  uint32_t rows = smem_address(smem.ring[stage]) +
+                  (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch +
+                  lane / 16 * 16;
+  uint32_t a[kBuffers][8], raw[4];
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
+  const uint32_t latent = rows + side * (kValueDim / 2);
+  const uint32_t query = operand_at(smem.query[0]) + side * (4 * kStep);
+  load_matrix_x4(raw, latent);
+  pin_registers(s);
+#pragma unroll
+  for (int c = 0; c < kLatentSteps; ++c) {
+    uint32_t (&keys)[8] = a[c % kBuffers];
+    wgmma_wait<kBuffers - 1>();
+    if constexpr (Format::kScales) {
+      convert_keys(keys, raw, scales.key[c / 4]);
+    } else {
+      convert_keys(keys, raw);
+    }
+    if (c + 1 < kLatentSteps) {
+      load_matrix_x4(raw, latent + (c + 1) * kStepColumns);
+    } else if constexpr (!Format::kScales) {
+      load_matrix_x4(raw, rows + Format::kRopeOffset + side * kStepColumns);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c / 2 * kStep + c % 2 * 4 + 2 * k), 1);
+    }
+    wgmma_commit();
+  }
+  // Half of the rope.
+  using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
+  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side * 4;
+  uint32_t (&keys)[8] = a[kLatentSteps % kBuffers];
+  wgmma_wait<kBuffers - 1>();
+  if constexpr (Format::kScales) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(keys + 4 * k),
+                     rows + Format::kRopeOffset + side * 64 + k * 32);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const uint32_t factor = bf16_twice(power_of_two(-scales.exponent[m]));
+#pragma unroll
+      for (int i = m; i < 8; i += 2) keys[i] = multiply_bf16x2(keys[i], factor);
+    }
+  } else {
+    convert_keys(keys, raw);
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 2; ++k) wgmma_rs<Rope>(s, keys + 4 * k, descriptor(rope + 2 * k), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin_registers(s);
+}
+
+}  // namespace flashmla::sm90::dense_decode::fp8
