@@ -6,7 +6,8 @@
 // into a ring, and converted on their way from there into fragments. Four warpgroups:
 //
 //   scores 2x | S^T = K Q^T (t), half of the columns each | exchange | softmax (t) -> P^T | ...
-//   values 2x |                                           | O^T += V^T P^T, half of the columns each
+//   values 2x |                                           | O^T += V^T P^T, half of the columns
+//   each
 //
 // docs/kernels/dense_fp8.md tells the whole story.
 #pragma once

@@ -11,34 +11,44 @@
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
-// The scales of a thread's two tokens, lane / 4 and lane / 4 + 8 of its warp's sixteen.
-struct TokenScales {
-  uint32_t key[2][2];  // by group of the side and token: relative to the largest, f16 twice
-  int exponent[2];     // of the token's largest: products with its keys are to be multiplied by 2^
+// Of a thread's two tokens, lane / 4 and lane / 4 + 8 of its warp's sixteen, the exponent of the
+// largest scale: keys are taken relative to it, and products with them multiplied by it.
+struct TokenExponents {
+  int of[2];
 };
 
-__device__ __forceinline__ uint32_t scales_address(uint32_t tile, int pitch, int offset) {
+// Address of a field of the first token's row. tile: in shared memory.
+template <typename Format>
+__device__ __forceinline__ uint32_t token_address(uint32_t tile, int offset) {
   const int thread = reread_thread();
-  return tile + (thread / 32 % kWarps * kWarpTokens + thread % 32 / 4) * pitch + offset;
+  const int token = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
+  return tile + token * Format::kPitch + offset;
 }
 
 template <typename Format>
-__device__ __forceinline__ TokenScales load_scales(uint32_t tile) {
-  const uint32_t row = scales_address(tile, Format::kPitch, Format::kScaleOffset);
-  const int side = reread_side();
-  TokenScales scales;
+__device__ __forceinline__ TokenExponents find_exponents(uint32_t tile) {
+  const uint32_t scales = token_address<Format>(tile, Format::kScaleOffset);
+  TokenExponents exponents;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    const uint4 v = load_shared(row + m * 8 * Format::kPitch);
-    const float scale[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                            __uint_as_float(v.w)};
-    scales.exponent[m] = token_exponent(fmaxf(fmaxf(fabsf(scale[0]), fabsf(scale[1])),
-                                              fmaxf(fabsf(scale[2]), fabsf(scale[3]))));
-    const float inverse = power_of_two(-scales.exponent[m]);
-    scales.key[0][m] = f16_twice((side == 0 ? scale[0] : scale[2]) * inverse);
-    scales.key[1][m] = f16_twice((side == 0 ? scale[1] : scale[3]) * inverse);
+    const uint4 v = load_shared(scales + m * 8 * Format::kPitch);
+    exponents.of[m] =
+        token_exponent(fmaxf(fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))),
+                             fmaxf(fabsf(__uint_as_float(v.z)), fabsf(__uint_as_float(v.w)))));
   }
-  return scales;
+  return exponents;
+}
+
+// What keys of a group of columns are to be multiplied with, f16 twice.
+template <typename Format>
+__device__ __forceinline__ void load_factors(uint32_t (&factor)[2], uint32_t tile, int group,
+                                             const TokenExponents& exponents) {
+  const uint32_t scale = token_address<Format>(tile, Format::kScaleOffset + group * 4);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    factor[m] =
+        f16_twice(load_scale(scale + m * 8 * Format::kPitch) * power_of_two(-exponents.of[m]));
+  }
 }
 
 // Puts the scales of the side's groups where the value warps read them: lanes 0 and 1 of a quad
@@ -48,48 +58,52 @@ template <typename Format, typename Storage>
 __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot, int left) {
   const int thread = reread_thread(), warp = thread / 32 % kWarps, token = thread % 32 / 4;
   const int group = reread_side() * 2 + thread % 2;
-  const uint32_t row = scales_address(smem_address(smem.ring[stage]), Format::kPitch,
-                                      Format::kScaleOffset + group * 4);
+  const uint32_t row =
+      token_address<Format>(smem_address(smem.ring[stage]), Format::kScaleOffset + group * 4);
   const int first = warp * kWarpTokens + token;
   const float low = first < left ? load_scale(row) : 0.0f;
   const float high = first + 8 < left ? load_scale(row + 8 * Format::kPitch) : 0.0f;
   if (thread % 4 < 2) {
     const uint32_t value =
         pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
-    uint16_t* const target = smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 +
-                             warp % 2 * 4 + token % 2;
+    uint16_t* const target =
+        smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 + warp % 2 * 4 + token % 2;
     target[0] = value & 0xffff;
     target[2] = value >> 16;
   }
   return __any_sync(~0u, is_large(low) || is_large(high));
 }
 
-constexpr int kStepColumns = 32;                            // of a group of products
+constexpr int kStepColumns = 32;  // of a group of products
 constexpr int kLatentSteps = kValueDim / kSides / kStepColumns;
-constexpr int kBuffers = 2;                                 // of fragments
+constexpr int kBuffers = 2;  // of fragments
 
 template <typename Format, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
                                                const SharedStorage<Format, kRows>& smem, int stage,
-                                               const TokenScales& scales) {
+                                               const TokenExponents& exponents) {
   constexpr int kStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
   const int thread = reread_thread(), lane = thread % 32, side = reread_side();
-  uint32_t rows = smem_address(smem.ring[stage]) +
-                  (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch +
-                  lane / 16 * 16;
+  const uint32_t tile = smem_address(smem.ring[stage]);
+  const uint32_t rows =
+      tile + (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch + lane / 16 * 16;
   uint32_t a[kBuffers][8], raw[4];
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
   const uint32_t latent = rows + side * (kValueDim / 2);
   const uint32_t query = operand_at(smem.query[0]) + side * (4 * kStep);
+  uint32_t factor[2];
   load_matrix_x4(raw, latent);
   pin_registers(s);
 #pragma unroll
   for (int c = 0; c < kLatentSteps; ++c) {
     uint32_t (&keys)[8] = a[c % kBuffers];
+    if constexpr (Format::kScales) {
+      if (c % 4 == 0) load_factors<Format>(factor, tile, side * 2 + c / 4, exponents);
+    }
     wgmma_wait<kBuffers - 1>();
     if constexpr (Format::kScales) {
-      convert_keys(keys, raw, scales.key[c / 4]);
+      convert_keys(keys, raw, factor);
     } else {
       convert_keys(keys, raw);
     }
@@ -118,7 +132,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      const uint32_t factor = bf16_twice(power_of_two(-scales.exponent[m]));
+      const uint32_t factor = bf16_twice(power_of_two(-exponents.of[m]));
 #pragma unroll
       for (int i = m; i < 8; i += 2) keys[i] = multiply_bf16x2(keys[i], factor);
     }

@@ -19,14 +19,13 @@ constexpr int kWordBytes = 4;  // TMA counts a row in words: a box has at most 2
 // Rows are loaded `piece` at a time, kPitch apart: what is past a row reads as zeros.
 template <typename Format>
 Status make_cache_map(const DenseDecodeParams& params, int piece, CUtensorMap* map) {
-  return make_tensor_map(params.blocks, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE,
-                         {{Format::kRowBytes / kWordBytes, kWordBytes,
-                           static_cast<uint32_t>(Format::kPitch / kWordBytes)},
-                          {static_cast<uint64_t>(params.block_size), Format::kRowBytes,
-                           static_cast<uint32_t>(piece)},
-                          {static_cast<uint64_t>(params.num_blocks),
-                           static_cast<uint64_t>(params.block_bytes), 1}},
-                         map);
+  return make_tensor_map(
+      params.blocks, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE,
+      {{Format::kRowBytes / kWordBytes, kWordBytes,
+        static_cast<uint32_t>(Format::kPitch / kWordBytes)},
+       {static_cast<uint64_t>(params.block_size), Format::kRowBytes, static_cast<uint32_t>(piece)},
+       {static_cast<uint64_t>(params.num_blocks), static_cast<uint64_t>(params.block_bytes), 1}},
+      map);
 }
 
 }  // namespace

@@ -77,9 +77,8 @@ __device__ __forceinline__ void store_partial(SharedStorage<Format, kRows>& smem
     const float factor = smem.factor[half][row];
     // Words of the row: 16 bytes for each quad lane of each 32 columns; this thread's columns are
     // the pair lane / 4 of the warp's eight.
-    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim) +
-                  half * (kValueTiles * 32) + (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 +
-                  lane / 16;
+    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim) + half * (kValueTiles * 32) +
+                  (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
 #pragma unroll
     for (int m = 0; m < kValueTiles; ++m) {
       const uint32_t v = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);

@@ -27,13 +27,14 @@ __device__ __forceinline__ int side_of_unit(int unit) {
   return unit < kValueDim / 16 ? unit / (kValueDim / 32) : unit / 2 % 2;
 }
 
-// Brings a piece's queries, divided by a power of two so that their largest is just within f16, and
-// returns its exponent; infinities and NaN do not count. Code columns come in f16 and permuted
-// within each sixteen as convert_keys permutes the keys': column pair 2t to place t, 2t + 1 to
-// t + 4. A rope of 16-bit columns stays bf16. By all score warps, once no products are under way.
+// Brings a piece's queries, divided by a power of two so that their largest is just within f16;
+// infinities and NaN do not count. smem.score_scale makes up for it. Code columns come in f16 and
+// permuted within each sixteen as convert_keys permutes the keys': column pair 2t to place t, 2t +
+// 1 to t + 4. A rope of 16-bit columns stays bf16. By all score warps, once no products are under
+// way.
 template <typename Format, int kRows>
-__device__ __forceinline__ int take_query(const KernelArgs& args,
-                                          SharedStorage<Format, kRows>& smem, int sequence) {
+__device__ __forceinline__ void take_query(const KernelArgs& args,
+                                           SharedStorage<Format, kRows>& smem, int sequence) {
   constexpr int kUnits = kHeadDim / 16;  // of a row: 32 bytes each
   const int thread = reread_thread(), count = smem.row_tile.count;
   const auto* const q = reinterpret_cast<const uint4*>(
@@ -83,9 +84,13 @@ __device__ __forceinline__ int take_query(const KernelArgs& args,
     store_shared(target + swizzled_offset(row, unit % 4 * 2), first);
     store_shared(target + swizzled_offset(row, unit % 4 * 2 + 1), second);
   }
+  if (thread == 0) {
+    float scale = args.scale_log2 * power_of_two(exponent);
+    if constexpr (!Format::kScales) scale *= *args.kv_scale;
+    smem.score_scale = scale;
+  }
   fence_async_proxy();
   named_barrier_sync(kPairBarrier, kRoleThreads);
-  return exponent;
 }
 
 }  // namespace flashmla::sm90::dense_decode::fp8

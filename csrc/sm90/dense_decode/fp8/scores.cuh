@@ -34,7 +34,8 @@ __device__ __forceinline__ void exchange_sums(const float (&s)[kRows / 2],
   }
 }
 
-// Ends a piece: the side's log-sum-exps, and the factors of its outputs. By the side's first four threads, which have all its rows.
+// Ends a piece: the side's log-sum-exps, and the factors of its outputs. By the side's first four
+// threads, which have all its rows.
 template <typename Format, int kRows>
 __device__ __forceinline__ void finish_rows(const KernelArgs& args,
                                             SharedStorage<Format, kRows>& smem,
@@ -43,9 +44,8 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args,
   mbarrier_wait(smem_address(&smem.sums_empty), sums_parity);
   const int thread = reread_thread(), side = reread_side();
   const Piece piece = piece_of_tiles(smem.begin, smem.end, sequence, 0);
-  float* const target =
-      args.lse_rows(result_index(piece, blockIdx.y, sequence), piece.partial()) +
-      smem.row_tile.first;
+  float* const target = args.lse_rows(result_index(piece, blockIdx.y, sequence), piece.partial()) +
+                        smem.row_tile.first;
   float value_scale = 1.0f;
   if constexpr (!Format::kScales) value_scale = *args.kv_scale;
 #pragma unroll
@@ -65,9 +65,9 @@ template <typename Format, int kRows>
 __device__ __forceinline__ void finish_tile(const KernelArgs& args,
                                             SharedStorage<Format, kRows>& smem,
                                             float (&s)[kRows / kSides / 2],
-                                            float (&sum)[kMine<kRows>], const TokenScales& scales,
-                                            float score_scale, int stage, int slot, int left,
-                                            bool first) {
+                                            float (&sum)[kMine<kRows>],
+                                            const TokenExponents& exponents, int stage, int slot,
+                                            int left, bool first) {
   constexpr int kOwnRows = kRows / kSides;
   const int thread = reread_thread(), first_row = reread_side() * kOwnRows;
   // Products and differences are rounded one by one, so that the largest of huge scores, less
@@ -76,8 +76,8 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
   for (int i = 0; i < kMine<kRows>; ++i) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      float scale = score_scale;
-      if constexpr (Format::kScales) scale *= power_of_two(scales.exponent[m]);
+      float scale = smem.score_scale;
+      if constexpr (Format::kScales) scale *= power_of_two(exponents.of[m]);
       s[element(i, m)] = __fmul_rn(s[element(i, m)], scale);
     }
   }
@@ -102,8 +102,8 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
     large = store_scales<Format>(smem, stage, slot, left);
   }
   if (thread % 32 == 0) {
-    smem.flags[slot][thread / 32] = (raise && !first ? kRescaled : 0) |
-                                    (large ? kHasLargeScales : 0);
+    smem.flags[slot][thread / 32] =
+        (raise && !first ? kRescaled : 0) | (large ? kHasLargeScales : 0);
   }
   store_probabilities<typename Format::Value, kRows>(
       s, smem_address(smem.probabilities[slot]) + first_row * kChunkRowBytes);
@@ -138,22 +138,21 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       smem.reference[row] = -INFINITY;
       smem.offset[row] = 0.0f;
     }
-    float score_scale = args.scale_log2 * power_of_two(take_query(args, smem, sequence));
-    if constexpr (!Format::kScales) score_scale *= *args.kv_scale;
+    take_query(args, smem, sequence);
     float sum[kMine<kRows>] = {};
     bool first = true;
 
     for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
       mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
-      TokenScales scales;
+      TokenExponents exponents{};
       if constexpr (Format::kScales) {
-        scales = load_scales<Format>(smem_address(smem.ring[ring.slot]));
+        exponents = find_exponents<Format>(smem_address(smem.ring[ring.slot]));
       }
       const int slot = buffer.slot();
       float own[kRows / kSides / 2];
       {
         float s[kRows / 2];
-        compute_scores<Format, kRows>(s, smem, ring.slot, scales);
+        compute_scores<Format, kRows>(s, smem, ring.slot, exponents);
         // Of the buffer's last round; passes at once in the first.
         mbarrier_wait(smem_address(&smem.probabilities_empty[slot]), buffer.parity() ^ 1);
         const uint32_t one = smem_address(smem.exchange);
@@ -161,7 +160,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
         const bool side = reread_side() != 0;
         exchange_sums<kRows>(s, own, side ? two : one, side ? one : two);
       }
-      finish_tile(args, smem, own, sum, scales, score_scale, ring.slot, slot, left, first);
+      finish_tile(args, smem, own, sum, exponents, ring.slot, slot, left, first);
       first = false;
       left -= kTileTokens;
       ring.advance();

@@ -32,8 +32,8 @@ struct alignas(1024) SharedStorage {
   // K-major in the 128-byte swizzle, 64 columns a chunk. Of the columns of side 1 the two halves of
   // the rows are exchanged: each side finds its own rows first.
   uint8_t query[kHeadDim / 64][kRows * kChunkRowBytes];
-  uint8_t probabilities[2][kRows * kChunkRowBytes];  // [row][token], the same
-  uint8_t exchange[kRows * kChunkRowBytes];          // side 0's sums for the rows of side 1
+  uint8_t probabilities[2][kRows * kChunkRowBytes];       // [row][token], the same
+  uint8_t exchange[kRows * kChunkRowBytes];               // side 0's sums for the rows of side 1
   alignas(128) uint8_t ring[kStages<kRows>][kTileBytes];  // raw rows kPitch apart
   // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
@@ -42,8 +42,9 @@ struct alignas(1024) SharedStorage {
   float offset[kRows];
   float warp_rows[kRoleWarps][kOwnRows];  // between the warps of a side
   float inverse_sum[kRows];               // of the last piece that is not empty, times kv_scale
-  float factor[kSides][kRows];  // of half rows that are to be stored as partial results
-  uint32_t query_peak[kRoleWarps];             // largest magnitudes of queries, bf16x2
+  float factor[kSides][kRows];            // of half rows that are to be stored as partial results
+  float score_scale;                      // what products are to be multiplied with
+  uint32_t query_peak[kRoleWarps];        // largest magnitudes of queries, bf16x2
   alignas(8) uint8_t exponent[kRows][kRoleWarps];  // of a value warp's largest output
   uint8_t rescale[2][kRows];                // the output so far is to be divided by 2 to this power
   alignas(8) uint8_t flags[2][kRoleWarps];  // of a tile, by score warp: kRescaled, kHasLargeScales

@@ -46,7 +46,7 @@ __device__ __forceinline__ void rescale_output(Output<kRows>& o, const uint8_t* 
 }
 
 // Rows of the tile past the sequence may hold NaN, and 0 * NaN is NaN: the warpgroup's own columns
-// of them become zeros. In v32 rows past it have no scales either (load_scales).
+// of them become zeros, and their scales.
 template <typename Format>
 __device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
   constexpr int kUnits = kValueTiles * 64 / 16;
@@ -56,9 +56,19 @@ __device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
        i += kWarpgroupThreads) {
     store_shared(columns + i / kUnits * Format::kPitch + i % kUnits * 16, uint4{});
   }
+  if constexpr (Format::kScales) {  // read where there are large ones (multiply_excess)
+    const int token = valid_tokens + thread % kWarpgroupThreads;
+    if (token < kTileTokens) {
+      store_shared(tile + token * Format::kPitch + Format::kScaleOffset, uint4{});
+    }
+  }
   fence_async_proxy();  // before copies that come to lie there later
   named_barrier_sync(kValueBarrier + reread_side(), kWarpgroupThreads);
 }
+
+// Products of 16 tokens that are issued together: with 64 rows registers are few.
+template <int kRows>
+constexpr int kValueGroup = kRows == 64 ? 1 : 2;
 
 // Adds a tile's products. raw: of the tile's first 32 tokens and the warp's first columns; rows:
 // where they are. Frees the ring's stage as soon as its bytes are in registers.
@@ -67,44 +77,53 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
                                              int slot, uint32_t rows, uint32_t (&raw)[4],
                                              Output<kRows>& o) {
   using T = typename Format::Value;
+  constexpr int kGroup = kValueGroup<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
   const uint32_t probabilities = operand_at(smem.probabilities[slot]);
   const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
-  uint32_t a[2][4];
+  constexpr int kSteps = 4 * kValueTiles / kGroup;
+  uint32_t a[2][4 * kGroup];
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
-  for (int step = 0; step < 2 * kValueTiles; ++step) {
-    const int tokens = step / kValueTiles, m = step % kValueTiles, next = step + 1;
+  for (int step = 0; step < kSteps; ++step) {
+    // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
+    const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
+    uint32_t (&values)[4 * kGroup] = a[step % 2];
+    if (step >= 1) wgmma_wait<1>();
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = fragment; k < fragment + kGroup; ++k) {
+      const int tokens = k / 2 / kValueTiles * 32 + k % 2 * 16;
+      uint32_t* const value = values + 4 * (k - fragment);
       if constexpr (Format::kScales) {
         const uint2 factor =
-            load_pair(scales + m / 2 * (kTileTokens * 2) + tokens * 64 + k * 8);
+            load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
         const uint32_t factors[2] = {factor.x, factor.y};
-        if (step + k >= 1) wgmma_wait<1>();
-        convert_values(a[k], raw + 2 * k, factors);
+        convert_values(value, raw + k % 2 * 2, factors);
         if constexpr (kLargeScales) {
-          multiply_excess<Format>(
-              a[k], smem_address(smem.ring[stage]) +
-                        (tokens * 32 + k * 16 + lane % 4 * 2) * Format::kPitch +
-                        Format::kScaleOffset + (half * 2 + m / 2) * 4);
+          multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
+                                             (tokens + lane % 4 * 2) * Format::kPitch +
+                                             Format::kScaleOffset + (half * 2 + m / 2) * 4);
         }
       } else {
-        if (step + k >= 1) wgmma_wait<1>();
-        convert_values(a[k], raw + 2 * k);
+        convert_values(value, raw + k % 2 * 2);
       }
-      if (k == 1 && next == 2 * kValueTiles) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
-      }
-      if (k == 1 && next < 2 * kValueTiles) {
-        load_values(raw, rows + next / kValueTiles * 32 * Format::kPitch + next % kValueTiles * 64);
-      }
-      wgmma_fence();
-      wgmma_rs<T>(o[m], a[k], descriptor(probabilities + 4 * tokens + 2 * k), 1);
-      wgmma_commit();
     }
+    const int next = fragment + kGroup;
+    if (next == 4 * kValueTiles) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
+    } else if (next % 2 == 0) {
+      load_values(
+          raw, rows + next / 2 / kValueTiles * 32 * Format::kPitch + next / 2 % kValueTiles * 64);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = fragment; k < fragment + kGroup; ++k) {
+      wgmma_rs<T>(o[m], values + 4 * (k - fragment),
+                  descriptor(probabilities + 4 * (k / 2 / kValueTiles) + 2 * (k % 2)), 1);
+    }
+    wgmma_commit();
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -118,8 +137,8 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Rin
                                          Output<kRows>& o) {
   const int thread = reread_thread(), lane = thread % 32, slot = buffer.slot();
   const uint32_t tile = smem_address(smem.ring[ring.slot]);
-  const uint32_t rows = tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) +
-                        thread / 32 % kWarps * 16;
+  const uint32_t rows =
+      tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
   uint32_t raw[4];
   mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), buffer.parity());

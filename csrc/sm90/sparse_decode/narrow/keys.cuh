@@ -1,11 +1,11 @@
 // S^T = K Q^T, by the score warpgroup: scales and raw bytes of keys to fragments, and the products.
 #pragma once
 
+#include "sm90/formats/codes.cuh"
+#include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/wgmma_rs.cuh"
-#include "sm90/formats/codes.cuh"
-#include "sm90/formats/fragments.cuh"
 #include "sm90/sparse_decode/narrow/formats.cuh"
 #include "sm90/sparse_decode/narrow/shared_storage.cuh"
 

@@ -2,10 +2,10 @@
 // A warpgroup has kCount tiles of 64 value columns; a warp sixteen columns of each.
 #pragma once
 
-#include "sm90/ptx/barrier.cuh"
-#include "sm90/ptx/wgmma_rs.cuh"
 #include "sm90/formats/codes.cuh"
 #include "sm90/formats/fragments.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
 #include "sm90/sparse_decode/narrow/formats.cuh"
 #include "sm90/sparse_decode/narrow/gather.cuh"
 #include "sm90/sparse_decode/narrow/output.cuh"
