@@ -76,22 +76,24 @@ __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot,
 
 constexpr int kStepColumns = 32;  // of a group of products
 constexpr int kLatentSteps = kValueDim / kSides / kStepColumns;
-constexpr int kBuffers = 2;  // of fragments
+template <int kRows>
+constexpr int kKeyBuffers = kRows == 64 ? 2 : 3;  // of such groups' fragments
 
 template <typename Format, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
                                                const SharedStorage<Format, kRows>& smem, int stage,
                                                const TokenExponents& exponents) {
+  constexpr int kBuffers = kKeyBuffers<kRows>;
   constexpr int kStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
   const int thread = reread_thread(), lane = thread % 32, side = reread_side();
   const uint32_t tile = smem_address(smem.ring[stage]);
   const uint32_t rows =
       tile + (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch + lane / 16 * 16;
   uint32_t a[kBuffers][8], raw[4];
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) s[i] = 0.0f;
   const uint32_t latent = rows + side * (kValueDim / 2);
-  const uint32_t query = operand_at(smem.query[0]) + side * (4 * kStep);
+  // Alike in all lanes, as the compiler sees: operands are named by uniform registers.
+  const int side_of_all = __shfl_sync(~0u, side, 0);
+  const uint32_t query = operand_at(smem.query[0]) + side_of_all * (4 * kStep);
   uint32_t factor[2];
   load_matrix_x4(raw, latent);
   pin_registers(s);
@@ -101,7 +103,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     if constexpr (Format::kScales) {
       if (c % 4 == 0) load_factors<Format>(factor, tile, side * 2 + c / 4, exponents);
     }
-    wgmma_wait<kBuffers - 1>();
+    if (c >= kBuffers) wgmma_wait<kBuffers - 1>();
     if constexpr (Format::kScales) {
       convert_keys(keys, raw, factor);
     } else {
@@ -115,13 +117,14 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c / 2 * kStep + c % 2 * 4 + 2 * k), 1);
+      wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c / 2 * kStep + c % 2 * 4 + 2 * k),
+                       c + k > 0);
     }
     wgmma_commit();
   }
   // Half of the rope.
   using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
-  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side * 4;
+  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side_of_all * 4;
   uint32_t (&keys)[8] = a[kLatentSteps % kBuffers];
   wgmma_wait<kBuffers - 1>();
   if constexpr (Format::kScales) {

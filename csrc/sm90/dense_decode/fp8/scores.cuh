@@ -115,9 +115,7 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
 template <typename Format, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   constexpr int kOwnRows = kRows / kSides;
-  Ring<kRows> ring;
-  BufferPosition buffer;  // of probabilities
-  uint32_t sums_parity = 1;
+  Position<kRows> at;
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
@@ -138,39 +136,40 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       smem.reference[row] = -INFINITY;
       smem.offset[row] = 0.0f;
     }
+    if (threadIdx.x == 0) smem.last_left = seqlen - (piece.tile_end - 1) * kTileTokens;
     take_query(args, smem, sequence);
     float sum[kMine<kRows>] = {};
     bool first = true;
 
-    for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
-      mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+    for (; tiles > 0; --tiles) {
+      const int left = smem.last_left + (tiles - 1) * kTileTokens;
+      mbarrier_wait(smem_address(&smem.full[at.stage]), at.ring_parity());
       TokenExponents exponents{};
       if constexpr (Format::kScales) {
-        exponents = find_exponents<Format>(smem_address(smem.ring[ring.slot]));
+        exponents = find_exponents<Format>(smem_address(smem.ring[at.stage]));
       }
-      const int slot = buffer.slot();
+      const int slot = at.buffer();
       float own[kRows / kSides / 2];
       {
         float s[kRows / 2];
-        compute_scores<Format, kRows>(s, smem, ring.slot, exponents);
+        compute_scores<Format, kRows>(s, smem, at.stage, exponents);
         // Of the buffer's last round; passes at once in the first.
-        mbarrier_wait(smem_address(&smem.probabilities_empty[slot]), buffer.parity() ^ 1);
+        mbarrier_wait(smem_address(&smem.probabilities_empty[slot]), at.buffer_parity() ^ 1);
         const uint32_t one = smem_address(smem.exchange);
         const uint32_t two = smem_address(smem.probabilities[slot]);
         const bool side = reread_side() != 0;
         exchange_sums<kRows>(s, own, side ? two : one, side ? one : two);
       }
-      finish_tile(args, smem, own, sum, exponents, ring.slot, slot, left, first);
+      finish_tile(args, smem, own, sum, exponents, at.stage, slot, left, first);
       first = false;
-      left -= kTileTokens;
-      ring.advance();
-      ++buffer.turn;
+      at.next_tile();
     }
 
     combine_rows<kRows>(smem.warp_rows + reread_side() * kWarps, sum,
                         [](float a, float b) { return a + b; });
-    if (threadIdx.x % kWarpgroupThreads < 4) finish_rows(args, smem, sum, sequence, sums_parity);
-    sums_parity ^= 1;
+    if (threadIdx.x % kWarpgroupThreads < 4)
+      finish_rows(args, smem, sum, sequence, at.sums_parity() ^ 1);
+    at.next_piece();
     __syncwarp();
   }
 }

@@ -11,8 +11,6 @@ namespace flashmla::sm90::dense_decode::fp8 {
 // two on their way.
 template <int kRows>
 constexpr int kStages = kRows == 64 ? 3 : 4;
-template <int kRows>
-using Ring = RingIndex<kStages<kRows>>;
 
 // Where the loading warp is (load.cuh). Kept here as its registers are few.
 struct LoadState {
@@ -44,7 +42,8 @@ struct alignas(1024) SharedStorage {
   float inverse_sum[kRows];               // of the last piece that is not empty, times kv_scale
   float factor[kSides][kRows];            // of half rows that are to be stored as partial results
   float score_scale;                      // what products are to be multiplied with
-  uint32_t query_peak[kRoleWarps];        // largest magnitudes of queries, bf16x2
+  int last_left;                    // tokens of the sequence from the last tile of the piece on
+  uint32_t query_peak[kRoleWarps];  // largest magnitudes of queries, bf16x2
   alignas(8) uint8_t exponent[kRows][kRoleWarps];  // of a value warp's largest output
   uint8_t rescale[2][kRows];                // the output so far is to be divided by 2 to this power
   alignas(8) uint8_t flags[2][kRoleWarps];  // of a tile, by score warp: kRescaled, kHasLargeScales
@@ -61,12 +60,28 @@ struct alignas(1024) SharedStorage {
 
 constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;
 
-// A buffer of two, and the parity of its round.
-struct BufferPosition {
-  uint32_t turn = 0;
+// Where a role is: its stage of the ring, and parities in one register, of which roles have few.
+template <int kRows>
+class Position {
+ public:
+  int stage = 0;
 
-  __device__ __forceinline__ int slot() const { return turn & 1; }
-  __device__ __forceinline__ uint32_t parity() const { return turn >> 1 & 1; }
+  __device__ __forceinline__ uint32_t ring_parity() const { return bits_ >> 2 & 1; }
+  __device__ __forceinline__ int buffer() const { return bits_ & 1; }
+  __device__ __forceinline__ uint32_t buffer_parity() const { return bits_ >> 1 & 1; }
+  __device__ __forceinline__ uint32_t sums_parity() const { return bits_ >> 3; }
+
+  __device__ __forceinline__ void next_tile() {
+    bits_ = (bits_ & ~3u) | ((bits_ + 1) & 3);
+    if (++stage == kStages<kRows>) {
+      stage = 0;
+      bits_ ^= 4;
+    }
+  }
+  __device__ __forceinline__ void next_piece() { bits_ ^= 8; }
+
+ private:
+  uint32_t bits_ = 0;  // two of the buffer's turns; the ring's parity; the sums'
 };
 
 // threadIdx.x, read where it stands: what is derived from it is not computed early and kept.

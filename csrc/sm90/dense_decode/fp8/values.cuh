@@ -69,6 +69,8 @@ __device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
 // Products of 16 tokens that are issued together: with 64 rows registers are few.
 template <int kRows>
 constexpr int kValueGroup = kRows == 64 ? 1 : 2;
+template <int kRows>
+constexpr int kValueBuffers = kRows == 64 ? 2 : 3;  // of such groups
 
 // Adds a tile's products. raw: of the tile's first 32 tokens and the warp's first columns; rows:
 // where they are. Frees the ring's stage as soon as its bytes are in registers.
@@ -77,20 +79,20 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
                                              int slot, uint32_t rows, uint32_t (&raw)[4],
                                              Output<kRows>& o) {
   using T = typename Format::Value;
-  constexpr int kGroup = kValueGroup<kRows>;
+  constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
   const uint32_t probabilities = operand_at(smem.probabilities[slot]);
   const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
-  uint32_t a[2][4 * kGroup];
+  uint32_t a[kBuffers][4 * kGroup];
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
     const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
-    uint32_t (&values)[4 * kGroup] = a[step % 2];
-    if (step >= 1) wgmma_wait<1>();
+    uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
+    if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
 #pragma unroll
     for (int k = fragment; k < fragment + kGroup; ++k) {
       const int tokens = k / 2 / kValueTiles * 32 + k % 2 * 16;
@@ -132,26 +134,25 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
 
 // A tile's share of the output. valid_tokens: of the tile.
 template <typename Format, int kRows>
-__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Ring<kRows> ring,
-                                         BufferPosition buffer, int valid_tokens,
-                                         Output<kRows>& o) {
-  const int thread = reread_thread(), lane = thread % 32, slot = buffer.slot();
-  const uint32_t tile = smem_address(smem.ring[ring.slot]);
+__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
+                                         int valid_tokens, Output<kRows>& o) {
+  const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
+  const uint32_t tile = smem_address(smem.ring[at.stage]);
   const uint32_t rows =
       tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
   uint32_t raw[4];
-  mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
-  mbarrier_wait(smem_address(&smem.probabilities_full[slot]), buffer.parity());
+  mbarrier_wait(smem_address(&smem.full[at.stage]), at.ring_parity());
+  mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
   load_values(raw, rows);
   const uint2 flags = *reinterpret_cast<const uint2*>(smem.flags[slot]);
   if ((flags.x | flags.y) & kRescaled) rescale_output<kRows>(o, smem.rescale[slot]);
   if ((flags.x | flags.y) & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
-      add_products<Format, kRows, true>(smem, ring.slot, slot, rows, raw, o);
+      add_products<Format, kRows, true>(smem, at.stage, slot, rows, raw, o);
     }
   } else {
-    add_products<Format, kRows, false>(smem, ring.slot, slot, rows, raw, o);
+    add_products<Format, kRows, false>(smem, at.stage, slot, rows, raw, o);
   }
   if (lane == 0) mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
   __syncwarp();
@@ -159,9 +160,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Rin
 
 template <typename T, typename Format, int kRows>
 __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
-  Ring<kRows> ring;
-  BufferPosition buffer;
-  uint32_t sums_parity = 0;
+  Position<kRows> at;
   if (is_loader()) start_loads(args, smem);
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
@@ -173,14 +172,13 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
       // Here alone: the code is long, and instructions are fetched as bytes are.
       if (is_loader()) fill_ring(args, smem);
-      add_tile(smem, ring, buffer, left, o);
+      add_tile(smem, at, left, o);
       left -= kTileTokens;
-      ring.advance();
-      ++buffer.turn;
+      at.next_tile();
     }
     if (!empty) {
-      mbarrier_wait(smem_address(&smem.sums_full), sums_parity);
-      sums_parity ^= 1;
+      mbarrier_wait(smem_address(&smem.sums_full), at.sums_parity());
+      at.next_piece();
     }
     const Piece part = piece_of_tiles(smem.begin, smem.end, sequence, 0);
     const int64_t row =
