@@ -9,10 +9,13 @@ namespace flashmla::sm90::index_topk {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxCluster = 8;  // blocks that share a row; more are not portable
-constexpr int kBins = 2048;     // of a digit: 11 bits
-// Keys that a block keeps in shared memory; those beyond are made from the scores again.
-constexpr int kMaxKeys = 52 * 1024;
+constexpr int kSteps = 8;  // four scores each, that a thread holds at once
+constexpr int kRoundTokens = kThreads * kSteps * 4;
+constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
+constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
+
+// Candidates that a block has room for, and all blocks of a row together may have.
+constexpr int candidate_room(int topk) { return 2 * topk + 2048; }
 
 struct KernelArgs {
   const float* scores;  // [b, queries, max_tokens]
@@ -25,7 +28,6 @@ struct KernelArgs {
   int max_blocks;
   int s_q, first_query, queries;  // of each sequence those that are selected for
   int topk;
-  int key_room;  // keys that a block has shared memory for, a multiple of 64
   bool causal;
   bool given;  // the scores, not by index_scores: those of blocks outside the layer may be anything
 };

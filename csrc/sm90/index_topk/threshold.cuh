@@ -1,26 +1,12 @@
-// The topk-th highest key of a row, by digits from the highest on: 11, 11 and 10 bits. Each block
-// counts its keys by digit, and the cluster sums the counts.
+// The topk-th highest key, by digits of 11 bits from the highest on. Each block counts its keys by
+// digit, and the cluster sums the counts.
 #pragma once
 
 #include "sm90/index_topk/keys.cuh"
+#include "sm90/index_topk/sums.cuh"
 #include "sm90/ptx/cluster.cuh"
 
 namespace flashmla::sm90::index_topk {
-
-// What is selected: all keys above `key`, and of those equal to it the first `equal`.
-struct Threshold {
-  uint32_t key;
-  int equal;
-};
-
-__device__ __forceinline__ int inclusive_warp_sum(int x) {
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const int lower = __shfl_up_sync(~0u, x, i);
-    if (static_cast<int>(threadIdx.x % 32) >= i) x += lower;
-  }
-  return x;
-}
 
 __device__ __forceinline__ void clear_bins(SharedStorage& smem) {
   static_assert(kBins == 4 * kThreads);
@@ -78,38 +64,32 @@ __device__ __forceinline__ Found find_bin(SharedStorage& smem, const uint32_t* t
   return smem.found;
 }
 
-// By all threads of the cluster. The slice's keys have been counted by their highest digit.
-__device__ __forceinline__ Threshold find_threshold(SharedStorage& smem, const Slice& slice,
-                                                    const uint32_t* keys, int topk,
-                                                    uint32_t blocks) {
-  uint32_t prefix = 0;  // of the topk-th highest key
-  int need = topk;      // the how manieth it is of those with this prefix
-  int shift = 21;
-  for (;;) {
+// By all threads of the `blocks` blocks; bins are clear. for_each(visit) visits the block's keys;
+// those below `base` are not looked at, no others exceed it by 2^(shift + 11) or more.
+template <typename ForEach>
+__device__ __forceinline__ Threshold find_threshold(SharedStorage& smem, uint32_t base, int shift,
+                                                    int need, uint32_t blocks,
+                                                    const ForEach& for_each) {
+  for (uint32_t digits = kBins;;) {
+    for_each([&](uint32_t key) {
+      const uint32_t digit = (key - base) >> shift;
+      if (key >= base && digit < digits) atomicAdd(&smem.bins.counts[digit], 1);
+    });
     if (blocks > 1) {
       sum_cluster(smem, blocks);
     } else {
       __syncthreads();
     }
     const Found found = find_bin(smem, blocks > 1 ? smem.bins.totals : smem.bins.counts, need);
-    if (found.bin < 0) return {0, 0};  // fewer than topk: all
-    const int bits = shift == 0 ? 10 : 11;
-    prefix = prefix << bits | found.bin;
+    if (found.bin < 0) return {0, 0};  // fewer than needed: all
+    base += static_cast<uint32_t>(found.bin) << shift;
     need -= found.above;
-    if (found.within == need) return {(prefix << shift) - 1, 0};
-    if (shift == 0) return {prefix, need};
-
+    if (found.within == need) return {base - 1, 0};
+    if (shift == 0) return {base, need};
+    digits = min(1u << shift, kBins);
+    shift = max(shift - 11, 0);
     clear_bins(smem);
     __syncthreads();
-    const int above = shift, next = shift == 21 ? 10 : 0;
-    const uint32_t mask = next == 0 ? 1023 : kBins - 1;
-    read_keys(slice, keys, [&](uint4 four) {
-      const auto count = [&](uint32_t key) {
-        if (key >> above == prefix) atomicAdd(&smem.bins.counts[key >> next & mask], 1);
-      };
-      count(four.x), count(four.y), count(four.z), count(four.w);
-    });
-    shift = next;
   }
 }
 
