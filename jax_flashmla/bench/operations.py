@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from jax_flashmla.bench import dense_decode, sparse_decode
+from jax_flashmla.bench import dense_decode, indexer, sparse_decode
 from jax_flashmla.bench.operation import Operation
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (dense_decode.OPERATION, sparse_decode.OPERATION)
+    operation.name: operation
+    for operation in (
+        dense_decode.OPERATION,
+        sparse_decode.OPERATION,
+        indexer.SCORES,
+        indexer.TOPK,
+    )
 }
 DEFAULT = "dense_decode"
