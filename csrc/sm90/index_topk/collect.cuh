@@ -2,7 +2,6 @@
 #pragma once
 
 #include "sm90/index_topk/round.cuh"
-#include "sm90/ptx/cluster.cuh"
 
 namespace flashmla::sm90::index_topk {
 
@@ -45,33 +44,6 @@ __device__ __forceinline__ Tally collect(SharedStorage& smem, const Slice& slice
       first += places.total(i);
     }
   }
-  return all;
-}
-
-// All blocks' candidates, one after the other, into the first block's room, if there is room for
-// them and they are at least `need`. Returns their tally, in all blocks.
-__device__ __forceinline__ Tally gather(SharedStorage& smem, Tally mine,
-                                        const Candidate* candidates, uint32_t blocks, int need,
-                                        int room) {
-  const uint32_t rank = cluster_rank(), lane = threadIdx.x % 32;
-  if (threadIdx.x < blocks) {
-    store_cluster(map_shared(smem_address(&smem.block_tallies[rank]), threadIdx.x),
-                  uint2{static_cast<uint32_t>(mine.candidates), mine.highest});
-  }
-  cluster_sync();
-  const Tally of_rank = lane < blocks ? smem.block_tallies[lane] : Tally{};
-  const Tally all{__reduce_add_sync(~0u, of_rank.candidates),
-                  __reduce_max_sync(~0u, of_rank.highest)};
-  const int earlier = __reduce_add_sync(~0u, lane < rank ? of_rank.candidates : 0);
-  if (all.candidates < need || all.candidates > room) return all;
-  if (rank > 0) {
-    const uint32_t target = map_shared(smem_address(candidates + earlier), 0);
-    for (int i = threadIdx.x; i < mine.candidates; i += kThreads) {
-      const Candidate x = candidates[i];
-      store_cluster(target + i * sizeof(Candidate), uint2{x.key, static_cast<uint32_t>(x.token)});
-    }
-  }
-  cluster_sync();
   return all;
 }
 

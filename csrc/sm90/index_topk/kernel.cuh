@@ -7,10 +7,10 @@
 #pragma once
 
 #include "sm90/index_topk/collect.cuh"
+#include "sm90/index_topk/gather.cuh"
 #include "sm90/index_topk/refine.cuh"
 #include "sm90/index_topk/sample.cuh"
 #include "sm90/index_topk/select_row.cuh"
-#include "sm90/ptx/barrier.cuh"
 
 namespace flashmla::sm90::index_topk {
 
@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads, 2) index_topk_kernel(const KernelArg
 
   clear_bins(smem);
   const uint32_t blocks = cluster_size(), rank = cluster_rank();
+  if (blocks > 1) prepare_gather(smem, blocks);
   const int64_t row = blockIdx.x / blocks;
   const int64_t sequence = row / args.queries;
   const int query = args.first_query + static_cast<int>(row % args.queries);
@@ -48,11 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2) index_topk_kernel(const KernelArg
       },
       candidates, room);
   const int need = bound > kLeastKey ? args.topk : 0;
-  if (blocks > 1) {
-    tally = gather(smem, tally, candidates, blocks, need, room);
-  } else {
-    __syncthreads();
-  }
+  if (blocks > 1) tally = gather(smem, tally, candidates, blocks, need, room);
+  __syncthreads();
   const int64_t out = (sequence * args.s_q + query) * args.topk;
   const Output output{.indices = args.indices + out,
                       .positions = args.positions + out,

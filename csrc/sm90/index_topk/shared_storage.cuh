@@ -49,6 +49,7 @@ struct alignas(16) SharedStorage {
   Counts block_counts[kMaxCluster];  // of the cluster
   Tally warp_tallies[2][kWarps];     // of two rounds
   Tally block_tallies[kMaxCluster];
+  uint64_t tallies_there, candidates_there;  // mbarriers; the latter in a row's first block
   Found found;
   Threshold threshold;
   int num_close;

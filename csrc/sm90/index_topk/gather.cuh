@@ -1,0 +1,60 @@
+// The candidates of the blocks that share a row, brought together without a barrier of the cluster.
+#pragma once
+
+#include "sm90/index_topk/shared_storage.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/cluster.cuh"
+
+namespace flashmla::sm90::index_topk {
+
+// Before anything is sent. Blocks may send once `cluster_wait` lets them.
+__device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blocks) {
+  if (threadIdx.x == 0) {
+    const uint32_t there = smem_address(&smem.tallies_there);
+    mbarrier_init(there, 1);
+    mbarrier_init(smem_address(&smem.candidates_there), 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect(there, blocks * sizeof(Tally));
+  }
+  __syncwarp();
+  cluster_arrive_relaxed();
+}
+
+// All blocks' candidates, one after the other, into the first block's room, if there is room for
+// them and they are at least `need`. Returns their tally, in all blocks. The first block's threads
+// have to synchronise before they read.
+__device__ __forceinline__ Tally gather(SharedStorage& smem, Tally mine,
+                                        const Candidate* candidates, uint32_t blocks, int need,
+                                        int room) {
+  const uint32_t rank = cluster_rank(), lane = threadIdx.x % 32;
+  cluster_wait();
+  if (threadIdx.x < blocks) {
+    store_async(map_shared(smem_address(&smem.block_tallies[rank]), threadIdx.x),
+                uint2{static_cast<uint32_t>(mine.candidates), mine.highest},
+                map_shared(smem_address(&smem.tallies_there), threadIdx.x));
+  }
+  mbarrier_wait(smem_address(&smem.tallies_there), 0);
+  const Tally of_rank = lane < blocks ? smem.block_tallies[lane] : Tally{};
+  const Tally all{__reduce_add_sync(~0u, of_rank.candidates),
+                  __reduce_max_sync(~0u, of_rank.highest)};
+  if (all.candidates < need || all.candidates > room) return all;
+  const uint32_t there = smem_address(&smem.candidates_there);
+  if (rank == 0) {
+    const int others = all.candidates - mine.candidates;
+    if (threadIdx.x == 0) mbarrier_arrive_expect(there, others * sizeof(Candidate));
+    mbarrier_wait(there, 0);
+    return all;
+  }
+  const int earlier = __reduce_add_sync(~0u, lane < rank ? of_rank.candidates : 0);
+  const uint32_t target = map_shared(smem_address(candidates + earlier), 0);
+  const uint32_t mapped_there = map_shared(there, 0);
+  __syncthreads();  // the block's candidates are stored
+  for (int i = threadIdx.x; i < mine.candidates; i += kThreads) {
+    const Candidate x = candidates[i];
+    store_async(target + i * sizeof(Candidate), uint2{x.key, static_cast<uint32_t>(x.token)},
+                mapped_there);
+  }
+  return all;
+}
+
+}  // namespace flashmla::sm90::index_topk
