@@ -46,7 +46,7 @@ def fake_peers(**replaced) -> live_peer.Indexers:
     """DeepGEMM and SGLang's library of our operations and NumPy, on the fake PyTorch."""
 
     def logits(q, blocks, weights, seqlens, table, schedule, s_k, clean):
-        assert (schedule, clean, s_k) == ("schedule", False, seqlens.array[0])
+        assert (schedule, clean, s_k) == ("schedule", False, seqlens.array[0, -1])
         b, s_q, heads, _ = q.shape
         assert blocks.shape[1:] == (64, 1, 132)
         scores = index_scores(
@@ -54,7 +54,7 @@ def fake_peers(**replaced) -> live_peer.Indexers:
             weights.array.reshape(b, s_q, heads),
             blocks.array.reshape(len(blocks.array), -1),
             table.array,
-            seqlens.array,
+            seqlens.array[:, -1],
             format=inputs.FORMAT,
         )
         return Tensor(np.asarray(scores).reshape(b * s_q, -1))

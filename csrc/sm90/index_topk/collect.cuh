@@ -5,39 +5,35 @@
 
 namespace flashmla::sm90::index_topk {
 
-// By all threads. guess() gives the bound, and is called while the first scores are loaded. `room`
-// is for candidate_room(topk) candidates; the tally counts those beyond, too.
-template <typename Guess>
-__device__ __forceinline__ Tally collect(SharedStorage& smem, const Slice& slice,
-                                         const Guess& guess, Candidate* candidates, int room) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// By all threads: returns how many there are, none of which is stored if there is no room for all.
+// guess() gives the bound, and is called while the first scores are loaded.
+template <int kWarps, typename Guess>
+__device__ __forceinline__ int collect(SharedStorage& smem, const Slice& slice, const Guess& guess,
+                                       const Candidates& candidates) {
   float least = 0;
-  Tally all{};
-  for (int begin = 0, turn = 0; turn == 0 || begin < slice.count; begin += kRoundTokens, ++turn) {
-    Round round;
+  int all = 0;
+  for (int begin = 0, turn = 0; turn == 0 || begin < slice.count;
+       begin += round_tokens(kWarps), ++turn) {
+    Round<kWarps> round;
     round.load(slice, begin);
-    if (turn == 0) least = score_of(guess());
+    if (turn == 0) least = guess();
     const uint32_t mask = round.compare(least);
-    Tally* const tallies = smem.warp_tallies[turn & 1];
-    const Tally mine{__reduce_add_sync(~0u, __popc(mask)),
-                     __reduce_max_sync(~0u, key_of(round.highest()))};
-    if (lane == 0) tallies[warp] = mine;
     const Places places(mask);
-    __syncthreads();
-    const Tally of_lane = lane < kWarps ? tallies[lane] : Tally{};
-    int first = all.candidates + __reduce_add_sync(~0u, lane < warp ? of_lane.candidates : 0);
-    all.candidates += __reduce_add_sync(~0u, of_lane.candidates);
-    all.highest = max(all.highest, __reduce_max_sync(~0u, of_lane.highest));
+    const uint2 sums =
+        sum_warps<kWarps>(__reduce_add_sync(~0u, __popc(mask)), smem.warp_sums[turn & 1]);
+    int first = all + sums.x;
+    all += sums.y;
+    if (all > candidates.room) continue;
+    const int token = slice.begin + round.first;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
+      if (i * 4 >= round.count) break;
       int place = first + places.lower(i);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (mask >> (4 * i + k) & 1) {
-          if (place < room) {
-            candidates[place] = {key_of(round.scores[i][k]),
-                                 slice.begin + round.first + i * 128 + k};
-          }
+          candidates.scores[place] = round.scores[i][k];
+          candidates.tokens[place] = token + i * 128 + k;
           ++place;
         }
       }

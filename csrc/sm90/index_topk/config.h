@@ -7,15 +7,23 @@
 
 namespace flashmla::sm90::index_topk {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kSteps = 8;  // four scores each, that a thread holds at once
-constexpr int kRoundTokens = kThreads * kSteps * 4;
+constexpr int kMaxWarps = 16;  // of a block: 4, 8 or 16
+constexpr int kSteps = 8;      // of four scores, that a thread holds at once
+constexpr int round_tokens(int warps) { return warps * 32 * kSteps * 4; }
+// Blocks of a multiprocessor, by registers and, with short rows, shared memory.
+template <int kWarps>
+constexpr int kBlocks = kWarps == 4   ? 5
+                        : kWarps == 8 ? 3
+                                      : 2;
 constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
 constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
 
-// Candidates that a block has room for, and all blocks of a row together may have.
-constexpr int candidate_room(int topk) { return 2 * topk + 2048; }
+// Candidates that a block has room for, and all blocks of a row together may have; there is always
+// room for the smallest sample of a row.
+constexpr int candidate_room(int topk, int64_t max_tokens) {
+  const int most = 2 * topk + 2048;
+  return max_tokens >= most ? most : max_tokens < 256 ? 256 : static_cast<int>(max_tokens);
+}
 
 struct KernelArgs {
   const float* scores;  // [b, queries, max_tokens]
@@ -28,6 +36,7 @@ struct KernelArgs {
   int max_blocks;
   int s_q, first_query, queries;  // of each sequence those that are selected for
   int topk;
+  int room;  // for candidates
   bool causal;
   bool given;  // the scores, not by index_scores: those of blocks outside the layer may be anything
 };

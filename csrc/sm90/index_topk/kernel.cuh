@@ -15,57 +15,57 @@
 namespace flashmla::sm90::index_topk {
 
 // Grid: (rows * blocks of a cluster).
-__global__ void __launch_bounds__(kThreads, 2) index_topk_kernel(const KernelArgs args) {
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
+    index_topk_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(16) uint8_t dynamic_shared[];
   auto& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared);
-  Candidate* const candidates = candidates_of(dynamic_shared);
+  const Candidates candidates = Candidates::behind(dynamic_shared, args.room);
 
-  clear_bins(smem);
+  clear_bins<kWarps>(smem);
   const uint32_t blocks = cluster_size(), rank = cluster_rank();
   if (blocks > 1) prepare_gather(smem, blocks);
-  const int64_t row = blockIdx.x / blocks;
-  const int64_t sequence = row / args.queries;
-  const int query = args.first_query + static_cast<int>(row % args.queries);
+  const uint32_t row = blockIdx.x >> (__ffs(blocks) - 1), queries = args.queries;
+  const uint32_t sequence = row / queries;
+  const int query = args.first_query + row % queries;
   // index_scores let this kernel start when whatever came before it was done: only the scores are
   // to be waited for.
   int seqlen = args.given ? 0 : args.cache_seqlens[sequence];
   wait_for_prerequisites();
   launch_dependents();
   if (args.given) seqlen = args.cache_seqlens[sequence];
-  const int64_t length = min(max(int64_t{seqlen}, int64_t{0}), args.max_tokens);
-  const int seen = max(int64_t{0}, args.causal ? length - (args.s_q - 1 - query) : length);
-  const int room = candidate_room(args.topk);
+  const int length = min(max(seqlen, 0), args.max_blocks * 64);
+  const int seen = max(args.causal ? length - (args.s_q - 1 - query) : length, 0);
 
-  const Slice slice = Slice::of_block(args, row, seen, blocks, rank);
-  const Sample sample = Sample::of_row(candidates, seen);
+  const Slice whole = Slice::of_row(args, row, sequence, seen);
+  const Slice slice = whole.share(blocks, rank);
+  const auto sample = Sample<kWarps>::of_row(candidates.scores, seen);
   const bool all_are_candidates = seen <= args.topk;
-  if (!all_are_candidates) sample.load(Slice::of_block(args, row, seen, 1, 0), seen);
-  uint32_t bound = kLeastKey;
-  Tally tally = collect(
+  if (!all_are_candidates) sample.load(whole);
+  Bound bound = kNoBound;
+  int count = collect<kWarps>(
       smem, slice,
       [&] {
         if (!all_are_candidates) bound = guess_bound(smem, sample, seen, args.topk);
-        return bound;
+        return bound.least;
       },
-      candidates, room);
-  const int need = bound > kLeastKey ? args.topk : 0;
-  if (blocks > 1) tally = gather(smem, tally, candidates, blocks, need, room);
+      candidates);
+  const int need = bound.least > kNoBound.least ? args.topk : 0;
+  if (blocks > 1) count = gather<kWarps>(smem, count, candidates, blocks, need);
   __syncthreads();
-  const int64_t out = (sequence * args.s_q + query) * args.topk;
+  const int64_t out = (int64_t{sequence} * args.s_q + query) * args.topk;
   const Output output{.indices = args.indices + out,
                       .positions = args.positions + out,
-                      .table = args.block_table + sequence * args.max_blocks,
+                      .table = whole.table,
                       .topk = args.topk};
-  if (tally.candidates < need || tally.candidates > room) {
-    select_row(output, smem, slice, blocks);
+  if (count < need || count > candidates.room) {
+    select_row<kWarps>(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
     return;
   }
   if (rank > 0) return;
-  Threshold threshold{0, 0};  // all
-  if (tally.candidates > args.topk) {
-    threshold = refine(smem, candidates, tally.candidates, bound, tally.highest, args.topk);
-  }
-  write_candidates(output, smem, candidates, tally.candidates, threshold);
+  Threshold threshold = kAll;
+  if (count > args.topk) threshold = refine<kWarps>(smem, candidates, count, bound, args.topk);
+  write_candidates<kWarps>(output, smem, candidates, count, threshold);
 }
 
 }  // namespace flashmla::sm90::index_topk

@@ -28,25 +28,36 @@ struct Slice {
   uint32_t layer_blocks;
   bool check_blocks;
 
-  // An even share of the `seen` tokens of a row.
-  static __device__ Slice of_block(const KernelArgs& args, int64_t row, int seen, int blocks,
-                                   int rank) {
-    const int tiles = (seen + 63) / 64, share = (tiles + blocks - 1) / blocks;
-    const int begin = min(rank * share, tiles) * 64, count = min(share * 64, max(seen - begin, 0));
-    const int64_t sequence = row / args.queries;
-    return {.scores = args.scores + row * args.max_tokens + begin,
-            .table = args.block_table + sequence * args.max_blocks + begin / 64,
-            .begin = begin,
-            .count = count,
+  // Of a whole row that sees `seen` tokens.
+  static __device__ Slice of_row(const KernelArgs& args, uint32_t row, uint32_t sequence,
+                                 int seen) {
+    return {.scores = args.scores + row * args.max_tokens,
+            .table = args.block_table + int64_t{sequence} * args.max_blocks,
+            .begin = 0,
+            .count = seen,
             .layer_blocks = args.layer_blocks,
             .check_blocks = args.given};
+  }
+
+  // An even share of it, a block's of a power of two.
+  __device__ Slice share(uint32_t blocks, uint32_t rank) const {
+    const int shift = __ffs(blocks) - 1;
+    const int tiles = (count + 63) / 64, share = (tiles + blocks - 1) >> shift;
+    Slice slice = *this;
+    slice.begin = min(static_cast<int>(rank) * share, tiles) * 64;
+    slice.count = min(share * 64, max(count - slice.begin, 0));
+    slice.scores += slice.begin;
+    slice.table += slice.begin / 64;
+    return slice;
   }
 
   __device__ __forceinline__ bool in_layer(int i) const {
     return !check_blocks || static_cast<uint32_t>(table[i / 64]) < layer_blocks;
   }
-  __device__ __forceinline__ float score(int i) const { return in_layer(i) ? scores[i] : NAN; }
-  __device__ __forceinline__ uint32_t key(int i) const { return key_of(score(i)); }
+  __device__ __forceinline__ float score(int i) const {
+    const float score = scores[i];
+    return in_layer(i) ? score : NAN;
+  }
 };
 
 }  // namespace flashmla::sm90::index_topk

@@ -24,11 +24,19 @@ Status check_supported(const IndexTopkParams& params) {
   return require_hopper();
 }
 
+// Warps of a block: as few as hold a row at once where there are many rows, so that more of them
+// are worked on at a time; else many, which are faster with one.
+int choose_warps(int64_t rows, int64_t tokens, int multiprocessors) {
+  int warps = kMaxWarps;
+  while (warps > 4 && rows > multiprocessors && tokens <= round_tokens(warps / 2)) warps /= 2;
+  return warps;
+}
+
 // Blocks that share a row: more while a share is more than a block holds at once and all blocks
 // have room at once, two on a multiprocessor.
 int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
   int blocks = 1;
-  while (blocks < kMaxCluster && tokens > int64_t{blocks} * kRoundTokens &&
+  while (blocks < kMaxCluster && tokens > int64_t{blocks} * round_tokens(kMaxWarps) &&
          rows * blocks <= multiprocessors) {
     blocks *= 2;
   }
@@ -52,12 +60,17 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .first_query = first_query,
                         .queries = queries,
                         .topk = params.topk,
+                        .room = candidate_room(params.topk, max_tokens),
                         .causal = params.causal,
                         .given = params.scores != nullptr};
-  return launch(index_topk_kernel,
+  const int warps = choose_warps(rows, max_tokens, multiprocessors);
+  const auto kernel = warps == 4   ? index_topk_kernel<4>
+                      : warps == 8 ? index_topk_kernel<8>
+                                   : index_topk_kernel<16>;
+  return launch(kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
-                 .block = kThreads,
-                 .shared_bytes = static_cast<size_t>(index_topk::shared_bytes(params.topk)),
+                 .block = static_cast<unsigned>(warps) * 32,
+                 .shared_bytes = static_cast<size_t>(shared_bytes(args.room)),
                  .dependent = true,
                  .most_shared = true,
                  .cluster = cluster},

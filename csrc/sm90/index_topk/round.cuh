@@ -1,4 +1,4 @@
-// Up to kRoundTokens scores in a block's registers.
+// Up to round_tokens(kWarps) scores in a block's registers.
 #pragma once
 
 #include "sm90/index_topk/keys.cuh"
@@ -19,14 +19,16 @@ __device__ __forceinline__ void load_if(bool exist, const float* from, float (&x
 }
 
 // A warp has a run of up to kSteps times 128 tokens, a thread four of each 128.
+template <int kWarps>
 struct Round {
+  static constexpr int kTokens = round_tokens(kWarps);
   float scores[kSteps][4];  // NaN where there is no token, but not within four of which one is
   int first;                // this thread's first token, of the slice; then every 128th four
   int count;                // its tokens, of the first count / 4 steps and count % 4 of the next
 
   __device__ __forceinline__ void load(const Slice& slice, int begin) {
     const int lane = threadIdx.x % 32;
-    const int steps = (min(slice.count - begin, kRoundTokens) + 128 * kWarps - 1) / (128 * kWarps);
+    const int steps = (min(slice.count - begin, kTokens) + 128 * kWarps - 1) / (128 * kWarps);
     const int run = begin + static_cast<int>(threadIdx.x / 32) * steps * 128;
     const int end = min(slice.count, run + steps * 128);
     uint32_t in_layer = ~0u;
@@ -49,13 +51,6 @@ struct Round {
 #pragma unroll
     for (int i = 0; i < kSteps * 4; ++i) mask |= (scores[i / 4][i % 4] >= least) << i;
     return count < 32 ? mask & ((1u << count) - 1) : mask;
-  }
-
-  __device__ __forceinline__ float highest() const {
-    float highest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kSteps * 4; ++i) highest = fmaxf(highest, scores[i / 4][i % 4]);
-    return highest;
   }
 };
 

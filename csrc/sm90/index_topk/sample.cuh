@@ -3,70 +3,93 @@
 // highest is found without it.
 #pragma once
 
+#include <cfloat>
+
 #include "sm90/index_topk/keys.cuh"
 
 namespace flashmla::sm90::index_topk {
 
-constexpr int kSearchSteps = 13;
+// Lower bound of the candidates, and about the highest of them.
+struct Bound {
+  float least, highest;
+};
+constexpr Bound kNoBound{-FLT_MAX, -FLT_MAX};  // of finite scores
 
-// Scores of the row at even distances, a thread's next to one another in its own column of shared
-// memory: only the thread itself reads them.
+// Scores of a row at even distances, a thread's in its own column of shared memory, which only the
+// thread itself reads: one of 64 tokens, but at least 512 and at most 4096.
+template <int kWarps>
 struct Sample {
-  float* scores;  // [per_thread][kThreads]
-  int per_thread;
+  static constexpr int kThreads = kWarps * 32;
+  static_assert(candidate_room(1, 0) * 8 >= 512 * sizeof(float));
+  static_assert(candidate_room(1, 65536) * 8 >= 4096 * sizeof(float));
+  float* scores;  // [2^shift / kThreads][kThreads]
+  int shift;
 
-  // One of 64 tokens, but at least 1024 tokens and at most what there is room for: 4096.
-  static __device__ Sample of_row(Candidate* room, int seen) {
-    static_assert(candidate_room(1) * sizeof(Candidate) >= 8 * kThreads * sizeof(float));
-    constexpr int kTokens = 64 * kThreads;
-    return {reinterpret_cast<float*>(room), seen < 4 * kTokens ? 2 : seen < 8 * kTokens ? 4 : 8};
+  static __device__ __forceinline__ Sample of_row(float* room, int seen) {
+    return {room, min(max(25 - __clz(seen), 9), 12)};
   }
-  __device__ int size() const { return per_thread * kThreads; }
-  __device__ float& score(int i) const { return scores[i * kThreads + threadIdx.x]; }
+  __device__ __forceinline__ int size() const { return 1 << shift; }
 
-  // row: of the whole row.
-  __device__ void load(const Slice& row, int seen) const {
-    for (int i = 0; i < per_thread; ++i) {
-      const uint32_t number = i * kThreads + threadIdx.x;
-      score(i) = row.score(static_cast<int>(uint64_t{number} * seen >> (per_thread == 2   ? 10
-                                                                        : per_thread == 4 ? 11
-                                                                                          : 12)));
+  __device__ __forceinline__ void load(const Slice& row) const {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < size(); i += kThreads) {
+      scores[i] = row.score(static_cast<int>(static_cast<uint64_t>(i) * row.count >> shift));
     }
   }
 
-  __device__ int count_from(uint32_t key) const {
-    const float least = score_of(key);
+  __device__ __forceinline__ int count_from(float least) const {
     int count = 0;
-    for (int i = 0; i < per_thread; ++i) count += __syncthreads_count(score(i) >= least);
+    for (int i = threadIdx.x; i < size(); i += kThreads) {
+      count += __syncthreads_count(scores[i] >= least);
+    }
     return count;
+  }
+
+  // The scores between which to look.
+  __device__ __forceinline__ Bound range(SharedStorage& smem) const {
+    uint32_t lowest = ~0u, highest = 0;
+    for (int i = threadIdx.x; i < size(); i += kThreads) {
+      const uint32_t key = key_of(scores[i]);
+      if (key != 0) lowest = min(lowest, key), highest = max(highest, key);
+    }
+    lowest = __reduce_min_sync(~0u, lowest), highest = __reduce_max_sync(~0u, highest);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) smem.warp_lowest[warp] = lowest, smem.warp_highest[warp] = highest;
+    __syncthreads();
+    lowest = __reduce_min_sync(~0u, lane < kWarps ? smem.warp_lowest[lane] : ~0u);
+    highest = __reduce_max_sync(~0u, lane < kWarps ? smem.warp_highest[lane] : 0);
+    return highest == 0 ? kNoBound : Bound{score_of(lowest), score_of(highest)};
   }
 };
 
-// By all threads. A key that about topk of the row's `seen` and four standard deviations more are
-// not below, if the sample is like the row.
-__device__ __forceinline__ uint32_t guess_bound(SharedStorage& smem, const Sample& sample, int seen,
-                                                int topk) {
-  const float mean = static_cast<float>(topk) * sample.size() / seen;
-  const int rank = static_cast<int>(mean + 4 * sqrtf(mean)) + 2;
-  if (rank > sample.size()) return kLeastKey;
-  uint32_t lowest = ~0u, highest = 0;
-  for (int i = 0; i < sample.per_thread; ++i) {
-    const uint32_t key = key_of(sample.score(i));
-    lowest = min(lowest, key), highest = max(highest, key);
+// By all threads. A score that about topk of the row's `seen` and four standard deviations more
+// reach, if the sample is like the row. Halves the range of scores, then that of their keys.
+template <int kWarps>
+__device__ __forceinline__ Bound guess_bound(SharedStorage& smem, const Sample<kWarps>& sample,
+                                             int seen, int topk) {
+  constexpr int kLinear = 10, kSearch = 26;
+  const float share = static_cast<float>(topk) / seen, mean = share * sample.size();
+  const int rank = static_cast<int>(mean + 4 * sqrtf(mean * (1 - share))) + 2;
+  const int most = rank + rank / 8 + 1;
+  const Bound range = sample.range(smem);
+  Bound bound{-FLT_MAX, range.highest};
+  float low = range.least, high = range.highest;
+  for (int i = 0; i < kSearch; ++i) {
+    float middle = 0.5f * low + 0.5f * high;
+    if (i >= kLinear) {
+      const uint32_t from = key_of(low), to = key_of(high);
+      middle = score_of(from + (to - from) / 2);
+    }
+    if (!(low < middle && middle < high)) break;
+    const int count = sample.count_from(middle);
+    if (count < rank) {
+      high = middle;
+    } else {
+      bound.least = low = middle;
+      if (count <= most) break;
+    }
   }
-  lowest = __reduce_min_sync(~0u, lowest), highest = __reduce_max_sync(~0u, highest);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) smem.warp_tallies[1][warp] = {static_cast<int>(lowest), highest};
-  __syncthreads();
-  const Tally of_lane = smem.warp_tallies[1][lane % kWarps];
-  // The bound is in [low, high).
-  uint32_t low = max(__reduce_min_sync(~0u, static_cast<uint32_t>(of_lane.candidates)), kLeastKey);
-  uint32_t high = __reduce_max_sync(~0u, of_lane.highest) + 1;
-  for (int i = 0; i < kSearchSteps && high > low + 1; ++i) {
-    const uint32_t middle = low + (high - low) / 2;
-    (sample.count_from(middle) >= rank ? low : high) = middle;
-  }
-  return low;
+  return bound;
 }
 
 }  // namespace flashmla::sm90::index_topk

@@ -11,21 +11,21 @@ namespace flashmla::sm90::index_topk {
 struct WarpShare {
   int begin, end;
 
-  static __device__ WarpShare of(const Slice& slice) {
-    const int share = (slice.count + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  static __device__ WarpShare of(const Slice& slice, int warps) {
+    const int share = (slice.count + 32 * warps - 1) / (32 * warps) * 32;
     const int begin = threadIdx.x / 32 * share;
     return {min(begin, slice.count), min(begin + share, slice.count)};
   }
 };
 
 __device__ __forceinline__ Counts count_share(const Slice& slice, WarpShare share,
-                                              uint32_t threshold) {
+                                              float threshold) {
   Counts counts{};
 #pragma unroll 4
   for (int i = share.begin + threadIdx.x % 32; i < share.end; i += 32) {
-    const uint32_t key = slice.key(i);
-    counts.above += key > threshold;
-    counts.equal += key == threshold;
+    const float score = slice.score(i);
+    counts.above += score > threshold;
+    counts.equal += score == threshold;
   }
   return sum_lanes(counts);
 }
@@ -39,9 +39,8 @@ __device__ __forceinline__ void write_share(const Output& output, const Slice& s
 #pragma unroll 2
   for (int base = share.begin; base < share.end; base += 32) {
     const int i = base + lane;
-    const uint32_t key = i < share.end ? slice.key(i) : 0;
-    const bool is_above = key > threshold.key;
-    const bool is_equal = i < share.end && key == threshold.key;
+    const float score = i < share.end ? slice.score(i) : NAN;
+    const bool is_above = score > threshold.score, is_equal = score == threshold.score;
     const uint32_t above = __ballot_sync(~0u, is_above), equal = __ballot_sync(~0u, is_equal);
     const Counts mine = before + Counts{__popc(above & lower_lanes), __popc(equal & lower_lanes)};
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
@@ -51,20 +50,22 @@ __device__ __forceinline__ void write_share(const Output& output, const Slice& s
   }
 }
 
-// By all threads of the cluster; bins are clear.
+// By all threads of the cluster; bins are clear. totals: as find_threshold says.
+template <int kWarps>
 __device__ __forceinline__ void select_row(const Output& output, SharedStorage& smem,
-                                           const Slice& slice, uint32_t blocks) {
+                                           const Slice& slice, uint32_t* totals, uint32_t blocks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t rank = cluster_rank();
+  constexpr int kThreads = kWarps * 32;
   const Threshold threshold =
-      find_threshold(smem, 0, 21, output.topk, blocks, [&](const auto& visit) {
+      find_threshold<kWarps>(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < slice.count; i += kThreads) {
-          if (const uint32_t key = slice.key(i)) visit(key);
+          if (const uint32_t key = key_of(slice.score(i))) visit(key);
         }
       });
-  const WarpShare share = WarpShare::of(slice);
-  const Counts counts = count_share(slice, share, threshold.key);
+  const WarpShare share = WarpShare::of(slice, kWarps);
+  const Counts counts = count_share(slice, share, threshold.score);
   if (lane == 0) smem.warp_counts[warp] = counts;
   __syncthreads();
   const Counts of_lane = lane < kWarps ? smem.warp_counts[lane] : Counts{};

@@ -1,6 +1,8 @@
 // The kernel's plan of shared memory; the block's candidates lie behind it.
 #pragma once
 
+#include <cmath>
+
 #include "sm90/index_topk/config.h"
 #include "sm90/ptx/smem_desc.cuh"
 
@@ -13,56 +15,47 @@ struct Found {
   int within;  // of this one
 };
 
-// What is selected: all keys above `key`, and of those equal to it the first `equal`.
+// What is selected: all scores above `score`, and of those equal to it the first `equal`.
 struct Threshold {
-  uint32_t key;
+  float score;
   int equal;
 };
+constexpr Threshold kAll{-INFINITY, 0};
 
-// Keys above the threshold, and equal to it.
+// Scores above the threshold, and equal to it.
 struct Counts {
   int above, equal;
 };
 
-// Of a block or a warp, and the highest of their keys.
-struct Tally {
-  int candidates;
-  uint32_t highest;
-};
-
-// A token that may be selected.
-struct Candidate {
-  uint32_t key;
-  int32_t token;  // of the row
-};
-
 struct alignas(16) SharedStorage {
-  struct {
-    uint32_t counts[kBins];  // of the block's keys by digit
-    union {
-      uint32_t totals[kBins];  // of all the cluster's
-      uint32_t close[kBins];   // keys of the bin in which the threshold is
-    };
-  } bins;
-  uint32_t warp_sums[kWarps];
-  Counts warp_counts[kWarps];
+  uint32_t bins[kBins];              // how many of the block's scores
+  float close[kMaxWarps * 32];       // scores of the bin in which the threshold is
+  uint32_t warp_sums[2][kMaxWarps];  // of two turns
+  uint32_t warp_lowest[kMaxWarps], warp_highest[kMaxWarps];
+  Counts warp_counts[kMaxWarps];
   Counts block_counts[kMaxCluster];  // of the cluster
-  Tally warp_tallies[2][kWarps];     // of two rounds
-  Tally block_tallies[kMaxCluster];
-  uint64_t tallies_there, candidates_there;  // mbarriers; the latter in a row's first block
+  uint32_t block_candidates[kMaxCluster];
+  uint64_t counts_there, candidates_there;  // mbarriers; the latter in a row's first block
   Found found;
   Threshold threshold;
   int num_close;
 };
 
-// Dynamic shared memory: the storage, then candidate_room(topk) candidates, among which a sample of
-// the row's scores lies before there are any.
-__device__ __forceinline__ Candidate* candidates_of(uint8_t* dynamic_shared) {
-  return reinterpret_cast<Candidate*>(dynamic_shared + sizeof(SharedStorage));
-}
-constexpr int shared_bytes(int topk) {
-  return sizeof(SharedStorage) + candidate_room(topk) * sizeof(Candidate);
-}
-static_assert(shared_bytes(kMaxTopk) <= 232448, "Hopper has 227 KB a block");
+// Tokens that may be selected, in the order of positions. In their place is, before there are any,
+// a sample of the row's scores, and once they are given up what the cluster's bins add up to.
+struct Candidates {
+  float* scores;    // [room]
+  int32_t* tokens;  // [room], of the row
+  int room;
+
+  static __device__ __forceinline__ Candidates behind(uint8_t* dynamic_shared, int room) {
+    auto* const scores = reinterpret_cast<float*>(dynamic_shared + sizeof(SharedStorage));
+    return {scores, reinterpret_cast<int32_t*>(scores + room), room};
+  }
+};
+
+constexpr int shared_bytes(int room) { return sizeof(SharedStorage) + room * 8; }
+static_assert(shared_bytes(candidate_room(kMaxTopk, INT64_MAX)) <= 232448,
+              "Hopper has 227 KB a block");
 
 }  // namespace flashmla::sm90::index_topk

@@ -22,41 +22,41 @@ struct Output {
   }
 };
 
-// How many are selected where so many keys are above the threshold and equal to it.
+// How many are selected where so many scores are above the threshold and equal to it.
 __device__ __forceinline__ int selected_of(Counts counts, const Threshold& threshold) {
   return counts.above + min(counts.equal, threshold.equal);
 }
 
-// By all threads of the row's first block, which has all candidates.
+// By all threads of the row's first block, which has all candidates. A thread takes a run of them.
+template <int kWarps>
 __device__ __forceinline__ void write_candidates(const Output& output, SharedStorage& smem,
-                                                 const Candidate* candidates, int count,
+                                                 const Candidates& candidates, int count,
                                                  const Threshold& threshold) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t lower_lanes = (1u << lane) - 1;
-  const int share = (count + kThreads - 1) / kThreads * 32;
-  const int begin = min(warp * share, count), end = min(begin + share, count);
-  Counts counts{};
-  for (int i = begin + lane; i < end; i += 32) {
-    const uint32_t key = candidates[i].key;
-    counts.above += key > threshold.key, counts.equal += key == threshold.key;
+  constexpr int kThreads = kWarps * 32;
+  static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
+  const int share = (count + kThreads - 1) / kThreads;
+  const int begin = min(static_cast<int>(threadIdx.x) * share, count);
+  const int end = min(begin + share, count);
+  uint32_t counts = 0;  // above, and equal << 16
+  for (int i = begin; i < end; ++i) {
+    const float score = candidates.scores[i];
+    counts += (score > threshold.score) + ((score == threshold.score) << 16);
   }
-  counts = sum_lanes(counts);
-  if (lane == 0) smem.warp_counts[warp] = counts;
-  __syncthreads();
-  const Counts of_lane = lane < kWarps ? smem.warp_counts[lane] : Counts{};
-  Counts before = sum_lanes(lane < warp ? of_lane : Counts{});
-  for (int base = begin; base < end; base += 32) {
-    const int i = base + lane;
-    const Candidate x = i < end ? candidates[i] : Candidate{};
-    const bool is_above = x.key > threshold.key, is_equal = i < end && x.key == threshold.key;
-    const uint32_t above = __ballot_sync(~0u, is_above), equal = __ballot_sync(~0u, is_equal);
-    const Counts mine = before + Counts{__popc(above & lower_lanes), __popc(equal & lower_lanes)};
+  const uint32_t up_to = inclusive_warp_sum(counts);
+  const uint2 sums = sum_warps<kWarps>(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
+  const uint32_t before = sums.x + up_to - counts;
+  Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
+#pragma unroll 2
+  for (int i = begin; i < end; ++i) {
+    const float score = candidates.scores[i];
+    const bool is_above = score > threshold.score, is_equal = score == threshold.score;
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      output.write(selected_of(mine, threshold), x.token);
+      output.write(selected_of(mine, threshold), candidates.tokens[i]);
     }
-    before = before + Counts{__popc(above), __popc(equal)};
+    mine.above += is_above, mine.equal += is_equal;
   }
-  output.fill(selected_of(sum_lanes(of_lane), threshold), threadIdx.x, kThreads);
+  const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
+  output.fill(selected_of(all, threshold), threadIdx.x, kThreads);
 }
 
 }  // namespace flashmla::sm90::index_topk

@@ -56,12 +56,12 @@ __device__ __forceinline__ void store_cluster(uint32_t mapped, uint2 v) {
                : "memory");
 }
 
-// Completes 8 bytes on an mbarrier of the same block when they are there.
-__device__ __forceinline__ void store_async(uint32_t mapped, uint2 v, uint32_t mapped_barrier) {
+// Completes 4 bytes on an mbarrier of the same block when they are there.
+__device__ __forceinline__ void store_async(uint32_t mapped, uint32_t x, uint32_t mapped_barrier) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
           mapped),
-      "r"(v.x), "r"(v.y), "r"(mapped_barrier)
+      "r"(x), "r"(mapped_barrier)
       : "memory");
 }
 

@@ -92,7 +92,8 @@ def _logits(inputs: Any, peer: Indexers, s_k: int) -> list[Callable[[], Any]]:
     b, s_q, heads, _ = q.shape
     weights = peer.tensor(inputs.weights).view(b * s_q, heads)
     blocks = peer.tensor(inputs.blocks).view(-1, BLOCK_SIZE, 1, KEY_BYTES)
-    seqlens = peer.tensor(inputs.cache_seqlens)
+    query = jnp.arange(s_q, dtype=jnp.int32)[None]
+    seqlens = peer.tensor(inputs.cache_seqlens[:, None] - (s_q - 1 - query))  # each query's own
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     schedule = deep_gemm.get_paged_mqa_logits_metadata(seqlens, BLOCK_SIZE, multiprocessors)
 
