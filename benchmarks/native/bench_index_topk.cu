@@ -33,6 +33,7 @@ struct Bench {
   std::vector<void*> allocations;
   uint8_t* pool = nullptr;
   int64_t pool_blocks = 0;
+  int64_t spread = 100003;  // blocks of the pool from a sequence's block to its next
   int failures = 0, checks = 0;
 
   template <typename V>
@@ -281,7 +282,7 @@ struct Bench {
     for (int call = 0; call < calls; ++call) {
       std::vector<int32_t> table(size_t(b) * max_blocks);
       for (size_t i = 0; i < table.size(); ++i)  // distinct within the pool
-        table[i] = (call * table.size() + i) * 100003 % pool_blocks;
+        table[i] = (call * table.size() + i) * spread % pool_blocks;
       tables.push_back(upload(table));
       const bool shared = call > 0 && !given && tokens * s_q * calls > int64_t{1} << 29;
       scores.push_back(op == "topk" ? nullptr
@@ -352,6 +353,7 @@ int main(int argc, char** argv) {
     std::printf("%d of %d checks failed, %.1f s\n", bench.failures, bench.checks, seconds.count());
   }
   if (rows_path.empty() || small) return bench.failures ? 1 : 0;
+  if (argc > 3) bench.spread = std::atoll(argv[3]);
   bench.pool_blocks = 600011;  // 5 GB
   CHECK(cudaMalloc(&bench.pool, bench.pool_blocks * kBlockBytes));
   fill_keys<<<8192, 128>>>(bench.pool, nullptr, bench.pool_blocks, 1, false);

@@ -18,7 +18,8 @@ LAUNCH_US = 5.0  # what the model allows a GPU for launching, loading the first 
 class Limits:
     """What bounds a shape's time: max(bytes / read_gbs, flops / tflops) + overhead_us.
 
-    Bytes that are gathered count at gather_gbs instead: by the bytes of a row.
+    Bytes that are gathered count at gather_gbs instead: by the bytes of a row. A shape that takes
+    less to start than attention says so as its own `overhead_us`.
     """
 
     read_gbs: float
@@ -36,7 +37,8 @@ class Limits:
         for row_bytes, n in gathered.items():
             read_us += n / (self.gather_gbs.get(row_bytes, self.read_gbs) * 1e3)
         math_us = shape.flops / (self.tflops * 1e6)
-        return max(read_us, math_us) + self.overhead_us
+        own = getattr(shape, "overhead_us", self.overhead_us)
+        return max(read_us, math_us) + min(own, self.overhead_us)
 
 
 # Rows at random from 8 GB, as hand-written copies gather them on an H100 that reads 3,200 GB/s:

@@ -1,7 +1,8 @@
-"""Peers that are timed in the same run: FlashMLA's frozen Hopper kernels, on PyTorch.
+"""Peers that are timed in the same run, on PyTorch: FlashMLA's frozen Hopper kernels.
 
 They are in the package sgl-flash-mla, which PyTorch 2.10 or newer loads. Neither is ever needed but
-for `bench --peers`. Arrays are JAX's own, so peers read the same bytes as our kernels.
+for `bench --peers`. Arrays are JAX's own, so peers read the same bytes as our kernels. The
+indexer's peers are in indexer/live_peer.py.
 """
 
 from __future__ import annotations
@@ -20,24 +21,14 @@ PEER_HEADS = (64, 128)  # it has kernels for: others are padded
 
 
 @dataclass(frozen=True)
-class FlashMLA:
-    """PyTorch, and the operations of FlashMLA's library."""
+class Torch:
+    """PyTorch, which all peers run on."""
 
     torch: Any
-    ops: Any
 
     def tensor(self, x: Any) -> Any:
         """A jax.Array's memory as a tensor."""
         return self.torch.from_dlpack(x)
-
-    def padded(self, q: Any, dim: int = 2) -> Any:
-        """Queries with as many heads as there is a kernel for."""
-        heads = next(n for n in (*PEER_HEADS, q.shape[dim]) if n >= q.shape[dim])
-        shape = list(q.shape)
-        shape[dim] = heads
-        padded = q.new_zeros(shape)
-        padded.narrow(dim, 0, q.shape[dim]).copy_(q)
-        return padded
 
     def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Microseconds a call, of a CUDA graph of the calls: the median of its replays."""
@@ -63,6 +54,33 @@ class FlashMLA:
         return statistics.median(milliseconds[WARM_REPLAYS:]) * 1e3 / len(calls)
 
 
+@dataclass(frozen=True)
+class FlashMLA(Torch):
+    """PyTorch, and the operations of FlashMLA's library."""
+
+    ops: Any
+
+    def padded(self, q: Any, dim: int = 2) -> Any:
+        """Queries with as many heads as there is a kernel for."""
+        heads = next(n for n in (*PEER_HEADS, q.shape[dim]) if n >= q.shape[dim])
+        shape = list(q.shape)
+        shape[dim] = heads
+        padded = q.new_zeros(shape)
+        padded.narrow(dim, 0, q.shape[dim]).copy_(q)
+        return padded
+
+
+def load_torch() -> Any:
+    """
+    Raises:
+        ImportError: it is not there.
+    """
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise ImportError("--peers needs PyTorch, which is not installed") from None
+
+
 def load() -> FlashMLA:
     """
     Raises:
@@ -76,9 +94,6 @@ def load() -> FlashMLA:
             f"--peers needs {PACKAGE}/{LIBRARY} of the package sgl-flash-mla and found none: "
             "pip install --no-deps sgl-flash-mla"
         )
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        raise ImportError("--peers needs PyTorch, which is not installed") from None
+    torch = load_torch()
     torch.ops.load_library(str(libraries[0]))
     return FlashMLA(torch, torch.ops.flash_mla_legacy)

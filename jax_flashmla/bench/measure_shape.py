@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_flashmla.bench.command_buffers import compile_and_look
 from jax_flashmla.bench.device import count_calls
-from jax_flashmla.bench.live import FlashMLA
+from jax_flashmla.bench.live import Torch
 from jax_flashmla.bench.measure import Method, Timing, time_calls
 from jax_flashmla.bench.operation import Calls, Operation
 from jax_flashmla.bench.setup import Setup
@@ -26,7 +26,7 @@ def measure_shape(
     setup: Setup,
     *,
     with_xla: bool,
-    peer: FlashMLA | None = None,
+    peer: Torch | None = None,
 ) -> Result:
     """Times one shape and, with_xla, its baselines; with a peer, that too.
 
@@ -73,7 +73,7 @@ def measure_shape(
 
 
 def _beside(
-    operation: Operation, shape: Shape, calls: Calls, timing: Timing, peer: FlashMLA
+    operation: Operation, shape: Shape, calls: Calls, timing: Timing, peer: Torch
 ) -> Result:
     """The peer's time and its result's error, or why it has none; empty where it has no kernel."""
     if operation.live_peer is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jax_flashmla.bench.shape import Result
 
 if TYPE_CHECKING:
-    from jax_flashmla.bench.live import FlashMLA
+    from jax_flashmla.bench.live import Torch
     from jax_flashmla.bench.setup import Setup
 
 
@@ -77,11 +77,12 @@ class CallsPeer(Protocol):
     """A module that calls a peer which is timed in the same run."""
 
     def peer_calls(
-        self, shape: Any, arguments: tuple[Any, ...], flashmla: FlashMLA
+        self, shape: Any, arguments: tuple[Any, ...], peer: Any
     ) -> list[Callable[[], Any]]:
         """One call over each cache, from the kernel's arguments; none where it takes no such shape.
 
-        A call returns [b, s_q, heads, d_v], padded heads included.
+        peer: what the operation's load_peer returns. A call returns what the operation's error
+        takes: of attention [b, s_q, heads, d_v], padded heads included.
         """
 
 
@@ -102,6 +103,7 @@ class Operation:
     axes: Axes
     calls: Callable[[], MakesCalls]
     live_peer: Callable[[], CallsPeer] | None = None
+    load_peer: Callable[[], Torch] | None = None  # by default live.load's, FlashMLA
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from jax_flashmla.bench import dense_decode, sparse_decode, sparse_prefill
+from jax_flashmla.bench import dense_decode, indexer, sparse_decode, sparse_prefill
 from jax_flashmla.bench.operation import Operation
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (dense_decode.OPERATION, sparse_decode.OPERATION, sparse_prefill.OPERATION)
+    for operation in (
+        dense_decode.OPERATION,
+        sparse_decode.OPERATION,
+        sparse_prefill.OPERATION,
+        indexer.SCORES,
+        indexer.TOPK,
+    )
 }
 DEFAULT = "dense_decode"

@@ -118,7 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="time FlashMLA beside each shape, in this run: needs PyTorch and sgl-flash-mla",
+        help="time a peer beside each shape, in this run: needs PyTorch and sgl-flash-mla, for the "
+        "indexer sgl-deep-gemm and sglang-kernel",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the results as PNG here")

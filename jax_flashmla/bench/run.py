@@ -43,7 +43,7 @@ def run(options: Options, console: Console) -> int:
     try:
         grid, shapes = options.shapes(device.platform)
         if options.peers:
-            peer = live.load()
+            peer = (OPERATIONS[options.operation].load_peer or live.load)()
     except (ValueError, ImportError) as error:
         console.print(f"[red]{escape(str(error))}")
         return 2
@@ -57,7 +57,7 @@ def measure(
     options: Options,
     device: jax.Device,
     console: Console,
-    peer: live.FlashMLA | None = None,
+    peer: live.Torch | None = None,
 ) -> dict[str, Any]:
     """The document of a run, which is also written to options.json after every shape.
 

@@ -11,7 +11,7 @@ from jax_flashmla.bench.shape import Result
 
 RATIOS = {  # key of a result -> what it says
     "speedup_vs_peers": "speed against the fastest recorded peer",
-    "speedup_vs_live_peer": "speed against FlashMLA in the same run",
+    "speedup_vs_live_peer": "speed against the peer in the same run",
     "limit_fraction": "fraction of the limit model",
     "speedup_vs_xla": "speed against the XLA composition",
     "speedup_vs_reference": "speed against the pure-JAX reference",

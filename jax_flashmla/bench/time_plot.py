@@ -117,8 +117,8 @@ def _legends(figure: Figure, results: list[Result], axes: Axes, colours: dict[in
     ]
     live = {"live_peer_us" in result for result in results if _peer_us(result) is not None}
     if live:
-        label = "FlashMLA in the same run" if all(live) else "best recorded peer"
-        label += " (some: FlashMLA in the same run)" if live == {True, False} else ""
+        label = "peer in the same run" if all(live) else "best recorded peer"
+        label += " (some: in the same run)" if live == {True, False} else ""
         handles.append(Line2D([], [], label=label, **PEER, **BLACK))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     figure.legend(

@@ -131,11 +131,11 @@ RECORDED, LIVE = {"peers": {"best_us": 3000.0}}, {"live_peer_us": 4000.0}
     ("peers", "label", "drawn_us"),
     [
         ([RECORDED, {}], "best recorded peer", [3000]),
-        ([LIVE, {}], "FlashMLA in the same run", [4000]),
-        ([LIVE | RECORDED], "FlashMLA in the same run", [4000]),
+        ([LIVE, {}], "peer in the same run", [4000]),
+        ([LIVE | RECORDED], "peer in the same run", [4000]),
         (
             [RECORDED, LIVE],
-            "best recorded peer (some: FlashMLA in the same run)",
+            "best recorded peer (some: in the same run)",
             [3000, 4000],
         ),
     ],

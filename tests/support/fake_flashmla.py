@@ -26,8 +26,11 @@ class Tensor:
         self.array = array
         self.shape = array.shape
 
-    def view(self, dtype: Any) -> Tensor:
-        return Tensor(self.array.view(dtype))
+    def view(self, *shape: Any) -> Tensor:
+        """Of another dtype, or shape."""
+        if type(shape[0]) is int:
+            return Tensor(self.array.reshape(shape))
+        return Tensor(self.array.view(shape[0]))
 
     def to(self, dtype: Any) -> Tensor:
         return Tensor(self.array.astype(dtype))

@@ -7,12 +7,23 @@
 
 namespace flashmla::sm90::index_topk {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMaxCluster = 8;  // blocks that share a row; more are not portable
-constexpr int kBins = 2048;     // of a digit: 11 bits
-// Keys that a block keeps in shared memory; those beyond are made from the scores again.
-constexpr int kMaxKeys = 52 * 1024;
+constexpr int kMaxWarps = 16;  // of a block: 4, 8 or 16
+constexpr int kSteps = 8;      // of four scores, that a thread holds at once
+constexpr int round_tokens(int warps) { return warps * 32 * kSteps * 4; }
+// Blocks of a multiprocessor, by registers and, with short rows, shared memory.
+template <int kWarps>
+constexpr int kBlocks = kWarps == 4   ? 4
+                        : kWarps == 8 ? 3
+                                      : 2;
+constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
+constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
+
+// Candidates that a block has room for, and all blocks of a row together may have; there is always
+// room for the smallest sample of a row.
+constexpr int candidate_room(int topk, int64_t max_tokens) {
+  const int most = 2 * topk + 2048;
+  return max_tokens >= most ? most : max_tokens < 256 ? 256 : static_cast<int>(max_tokens);
+}
 
 struct KernelArgs {
   const float* scores;  // [b, queries, max_tokens]
@@ -25,7 +36,7 @@ struct KernelArgs {
   int max_blocks;
   int s_q, first_query, queries;  // of each sequence those that are selected for
   int topk;
-  int key_room;  // keys that a block has shared memory for, a multiple of 64
+  int room;  // for candidates
   bool causal;
   bool given;  // the scores, not by index_scores: those of blocks outside the layer may be anything
 };

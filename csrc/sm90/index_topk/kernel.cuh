@@ -1,55 +1,71 @@
 // The index_topk kernel: a cluster of blocks selects from a row of scores, a block from each share.
 //
-//   scores -> keys, kept in shared memory; counts of the highest digit
-//   up to three times: counts of the cluster -> the digit of the topk-th highest; counts of the
-//   next keys above and equal, counted by warp, block and cluster -> places -> slots and positions
+//   a sample of the row -> a bound that a few more than topk scores reach -> candidates, gathered
+//   in the first block -> the topk-th highest of them -> slots and positions
 //
 // docs/kernels/indexer.md tells the whole story.
 #pragma once
 
-#include "sm90/index_topk/compact.cuh"
-#include "sm90/ptx/barrier.cuh"
+#include "sm90/index_topk/collect.cuh"
+#include "sm90/index_topk/gather.cuh"
+#include "sm90/index_topk/refine.cuh"
+#include "sm90/index_topk/sample.cuh"
+#include "sm90/index_topk/select_row.cuh"
 
 namespace flashmla::sm90::index_topk {
 
 // Grid: (rows * blocks of a cluster).
-__global__ void __launch_bounds__(kThreads, 3) index_topk_kernel(const KernelArgs args) {
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
+    index_topk_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(16) uint8_t dynamic_shared[];
   auto& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared);
-  auto* const keys = reinterpret_cast<uint32_t*>(dynamic_shared + sizeof(SharedStorage));
+  const Candidates candidates = Candidates::behind(dynamic_shared, args.room);
 
-  clear_bins(smem);
+  clear_bins<kWarps>(smem);
   const uint32_t blocks = cluster_size(), rank = cluster_rank();
-  const int64_t row = blockIdx.x / blocks;
-  const int64_t sequence = row / args.queries;
-  const int query = args.first_query + static_cast<int>(row % args.queries);
+  if (blocks > 1) prepare_gather(smem, blocks);
+  const uint32_t row = blockIdx.x >> (__ffs(blocks) - 1), queries = args.queries;
+  const uint32_t sequence = row / queries;
+  const int query = args.first_query + row % queries;
   // index_scores let this kernel start when whatever came before it was done: only the scores are
   // to be waited for.
   int seqlen = args.given ? 0 : args.cache_seqlens[sequence];
-  __syncthreads();
   wait_for_prerequisites();
   launch_dependents();
   if (args.given) seqlen = args.cache_seqlens[sequence];
-  const int64_t length = min(max(int64_t{seqlen}, int64_t{0}), args.max_tokens);
-  const int seen = max(int64_t{0}, args.causal ? length - (args.s_q - 1 - query) : length);
-  const Slice slice = Slice::of_block(args, row, seen, blocks, rank);
-  Threshold threshold{0, 0};  // all
-  if (seen > args.topk) {
-    load_keys(slice, keys, [&](uint4 four) {
-      const auto count = [&](uint32_t key) {
-        if (key != 0) atomicAdd(&smem.bins.counts[key >> 21], 1);
-      };
-      count(four.x), count(four.y), count(four.z), count(four.w);
-    });
-    threshold = find_threshold(smem, slice, keys, args.topk, blocks);
-  } else {
-    load_keys(slice, keys, [](uint4) {});
-    if (blocks > 1) cluster_sync();  // all are there
-    __syncthreads();
+  const int length = min(max(seqlen, 0), args.max_blocks * 64);
+  const int seen = max(args.causal ? length - (args.s_q - 1 - query) : length, 0);
+
+  const Slice whole = Slice::of_row(args, row, sequence, seen);
+  const Slice slice = whole.share(blocks, rank);
+  const auto sample = Sample<kWarps>::of_row(candidates.scores, seen);
+  const bool all_are_candidates = seen <= args.topk;
+  if (!all_are_candidates) sample.load(whole);
+  Bound bound = kNoBound;
+  int count = collect<kWarps>(
+      smem, slice,
+      [&] {
+        if (!all_are_candidates) bound = guess_bound(smem, sample, seen, args.topk);
+        return bound.least;
+      },
+      candidates);
+  const int need = bound.least > kNoBound.least ? args.topk : 0;
+  if (blocks > 1) count = gather<kWarps>(smem, count, candidates, blocks, need);
+  __syncthreads();
+  const int64_t out = (int64_t{sequence} * args.s_q + query) * args.topk;
+  const Output output{.indices = args.indices + out,
+                      .positions = args.positions + out,
+                      .table = whole.table,
+                      .topk = args.topk};
+  if (count < need || count > candidates.room) {
+    select_row<kWarps>(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
+    return;
   }
-  write_selected(args, smem, slice, keys, threshold, blocks,
-                 args.block_table + sequence * args.max_blocks,
-                 (sequence * args.s_q + query) * args.topk);
+  if (rank > 0) return;
+  Threshold threshold = kAll;
+  if (count > args.topk) threshold = refine<kWarps>(smem, candidates, count, bound, args.topk);
+  write_candidates<kWarps>(output, smem, candidates, count, threshold);
 }
 
 }  // namespace flashmla::sm90::index_topk

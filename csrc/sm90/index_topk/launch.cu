@@ -24,16 +24,20 @@ Status check_supported(const IndexTopkParams& params) {
   return require_hopper();
 }
 
-// Blocks that share a row: more while their shares are of more than 4096 tokens and all blocks have
-// room at once, two on a multiprocessor; or while they are of more than 16384, which two blocks of
-// a multiprocessor keep in shared memory. But to share at all costs about 5 us: that does not pay
-// for 8192 tokens, nor for 16384 where the rows alone fill the multiprocessors.
+// Warps of a block: as few as hold a row at once where there are many rows, so that more of them
+// are worked on at a time; else many, which are faster with one.
+int choose_warps(int64_t rows, int64_t tokens, int multiprocessors) {
+  int warps = kMaxWarps;
+  while (warps > 4 && rows > multiprocessors && tokens <= round_tokens(warps / 2)) warps /= 2;
+  return warps;
+}
+
+// Blocks that share a row: more while a share is more than a block holds at once and all blocks
+// have room at once, two on a multiprocessor.
 int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
-  if (tokens <= 8192 || (tokens <= 16384 && 2 * rows > multiprocessors)) return 1;
   int blocks = 1;
-  while (blocks < kMaxCluster &&
-         (tokens > 16384 * blocks ||
-          (tokens > 4096 * blocks && rows * blocks * 2 <= 2 * multiprocessors))) {
+  while (blocks < kMaxCluster && tokens > int64_t{blocks} * round_tokens(kMaxWarps) &&
+         rows * blocks <= multiprocessors) {
     blocks *= 2;
   }
   return blocks;
@@ -44,8 +48,6 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
   const int64_t rows = int64_t{params.b} * queries;
   const int64_t max_tokens = int64_t{params.keys.max_blocks} * kIndexBlockSize;
   const int cluster = choose_cluster(rows, max_tokens, multiprocessors);
-  const int64_t share = (params.keys.max_blocks + cluster - 1) / cluster * int64_t{64};
-  const int key_room = static_cast<int>(std::min<int64_t>(share, kMaxKeys));
   const KernelArgs args{.scores = scores,
                         .block_table = params.keys.block_table,
                         .cache_seqlens = params.keys.cache_seqlens,
@@ -58,13 +60,17 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .first_query = first_query,
                         .queries = queries,
                         .topk = params.topk,
-                        .key_room = key_room,
+                        .room = candidate_room(params.topk, max_tokens),
                         .causal = params.causal,
                         .given = params.scores != nullptr};
-  return launch(index_topk_kernel,
+  const int warps = choose_warps(rows, max_tokens, multiprocessors);
+  const auto kernel = warps == 4   ? index_topk_kernel<4>
+                      : warps == 8 ? index_topk_kernel<8>
+                                   : index_topk_kernel<16>;
+  return launch(kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
-                 .block = kThreads,
-                 .shared_bytes = sizeof(SharedStorage) + key_room * sizeof(uint32_t),
+                 .block = static_cast<unsigned>(warps) * 32,
+                 .shared_bytes = static_cast<size_t>(shared_bytes(args.room)),
                  .dependent = true,
                  .most_shared = true,
                  .cluster = cluster},

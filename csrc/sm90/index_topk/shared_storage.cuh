@@ -1,5 +1,7 @@
-// The kernel's plan of shared memory; a block's keys lie behind it.
+// The kernel's plan of shared memory; the block's candidates lie behind it.
 #pragma once
+
+#include <cmath>
 
 #include "sm90/index_topk/config.h"
 #include "sm90/ptx/smem_desc.cuh"
@@ -13,24 +15,47 @@ struct Found {
   int within;  // of this one
 };
 
-// Keys above the threshold, and equal to it.
+// What is selected: all scores above `score`, and of those equal to it the first `equal`.
+struct Threshold {
+  float score;
+  int equal;
+};
+constexpr Threshold kAll{-INFINITY, 0};
+
+// Scores above the threshold, and equal to it.
 struct Counts {
   int above, equal;
 };
 
 struct alignas(16) SharedStorage {
-  union {
-    struct {
-      uint32_t counts[kBins];  // of the block's keys by digit
-      uint32_t totals[kBins];  // of all the cluster's
-    } bins;
-    int32_t selected[kMaxTopk];  // the block's, tokens of the row
-  };
-  uint32_t warp_sums[kWarps];
-  Counts warp_counts[kWarps];
+  uint32_t bins[kBins];              // how many of the block's scores
+  float close[kMaxWarps * 32];       // scores of the bin in which the threshold is
+  uint32_t warp_sums[2][kMaxWarps];  // of two turns
+  uint32_t warp_lowest[kMaxWarps], warp_highest[kMaxWarps];
+  Counts warp_counts[kMaxWarps];
   Counts block_counts[kMaxCluster];  // of the cluster
+  uint32_t block_candidates[kMaxCluster];
+  uint64_t counts_there, candidates_there;  // mbarriers; the latter in a row's first block
   Found found;
+  Threshold threshold;
+  int num_close;
 };
-static_assert(sizeof(SharedStorage) + kMaxKeys * 4 <= 232448, "Hopper has 227 KB a block");
+
+// Tokens that may be selected, in the order of positions. In their place is, before there are any,
+// a sample of the row's scores, and once they are given up what the cluster's bins add up to.
+struct Candidates {
+  float* scores;    // [room]
+  int32_t* tokens;  // [room], of the row
+  int room;
+
+  static __device__ __forceinline__ Candidates behind(uint8_t* dynamic_shared, int room) {
+    auto* const scores = reinterpret_cast<float*>(dynamic_shared + sizeof(SharedStorage));
+    return {scores, reinterpret_cast<int32_t*>(scores + room), room};
+  }
+};
+
+constexpr int shared_bytes(int room) { return sizeof(SharedStorage) + room * 8; }
+static_assert(shared_bytes(candidate_room(kMaxTopk, INT64_MAX)) <= 232448,
+              "Hopper has 227 KB a block");
 
 }  // namespace flashmla::sm90::index_topk

@@ -26,6 +26,14 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The two halves of a barrier that orders nothing but what fences before it do.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // The address, for the functions below, of what lies at `address` in this block, in block `rank`.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
   uint32_t mapped;
@@ -46,6 +54,15 @@ __device__ __forceinline__ void store_cluster(uint32_t mapped, uint32_t x) {
 __device__ __forceinline__ void store_cluster(uint32_t mapped, uint2 v) {
   asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(mapped), "r"(v.x), "r"(v.y)
                : "memory");
+}
+
+// Completes 4 bytes on an mbarrier of the same block when they are there.
+__device__ __forceinline__ void store_async(uint32_t mapped, uint32_t x, uint32_t mapped_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+          mapped),
+      "r"(x), "r"(mapped_barrier)
+      : "memory");
 }
 
 }  // namespace flashmla::sm90

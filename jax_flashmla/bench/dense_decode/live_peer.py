@@ -13,14 +13,12 @@ BLOCK_SIZE = 64  # the only one that it takes
 FORMATS = ("dense", "fp8_row")  # it reads rows of 1152 bytes, or of 576
 
 
-def peer_calls(
-    shape: Shape, arguments: tuple[Any, ...], flashmla: FlashMLA
-) -> list[Callable[[], Any]]:
+def peer_calls(shape: Shape, arguments: tuple[Any, ...], peer: FlashMLA) -> list[Callable[[], Any]]:
     """As `operation.CallsPeer`; arguments are (q, blocks, tables, cache_seqlens)."""
-    torch, ops = flashmla.torch, flashmla.ops
+    torch, ops = peer.torch, peer.ops
     if shape.format not in FORMATS or arguments[1].shape[1] != BLOCK_SIZE:
         return []
-    q, blocks, seqlens = (flashmla.tensor(arguments[i]) for i in (0, 1, 3))
+    q, blocks, seqlens = (peer.tensor(arguments[i]) for i in (0, 1, 3))
     scale = D_QK**-0.5
     fp8 = shape.format == "fp8_row"
     if fp8:
@@ -32,7 +30,7 @@ def peer_calls(
         common = (q, blocks, D_V, seqlens, table, scale, True, *schedule)
         return ops.fwd_kvcache_mla_fp8(*common, one, one) if fp8 else ops.dense_decode_fwd(*common)
 
-    tables = [flashmla.tensor(table) for table in arguments[2]]
+    tables = [peer.tensor(table) for table in arguments[2]]
     if not fp8:  # the first call makes the schedule of all others
         schedule = attend(tables[0], (None, None))[2:4]
 

@@ -13,16 +13,14 @@ FORMATS = ("v32", "v4")
 MAX_HEADS = 128
 
 
-def peer_calls(
-    shape: Shape, arguments: tuple[Any, ...], flashmla: FlashMLA
-) -> list[Callable[[], Any]]:
+def peer_calls(shape: Shape, arguments: tuple[Any, ...], peer: FlashMLA) -> list[Callable[[], Any]]:
     """As `operation.CallsPeer`; arguments are (q, blocks, picks)."""
     if shape.format not in FORMATS or shape.h_q > MAX_HEADS:
         return []
-    torch, sparse_decode = flashmla.torch, flashmla.ops.sparse_decode_fwd
+    torch, sparse_decode = peer.torch, peer.ops.sparse_decode_fwd
     q, blocks, picks = arguments
-    q = flashmla.padded(flashmla.tensor(q))
-    cache = flashmla.tensor(blocks).view(torch.float8_e4m3fn)
+    q = peer.padded(peer.tensor(q))
+    cache = peer.tensor(blocks).view(torch.float8_e4m3fn)
     if shape.format == "v4":  # rows of 584 bytes by their number; it knows where the planes are
         block_bytes, row_bytes = cache.shape[1], shape.row_bytes
         block_size = block_bytes // row_bytes
@@ -30,7 +28,7 @@ def peer_calls(
             (cache.shape[0], block_size, 1, row_bytes), (block_bytes, row_bytes, row_bytes, 1)
         )
     scale = shape.d_qk**-0.5
-    tensors = [tuple(flashmla.tensor(x) for x in pick) for pick in picks]
+    tensors = [tuple(peer.tensor(x) for x in pick) for pick in picks]
 
     def attend(pick: tuple[Any, ...], metadata: Any, splits: Any) -> tuple[Any, ...]:
         indices, *extra = pick

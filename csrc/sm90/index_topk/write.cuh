@@ -1,0 +1,62 @@
+// Writes what is selected of the candidates, in the order of positions.
+#pragma once
+
+#include "sm90/index_topk/keys.cuh"
+#include "sm90/index_topk/sums.cuh"
+
+namespace flashmla::sm90::index_topk {
+
+// Where a row's results go, and its blocks.
+struct Output {
+  int32_t *indices, *positions;
+  const int32_t* table;
+  int topk;
+
+  __device__ __forceinline__ void write(int place, int token) const {
+    indices[place] = table[token / 64] * 64 + token % 64;
+    positions[place] = token;
+  }
+  // All places from `count` on; every stride-th thread's.
+  __device__ __forceinline__ void fill(int count, int thread, int stride) const {
+    for (int i = count + thread; i < topk; i += stride) indices[i] = positions[i] = -1;
+  }
+};
+
+// How many are selected where so many scores are above the threshold and equal to it.
+__device__ __forceinline__ int selected_of(Counts counts, const Threshold& threshold) {
+  return counts.above + min(counts.equal, threshold.equal);
+}
+
+// By all threads of the row's first block, which has all candidates. A thread takes a run of them.
+template <int kWarps>
+__device__ __forceinline__ void write_candidates(const Output& output, SharedStorage& smem,
+                                                 const Candidates& candidates, int count,
+                                                 const Threshold& threshold) {
+  constexpr int kThreads = kWarps * 32;
+  static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
+  const int share = (count + kThreads - 1) / kThreads;
+  const int begin = min(static_cast<int>(threadIdx.x) * share, count);
+  const int end = min(begin + share, count);
+  uint32_t counts = 0;  // above, and equal << 16
+  for (int i = begin; i < end; ++i) {
+    const float score = candidates.scores[i];
+    counts += (score > threshold.score) + ((score == threshold.score) << 16);
+  }
+  const uint32_t up_to = inclusive_warp_sum(counts);
+  const uint2 sums = sum_warps<kWarps>(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
+  const uint32_t before = sums.x + up_to - counts;
+  Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
+#pragma unroll 2
+  for (int i = begin; i < end; ++i) {
+    const float score = candidates.scores[i];
+    const bool is_above = score > threshold.score, is_equal = score == threshold.score;
+    if (is_above || (is_equal && mine.equal < threshold.equal)) {
+      output.write(selected_of(mine, threshold), candidates.tokens[i]);
+    }
+    mine.above += is_above, mine.equal += is_equal;
+  }
+  const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
+  output.fill(selected_of(all, threshold), threadIdx.x, kThreads);
+}
+
+}  // namespace flashmla::sm90::index_topk
