@@ -1,5 +1,5 @@
 // The extension module jax_flashmla._cpu: XLA FFI handlers for the platform "cpu".
-#include "cpu/all_reduce_sum.h"
+#include "cpu/groups.h"
 #include "cpu/parallel_for.h"
 #include "ffi/groups.h"
 #include "ffi/module.h"

@@ -19,8 +19,8 @@ def all_reduce_sum(
 
     What a decoding step sums over its heads is small, and such a sum takes as long as its latency.
     Between connected peers it is one kernel that writes to the other devices' memory; XLA captures
-    it in CUDA graphs together with what is around it. Elements are summed in float32 in the order of the
-    axis and rounded once: all devices get the same bits, at every call.
+    it in CUDA graphs with what is around it. Elements are summed in float32 in the order of
+    the axis and rounded once: all devices get the same bits, at every call.
 
     The default rule: over peers where `peers` are given and connected, x is bfloat16, float16 or
     float32, and has at most 2 MiB on each device; `jax.lax.psum` everywhere else.
