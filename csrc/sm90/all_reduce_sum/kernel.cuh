@@ -53,6 +53,29 @@ __device__ __forceinline__ uint4 await(const uint4* slot, uint64_t timeout_ns, u
   return v;
 }
 
+// What the others have sent, or kEmpty: parts [size]. All loads are under way at once.
+template <int kSize>
+__device__ __forceinline__ void look(const Region& region, int round, int64_t i,
+                                     uint4 (&parts)[kSize]) {
+  const int size = region.workspace.size, rank = region.workspace.rank;
+#pragma unroll
+  for (int from = 0; from < kSize; ++from) {
+    if (from < size && from != rank) parts[from] = load_slot(region.slot(rank, round, from, i));
+  }
+}
+
+// Waits for what look did not find, and leaves the slot empty.
+__device__ __forceinline__ uint4 take(const Region& region, int round, int from, int64_t i,
+                                      uint4 found) {
+  const Workspace& workspace = region.workspace;
+  uint4* slot = region.slot(workspace.rank, round, from, i);
+  if (!is_complete(found)) {
+    found = await(slot, workspace.timeout_ns, workspace.failed, workspace.host_failed);
+  }
+  empty(slot);
+  return found;
+}
+
 // kSize: at least the group's size.
 template <class Element, int kSize, bool kTwoRounds>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -72,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Region region{workspace, (blockIdx.x * 2 + now % 2) * kRegionVectors, split.chunk};
 
   const auto load = [&](int64_t vector) {
-    return failed ? kNaNs : load_vector(x, vector * kElements<Element>, params.elements);
+    return failed ? kNaNs : reinterpret_cast<const uint4*>(x)[vector];
   };
   const auto store = [&](int64_t vector, const uint4& v) {
     store_vector(out, vector * kElements<Element>, params.elements, v);
@@ -81,21 +104,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto vector_of = [&](int owner, int64_t i) {
     return (kTwoRounds ? owner * split.segment : 0) + first + i;
   };
-  // Each device begins with another one. `step` counts from 1.
+  // Another device, a different one for each at every step from 1 on.
   const auto other = [&](int step) { return rank + step - (rank + step < size ? 0 : size); };
-  const auto receive = [&](const uint4* slot, const uint4& found) {
-    if (is_complete(found)) return found;
-    return await(slot, workspace.timeout_ns, workspace.failed, workspace.host_failed);
-  };
 
   // Round 1: x to those that sum it.
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const uint4 whole = kTwoRounds ? kNaNs : load(first + i);
 #pragma unroll
     for (int step = 1; step < kSize; ++step) {
       if (step >= size) break;
       const int to = other(step);
       const int64_t vector = vector_of(to, i);
-      if (vector < vectors) send(region.slot(to, 0, rank, i), load(vector));
+      if (vector < vectors) send(region.slot(to, 0, rank, i), kTwoRounds ? load(vector) : whole);
     }
   }
   // The sums: to out, and in round 2 to the others.
@@ -103,21 +123,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t vector = vector_of(rank, i);
     if (vector >= vectors) break;
     uint4 parts[kSize];
-#pragma unroll
-    for (int from = 0; from < kSize; ++from) {
-      if (from >= size) break;
-      parts[from] = from == rank ? load(vector) : load_slot(region.slot(rank, 0, from, i));
-    }
+    look<kSize>(region, 0, i, parts);
+    const uint4 own = load(vector);
     Sums<Element> sums;
 #pragma unroll
     for (int from = 0; from < kSize; ++from) {
       if (from >= size) break;
-      if (from != rank) {
-        uint4* slot = region.slot(rank, 0, from, i);
-        parts[from] = receive(slot, parts[from]);
-        empty(slot);
-      }
-      sums.add(parts[from]);
+      sums.add(from == rank ? own : take(region, 0, from, i, parts[from]));
     }
     const uint4 total = sums.rounded();
     store(vector, total);
@@ -131,15 +143,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Round 2: the others' sums.
   if constexpr (kTwoRounds) {
     for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+      uint4 parts[kSize];
+      look<kSize>(region, 1, i, parts);
 #pragma unroll
-      for (int step = 1; step < kSize; ++step) {
-        if (step >= size) break;
-        const int64_t vector = vector_of(other(step), i);
-        if (vector >= vectors) continue;
-        uint4* slot = region.slot(rank, 1, other(step), i);
-        const uint4 sums = receive(slot, load_slot(slot));
-        empty(slot);
-        store(vector, sums);
+      for (int from = 0; from < kSize; ++from) {
+        const int64_t vector = vector_of(from, i);
+        if (from < size && from != rank && vector < vectors) {
+          store(vector, take(region, 1, from, i, parts[from]));
+        }
       }
     }
   }

@@ -1,5 +1,7 @@
 #include "sm90/all_reduce_sum/launch.h"
 
+#include <cstdint>
+
 #include "elements.h"
 #include "sm90/all_reduce_sum/config.h"
 #include "sm90/all_reduce_sum/kernel.cuh"
@@ -46,6 +48,12 @@ Status run_all_reduce_sum(const AllReduceSumParams& params, cudaStream_t stream)
     return Status::InvalidArgument("all_reduce_sum takes at most " +
                                    std::to_string(kMaxMessageBytes) + " bytes, got " +
                                    std::to_string(bytes));
+  }
+  // Whole vectors of x are read, the last one too, which may end past it.
+  if ((reinterpret_cast<uintptr_t>(params.x) | reinterpret_cast<uintptr_t>(params.out)) %
+          kVectorBytes !=
+      0) {
+    return Status::InvalidArgument("all_reduce_sum: x and out must begin at multiples of 16 bytes");
   }
   const Split split = split_message(bytes, workspace.size);
   switch (params.dtype) {

@@ -35,20 +35,7 @@ __device__ __forceinline__ uint4 vector_of_floats(const float (&values)[kElement
   return {words[0], words[1], words[2], words[3]};
 }
 
-// x[elements] from element `first` on; zeros past its end.
-template <class Element>
-__device__ __forceinline__ uint4 load_vector(const Element* x, int64_t first, int64_t elements) {
-  if (first + kElements<Element> <= elements) {
-    return *reinterpret_cast<const uint4*>(x + first);
-  }
-  float values[kElements<Element>];
-#pragma unroll
-  for (int i = 0; i < kElements<Element>; ++i) {
-    values[i] = first + i < elements ? Element::to_float(x[first + i]) : 0.0f;
-  }
-  return vector_of_floats<Element>(values);
-}
-
+// The vector that begins with element `first` of out[elements]; nothing past its end.
 template <class Element>
 __device__ __forceinline__ void store_vector(Element* out, int64_t first, int64_t elements,
                                              const uint4& v) {
