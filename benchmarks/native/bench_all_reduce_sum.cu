@@ -260,9 +260,9 @@ void time_sizes(std::vector<Device>& devices, int size) {
 // The same messages by a given number of blocks and rounds.
 void time_splits(std::vector<Device>& devices, int size) {
   using namespace sm90::all_reduce_sum;
-  for (int64_t rows : {1, 8, 32, 128}) {
+  for (int64_t rows : {1, 16, 32, 128}) {
     for (int rounds = 1; rounds <= (size > 2 ? 2 : 1); ++rounds) {
-      for (int blocks : {4, 8, 16, 32, 64}) {
+      for (int blocks : {8, 32, 64, 96, 128}) {
         const int64_t n = rows * 7168;
         Split split = split_rounds(n / 8, size, rounds == 2);
         split.blocks = blocks;

@@ -18,19 +18,23 @@ from jax.sharding import PartitionSpec as P
 import layer_cases
 import tolerances
 from jax_flashmla import PagedCache, Peers
-from jax_flashmla.layers import MLAParams, decode
+from jax_flashmla.layers import MLAConfig, MLAParams, decode
 
-# Dimensions that the Hopper kernels take.
-CONFIG = dataclasses.replace(
-    layer_cases.V3,
-    hidden_size=256,
-    q_lora_rank=96,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
-LAYERS, STEPS, B = 2, 2, 4
+CONFIGS = {
+    "cpu": layer_cases.V3,
+    "gpu": dataclasses.replace(  # dimensions that the Hopper kernels take
+        layer_cases.V3,
+        hidden_size=256,
+        q_lora_rank=96,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    ),
+}
+BLOCK_SIZES = {"cpu": 8, "gpu": 64}
+LAYERS, B = 2, 4
+STEPS = (2, 1)  # new tokens of each
 OPERATION = re.compile(r"= \(?(\w+\[[\d,]*\])\S* ([\w-]+)\(")  # result's type, name
 MOVES = {"all-gather", "all-to-all", "collective-permute", "reduce-scatter", "copy"}
 
@@ -67,21 +71,31 @@ def operations(hlo: str) -> list[tuple[str, str]]:
     return [(type_, name.removesuffix("-start")) for type_, name in OPERATION.findall(hlo)]
 
 
-def make_caches(shards: int) -> PagedCache:
+def make_caches(platform: str, shards: int) -> PagedCache:
     """The sequences' caches, each shard's ids counting from its own first block; all NaN."""
-    rooms = [LAYERS * STEPS * 2] * (B // shards)
+    config, block_size = CONFIGS[platform], BLOCK_SIZES[platform]
     parts = [
-        layer_cases.make_cache(CONFIG, rooms, layers=LAYERS, dtype="bfloat16", block_size=64)
+        layer_cases.make_cache(
+            config, [sum(STEPS)] * (B // shards), layers=LAYERS, dtype="bfloat16",
+            block_size=block_size,
+        )
         for _ in range(shards)
-    ]
+    ]  # fmt: skip
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def layers(axis: str | None, peers: Peers | None, params: MLAParams, cache: PagedCache, x: Any):
+def layers(
+    config: MLAConfig,
+    axis: str | None,
+    peers: Peers | None,
+    params: MLAParams,
+    cache: PagedCache,
+    x: jax.Array,
+) -> tuple[PagedCache, jax.Array]:
     cache, slots = cache.advance(x.shape[1])
     for i in range(LAYERS):
         cache, y = decode(
-            CONFIG, params, x, cache, slots=slots, layer=i, heads_axis=axis, peers=peers
+            config, params, x, cache, slots=slots, layer=i, heads_axis=axis, peers=peers
         )
         x = x + y
     return cache, x
@@ -91,16 +105,18 @@ class Layers:
     """Some layers with sequences over the mesh's "data" and heads over its "model"."""
 
     def __init__(self, mesh: Mesh, peers: Peers | None):
-        params = layer_cases.make_params(CONFIG, "bfloat16")
-        cache = make_caches(mesh.shape["data"])
-        param_specs = MLAParams.specs(CONFIG, "model")
+        platform = mesh.devices.flat[0].platform
+        config = CONFIGS[platform]
+        params = layer_cases.make_params(config, "bfloat16")
+        cache = make_caches(platform, mesh.shape["data"])
+        param_specs = MLAParams.specs(config, "model")
         cache_specs = jax.tree.map(lambda _: P("data"), cache)
         self.mesh, self.peers = mesh, peers
         self.params = put(params, mesh, param_specs)
         self.cache = put(cache, mesh, cache_specs)
         self.step: Callable = jax.jit(
             jax.shard_map(
-                functools.partial(layers, "model", peers),
+                functools.partial(layers, config, "model", peers),
                 mesh=mesh,
                 in_specs=(param_specs, cache_specs, P("data")),
                 out_specs=(cache_specs, P("data")),
@@ -134,15 +150,16 @@ def check_layers(mesh: Mesh, peers: Peers | None) -> None:
     """Some steps, each shard that this process has against its first device alone."""
     parallel = Layers(mesh, peers)
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    config = CONFIGS[device.platform]
     with jax.default_device(device):
-        params = layer_cases.make_params(CONFIG, "bfloat16")
-        alone = jax.tree.map(jnp.asarray, make_caches(1))
-        for step in range(STEPS):
-            x = layer_cases.make_x(CONFIG, B, 2 - step % 2, "bfloat16")
-            alone, expected = layers(None, None, params, alone, jnp.asarray(x))
-            got = parallel.run(x)
-            copies: dict[Any, np.ndarray] = {}
-            for shard in got.addressable_shards:
+        alone = jax.jit(functools.partial(layers, config, None, None))
+        params = layer_cases.make_params(config, "bfloat16")
+        cache = jax.tree.map(jnp.asarray, make_caches(device.platform, 1))
+        for tokens in STEPS:
+            x = layer_cases.make_x(config, B, tokens, "bfloat16")
+            cache, expected = alone(params, cache, jnp.asarray(x))
+            copies: dict[str, np.ndarray] = {}
+            for shard in parallel.run(x).addressable_shards:
                 mine = np.asarray(shard.data)
                 tolerances.assert_close("x", mine, expected[shard.index], tolerances.BF16_LAYER)
                 first = copies.setdefault(str(shard.index), mine)
