@@ -25,6 +25,7 @@ KERNELS = (
     "cache_append_kernel",
     "index_scores_kernel",
     "index_topk_kernel",
+    "all_reduce_sum_kernel",
 )
 
 
@@ -212,3 +213,10 @@ def test_the_merge_fits_beside_the_narrow_kernel(resources):
 
     narrow = allocated(r"narrow_decode_kernelI\d+\w+?Li16E")
     assert 4 * narrow + 2 * allocated("merge_kernel") <= 16384
+
+
+def test_all_reduce_sum_needs_no_fence_and_no_atomics(instructions):
+    found = [n for kernel, n in instructions.items() if "all_reduce_sum_kernel" in kernel]
+    assert len(found) == 15  # 3 types, groups of up to 2, 4 and 8, two rounds in the larger ones
+    for count in found:
+        assert count["MEMBAR"] + count["ATOMG"] + count["RED"] + count["CALL"] == 0
