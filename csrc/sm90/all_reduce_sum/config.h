@@ -15,7 +15,7 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMaxMessageBytes = 2 * 1024 * 1024;
 
 // A thread block's part of a mailbox, once for each of two epochs.
-constexpr int64_t kRegionBytes = 33 * 1024;
+constexpr int64_t kRegionBytes = 64 * 1024;
 constexpr int64_t kRegionVectors = kRegionBytes / kVectorBytes;
 constexpr int64_t kMailboxBytes = int64_t{kMaxBlocks} * 2 * kRegionBytes;
 
