@@ -3,14 +3,30 @@
 #include <algorithm>
 #include <cstdint>
 
+#include <cstring>
+#include <vector>
+
 #include "elements.h"
+
+namespace flashmla::cpu {
+
+constexpr int kColumns = 64;  // of y that a task makes
+constexpr int kRows = 128;    // that share one conversion of the weights to float
+constexpr int kDepth = 64;    // weights of a column that are converted at a time
+
+}  // namespace flashmla::cpu
+
+#define FLASHMLA_SIMD_SOURCE "cpu/project_simd.h"
+#include "cpu/each_isa.h"
+#undef FLASHMLA_SIMD_SOURCE
 
 namespace flashmla::cpu {
 namespace {
 
-constexpr int kColumns = 64;  // of y that a task makes
-constexpr int kRows = 4;      // that share one conversion of the weights to float
-constexpr int kDepth = 64;    // weights of a column that are converted at a time
+// sums [rows, kColumns] += x [rows, kDepth] times w [kDepth, kColumns], of which depth count.
+void multiply(const float* w, const float* x, int rows, int depth, float* sums) {
+  FLASHMLA_RUN_BEST_ISA(multiply_tile(w, x, rows, depth, sums));
+}
 
 // So many columns of one of the weights, from its column `begin` on, and where they are in y.
 struct Columns {
@@ -39,30 +55,32 @@ void make_columns(const ProjectParams& params, int group, const Columns& columns
   const int64_t x_row = params.k + params.rope, y_row = params.n + params.rope;
   const auto* x = static_cast<const Element*>(params.x) + group * x_row;
   auto* y = static_cast<Element*>(params.y) + group * y_row + columns.to;
+  std::vector<float> wide(kDepth * kColumns), rows_wide(kRows * kDepth), sums;
   for (int row = 0; row < params.rows; row += kRows) {
     const int rows = std::min(kRows, params.rows - row);
-    float sums[kRows][kColumns] = {};
+    sums.assign(rows * kColumns, 0.0f);
     for (int l0 = 0; l0 < params.k; l0 += kDepth) {
       const int depth = std::min(kDepth, params.k - l0);
-      float wide[kDepth][kColumns];
-      for (int l = 0; l < depth; ++l) {
+      if (params.transposed) {
         for (int j = 0; j < count; ++j) {
-          const int64_t at = params.transposed ? int64_t{begin + j} * params.k + l0 + l
-                                               : int64_t{l0 + l} * n + begin + j;
-          wide[l][j] = Element::to_float(w[at]);
+          const Element* from = w + int64_t{begin + j} * params.k + l0;
+          for (int l = 0; l < depth; ++l) wide[l * kColumns + j] = Element::to_float(from[l]);
+        }
+      } else {
+        for (int l = 0; l < depth; ++l) {
+          const Element* from = w + int64_t{l0 + l} * n + begin;
+          for (int j = 0; j < count; ++j) wide[l * kColumns + j] = Element::to_float(from[j]);
         }
       }
       for (int i = 0; i < rows; ++i) {
         const Element* from = x + (row + i) * params.groups * x_row + l0;
-        for (int l = 0; l < depth; ++l) {
-          const float factor = Element::to_float(from[l]);
-          for (int j = 0; j < count; ++j) sums[i][j] += factor * wide[l][j];
-        }
+        for (int l = 0; l < depth; ++l) rows_wide[i * kDepth + l] = Element::to_float(from[l]);
       }
+      multiply(wide.data(), rows_wide.data(), rows, depth, sums.data());
     }
     for (int i = 0; i < rows; ++i) {
       Element* to = y + (row + i) * params.groups * y_row;
-      for (int j = 0; j < count; ++j) to[j] = Element::from_float(sums[i][j]);
+      for (int j = 0; j < count; ++j) to[j] = Element::from_float(sums[i * kColumns + j]);
     }
   }
 }

@@ -16,7 +16,6 @@ from jax_flashmla import project
 IMPLEMENTATIONS = [
     pytest.param(("cpu", "xla"), id="cpu-xla"),
     pytest.param(("cpu", "kernel"), id="cpu-kernel"),
-    pytest.param(("cuda", "xla"), id="cuda-xla", marks=pytest.mark.gpu),
     pytest.param(("cuda", "kernel"), id="cuda-kernel", marks=pytest.mark.gpu),
 ]
 

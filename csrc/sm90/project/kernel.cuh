@@ -1,4 +1,4 @@
-// project: a thread block makes 64 columns of y for all rows, or a cluster of blocks does, each
+// project: a thread block makes 128 or 256 columns of y for all rows, or a cluster of blocks does, each
 // with a part of k. One warp loads weights and rows through TMA into a ring; a warpgroup multiplies
 // y^T = W^T x^T, so that the columns fill the tensor cores' 64 rows however few rows x has.
 #pragma once
@@ -18,13 +18,14 @@
 
 namespace flashmla::sm90::project {
 
-constexpr int kMaxStages = stages_of(16);
+constexpr int kMaxStages = stages_of(16, 2);
 
 // Columns of one of the weights, and the first one's place in y.
 struct Tile {
   int weight, begin, count, to;
 };
 
+template <int kParts>
 __device__ __forceinline__ Tile find_tile(const KernelArgs& args, int tile) {
   int weight = 0, to = 0;
 #pragma unroll
@@ -35,6 +36,7 @@ __device__ __forceinline__ Tile find_tile(const KernelArgs& args, int tile) {
       ++weight;
     }
   }
+  constexpr int kTile = kParts * kPart;
   const int begin = tile * kTile;
   return {weight, begin, min(kTile, args.params.n_of[weight] - begin), to + begin};
 }
@@ -44,10 +46,10 @@ struct Steps {
   int begin, end;
 };
 
-template <int kRows>
+template <int kRows, int kParts>
 __device__ __forceinline__ void load_stages(const KernelArgs& args, uint32_t ring, uint32_t full,
                                             uint32_t empty, Steps steps, const Tile& tile, int group) {
-  constexpr int kStageBytes = stage_bytes(kRows);
+  constexpr int kStageBytes = stage_bytes(kRows, kParts);
   const CUtensorMap* w_map = &args.w_map[tile.weight];
   for (int step = steps.begin, turn = 0; step < steps.end; ++step, ++turn) {
     const int stage = turn % args.stages;
@@ -55,36 +57,45 @@ __device__ __forceinline__ void load_stages(const KernelArgs& args, uint32_t rin
     mbarrier_wait(empty + 8 * stage, (turn / args.stages & 1) ^ 1);
     mbarrier_arrive_expect(full + 8 * stage, kStageBytes);
     const uint32_t to = ring + stage * kStageBytes;
-    const int column = tile.begin, depth = step * kDepth;
+    const int depth = step * kDepth;
     const bool transposed = args.params.transposed;
-    tma_load_4d(to, w_map, full + 8 * stage, transposed ? depth : column,
-                transposed ? column : depth, group, 0, kEvictFirst);
-    tma_load_4d(to + kWeightBytes, &args.x_map, full + 8 * stage, depth, 0, group, 0,
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {  // past the last column zeros are written
+      const int column = tile.begin + part * kPart;
+      tma_load_4d(to + part * kPartBytes, w_map, full + 8 * stage, transposed ? depth : column,
+                  transposed ? column : depth, group, 0, kEvictFirst);
+    }
+    tma_load_4d(to + kParts * kPartBytes, &args.x_map, full + 8 * stage, depth, 0, group, 0,
                 kEvictNormal);
   }
 }
 
 // sums[row][column] of this block's part of k.
-template <class T, int kRows, bool kTransposed>
+template <class T, int kRows, int kParts, bool kTransposed>
 __device__ __forceinline__ void multiply_stages(const KernelArgs& args, uint32_t ring,
                                                 uint32_t full, uint32_t empty, Steps steps,
                                                 float* sums) {
-  constexpr int kStageBytes = stage_bytes(kRows);
+  constexpr int kStageBytes = stage_bytes(kRows, kParts);
   constexpr int kN = kRows < 32 ? 16 : 32;  // rows of one instruction
-  float d[kRows / kN][kN / 2];
+  float d[kParts][kRows / kN][kN / 2];
   for (int step = steps.begin, turn = 0; step < steps.end; ++step, ++turn) {
     const int stage = turn % args.stages;
     mbarrier_wait(full + 8 * stage, turn / args.stages & 1);
-    const uint32_t w = ring + stage * kStageBytes, x = w + kWeightBytes;
+    const uint32_t w = ring + stage * kStageBytes, x = w + kParts * kPartBytes;
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kDepth / 16; ++i) {
-      const uint64_t a = kTransposed ? k_major_desc(w) + 2 * i
-                                     : mn_major_desc(w, kWeightBytes, kGroupBytes) + 128 * i;
+    for (int part = 0; part < kParts; ++part) {
+      const uint32_t columns = w + part * kPartBytes;
 #pragma unroll
-      for (int part = 0; part < kRows / kN; ++part) {
-        wgmma_ss<T, !kTransposed>(d[part], a, k_major_desc(x + part * kN * 128) + 2 * i,
-                                  turn > 0 || i > 0);
+      for (int i = 0; i < kDepth / 16; ++i) {
+        const uint64_t a = kTransposed
+                               ? k_major_desc(columns) + 2 * i
+                               : mn_major_desc(columns, kPartBytes, kGroupBytes) + 128 * i;
+#pragma unroll
+        for (int n = 0; n < kRows / kN; ++n) {
+          wgmma_ss<T, !kTransposed>(d[part][n], a, k_major_desc(x + n * kN * 128) + 2 * i,
+                                    turn > 0 || i > 0);
+        }
       }
     }
     wgmma_commit();
@@ -93,33 +104,38 @@ __device__ __forceinline__ void multiply_stages(const KernelArgs& args, uint32_t
   }
   // All that was loaded has been multiplied: the sums may take the ring's place.
   named_barrier_sync(1, kWarpgroupThreads);
+  constexpr int kStride = kParts * kPart + kPadding;
   const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
-  for (int part = 0; part < kRows / kN; ++part) {
+  for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const int row = part * kN + j * 8 + lane % 4 * 2;
-      float* to = sums + row * (kTile + kPadding) + column;
-      to[0] = d[part][4 * j];
-      to[kTile + kPadding] = d[part][4 * j + 1];
-      to[8] = d[part][4 * j + 2];
-      to[kTile + kPadding + 8] = d[part][4 * j + 3];
+    for (int n = 0; n < kRows / kN; ++n) {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        const int row = n * kN + j * 8 + lane % 4 * 2;
+        float* to = sums + row * kStride + part * kPart + column;
+        const float* from = d[part][n] + 4 * j;
+        to[0] = from[0];
+        to[kStride] = from[1];
+        to[8] = from[2];
+        to[kStride + 8] = from[3];
+      }
     }
   }
 }
 
 // Adds the cluster's sums in the order of its blocks, each block its share of y.
-template <class Element>
+template <class Element, int kParts>
 __device__ __forceinline__ void store_sums(const KernelArgs& args, uint32_t sums, int splits,
                                            int rank, const Tile& tile, int group) {
-  constexpr int kPiece = 4, kPieces = kTile / kPiece;
+  constexpr int kPiece = 4, kPieces = kParts * kPart / kPiece;
   const ProjectParams& params = args.params;
   const int64_t stride = params.n + params.rope;
   Element* y = static_cast<Element*>(params.y) + group * stride + tile.to;
   for (int i = rank * kThreads + threadIdx.x; i < params.rows * kPieces; i += splits * kThreads) {
     const int row = i / kPieces, column = i % kPieces * kPiece;
     if (column >= tile.count) continue;
-    const uint32_t at = sums + (row * (kTile + kPadding) + column) * 4;
+    const uint32_t at = sums + (row * (kParts * kPart + kPadding) + column) * 4;
     float sum[kPiece] = {};
     for (int block = 0; block < splits; ++block) {
       const float4 v = load_cluster_float4(map_shared(at, block));
@@ -134,7 +150,7 @@ __device__ __forceinline__ void store_sums(const KernelArgs& args, uint32_t sums
 }
 
 // grid [(tiles + 1 where columns are rotated) * splits, groups], clusters of splits.
-template <class T, class Element, int kRows, bool kTransposed>
+template <class T, class Element, int kRows, int kParts, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
     project_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) char ring[];
@@ -154,16 +170,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     mbarrier_init_fence();
   }
   __syncthreads();
-  const Tile tile = find_tile(args, number);
+  const Tile tile = find_tile<kParts>(args, number);
   const Steps steps = {args.steps * rank / splits, args.steps * (rank + 1) / splits};
   auto* sums = reinterpret_cast<float*>(ring);
   if (threadIdx.x < kWarpgroupThreads) {
-    multiply_stages<T, kRows, kTransposed>(args, smem_address(ring), full, empty, steps, sums);
+    multiply_stages<T, kRows, kParts, kTransposed>(args, smem_address(ring), full, empty, steps,
+                                                   sums);
   } else if (threadIdx.x == kWarpgroupThreads) {
-    load_stages<kRows>(args, smem_address(ring), full, empty, steps, tile, group);
+    load_stages<kRows, kParts>(args, smem_address(ring), full, empty, steps, tile, group);
   }
   cluster_sync();
-  store_sums<Element>(args, smem_address(ring), splits, rank, tile, group);
+  store_sums<Element, kParts>(args, smem_address(ring), splits, rank, tile, group);
   cluster_sync();  // no block leaves while another one reads its sums
 }
 

@@ -35,26 +35,50 @@ Status make_map(const ProjectParams& params, const Array& array, int inner_box, 
       map);
 }
 
+int count_tiles(const ProjectParams& params, int columns) {
+  int tiles = 0;
+  for (const int n : params.n_of) tiles += (n + columns - 1) / columns;
+  return tiles;
+}
+
 // So many blocks share the sum over k that the device's multiprocessors have two each.
 int splits_of(const KernelArgs& args, int multiprocessors) {
-  const int tiles = std::max(1, args.tiles * args.params.groups);
+  const int tiles = args.tiles * args.params.groups;
   return std::clamp(2 * multiprocessors / tiles, 1, std::min(kMaxSplits, args.steps));
 }
 
+template <class T, class Element, int kRows, int kParts>
+Status launch_tiles(KernelArgs& args, int multiprocessors, cudaStream_t stream) {
+  const ProjectParams& params = args.params;
+  for (int i = 0; i < kMaxWeights; ++i) {
+    args.tiles_of[i] = (params.n_of[i] + kParts * kPart - 1) / (kParts * kPart);
+  }
+  args.tiles = count_tiles(params, kParts * kPart);
+  const int splits = splits_of(args, multiprocessors);
+  args.stages = std::min(stages_of(kRows, kParts), (args.steps + splits - 1) / splits);
+  const size_t shared_bytes =
+      std::max(args.stages * stage_bytes(kRows, kParts), sums_bytes(kRows, kParts));
+  const unsigned tiles = args.tiles + (params.rope > 0 ? 1 : 0);
+  LaunchOptions options{dim3(tiles * splits, params.groups), kThreads, shared_bytes};
+  options.cluster = splits;
+  const auto kernel = params.transposed ? project_kernel<T, Element, kRows, kParts, true>
+                                        : project_kernel<T, Element, kRows, kParts, false>;
+  return launch(kernel, options, stream, "project", args);
+}
+
+// The wider tile where its blocks keep the multiprocessors busy.
 template <class T, class Element, int kRows>
 Status launch_rows(KernelArgs& args, cudaStream_t stream) {
   int multiprocessors = 0;
   if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
-  const ProjectParams& params = args.params;
-  const int splits = splits_of(args, multiprocessors);
-  args.stages = std::min(stages_of(kRows), (args.steps + splits - 1) / splits);
-  const size_t shared_bytes = std::max(args.stages * stage_bytes(kRows), sums_bytes(kRows));
-  const unsigned tiles = args.tiles + (params.rope > 0 ? 1 : 0);
-  LaunchOptions options{dim3(tiles * splits, params.groups), kThreads, shared_bytes};
-  options.cluster = splits;
-  const auto kernel = params.transposed ? project_kernel<T, Element, kRows, true>
-                                        : project_kernel<T, Element, kRows, false>;
-  return launch(kernel, options, stream, "project", args);
+  const int blocks = count_tiles(args.params, 4 * kPart) * args.params.groups *
+                     std::min(kMaxSplits, std::max(1, args.steps / 2));
+  if constexpr (kRows < 128) {
+    if (blocks >= 3 * multiprocessors / 2) {
+      return launch_tiles<T, Element, kRows, 4>(args, multiprocessors, stream);
+    }
+  }
+  return launch_tiles<T, Element, kRows, 2>(args, multiprocessors, stream);
 }
 
 template <class T, class Element>
@@ -68,8 +92,6 @@ Status launch_typed(const ProjectParams& params, cudaStream_t stream) {
   if (Status status = make_map(params, x, kDepth, rows, &args.x_map); !status.ok()) return status;
   for (int i = 0; i < kMaxWeights; ++i) {
     const int64_t n = params.n_of[i];
-    args.tiles_of[i] = static_cast<int>((n + kTile - 1) / kTile);
-    args.tiles += args.tiles_of[i];
     if (n == 0) continue;
     const Array w = params.transposed ? Array{params.w[i], k, n, k, k * n}
                                       : Array{params.w[i], n, k, n, k * n};
