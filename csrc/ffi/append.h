@@ -13,12 +13,11 @@ namespace flashmla::ffi {
 
 // The cache that rows [b, s_new, h_kv, d] are appended to; all of params but the rows themselves.
 inline void read_append(ExtentChecks& checks, AnyBuffer blocks, I32R2 block_table, I32R1 positions,
-                        I32R1 num_new, F32R0 kv_scale, AnyBuffer updated,
-                        int32_t format, int32_t block_size,
-                        const std::array<int64_t, 4>& rows, CacheAppendParams* params) {
+                        I32R1 num_new, F32R0 kv_scale, AnyBuffer updated, int32_t format,
+                        int32_t block_size, const std::array<int64_t, 4>& rows,
+                        CacheAppendParams* params) {
   const auto [b, s_new, h_kv, d] = rows;
-  const BlocksExtents cache =
-      read_blocks(checks, blocks, format, block_size, "blocks", h_kv);
+  const BlocksExtents cache = read_blocks(checks, blocks, format, block_size, "blocks", h_kv);
   const auto [table_b, max_blocks] =
       checks.read<2>("block_table", block_table.dimensions(), {"b", "max_blocks"});
   if (!checks.ok()) return;

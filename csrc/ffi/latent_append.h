@@ -75,13 +75,14 @@ inline Status read_latent_append(AnyBuffer blocks, AnyBuffer projected, AnyBuffe
     return checks.status();
   }
   CacheAppendParams& cache = params->cache;
-  read_append(checks, blocks, block_table, positions, num_new, kv_scale, *updated,
-              attrs.format, attrs.block_size, {b, s_new, 1, d}, &cache);
+  read_append(checks, blocks, block_table, positions, num_new, kv_scale, *updated, attrs.format,
+              attrs.block_size, {b, s_new, 1, d}, &cache);
   if (!checks.ok()) return checks.status();
 
   checks.expect("cos", cos.dimensions(), {{"b", b}, {"s_new", s_new}, {"rope / 2", pairs}});
   checks.expect("sin", sin.dimensions(), {{"b", b}, {"s_new", s_new}, {"rope / 2", pairs}});
-  checks.expect("q_latent", q_latent->dimensions(), {{"b", b}, {"s_new", s_new}, {"q_rank", q_rank}});
+  checks.expect("q_latent", q_latent->dimensions(),
+                {{"b", b}, {"s_new", s_new}, {"q_rank", q_rank}});
   params->dtype = read_dtype(checks, "projected", projected.element_type());
   params->norm_dtype = read_dtype(checks, "kv_norm", kv_norm.element_type());
   expect_same_dtype(checks, "q_norm", q_norm.element_type(), "kv_norm", kv_norm.element_type());

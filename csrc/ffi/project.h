@@ -49,8 +49,9 @@ inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2,
     const Dimensions got = all[i].dimensions();
     const int64_t n_of = got.size() == 3 ? got[attrs.transposed ? 1 : 2] : -1;
     const Extent depth = {"k", k}, width = {"n", n_of};
-    checks.expect("w", got, {{"groups", groups}, attrs.transposed ? width : depth,
-                             attrs.transposed ? depth : width});
+    checks.expect(
+        "w", got,
+        {{"groups", groups}, attrs.transposed ? width : depth, attrs.transposed ? depth : width});
     expect_same_dtype(checks, "w", all[i].element_type(), "x", x.element_type());
     params->n_of[i] = checks.int32("n", n_of);
     params->w[i] = all[i].untyped_data();

@@ -16,17 +16,17 @@ constexpr int kMaxWeights = 3;
 struct ProjectParams {
   DType dtype;  // of x, w and y
   int rows, groups, k;
-  int n;                 // columns of all weights
+  int n;                  // columns of all weights
   int n_of[kMaxWeights];  // of each; 0 where there is none
-  int rope;         // columns of x from k on
-  bool transposed;  // each w is [groups, n, k]
+  int rope;               // columns of x from k on
+  bool transposed;        // each w is [groups, n, k]
   RopeLayout layout;
 
-  const void* x;     // [rows, groups, k + rope]
+  const void* x;               // [rows, groups, k + rope]
   const void* w[kMaxWeights];  // [groups, k, n_of]
-  const float* cos;  // [rows, rope / 2]; empty with kNone
-  const float* sin;  // as cos
-  void* y;           // [rows, groups, n + rope]
+  const float* cos;            // [rows, rope / 2]; empty with kNone
+  const float* sin;            // as cos
+  void* y;                     // [rows, groups, n + rope]
 };
 
 }  // namespace flashmla

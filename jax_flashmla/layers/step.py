@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from jax_flashmla import PagedCache, Slots, latent_append, project
 from jax_flashmla.layers.config import MLAConfig

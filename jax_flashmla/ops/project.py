@@ -145,9 +145,7 @@ def _batch(
         return vmap.call_each(lambda *x: project_op.bind(*x, **params), operands, dims), [0]
     n = vmap.mapped_size(operands, dims)
     x, *weights, cos, sin = operands
-    x, cos, sin = (
-        vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[-2]), (sin, dims[-1]))
-    )
+    x, cos, sin = (vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[-2]), (sin, dims[-1])))
     return [vmap.unfold(y, n) for y in project_op.bind(x, *weights, cos, sin, **params)], [0]
 
 

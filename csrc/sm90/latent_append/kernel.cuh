@@ -86,8 +86,7 @@ __device__ __forceinline__ void rms_norm(const Element* row, int n, bool whole, 
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (column + i >= n) break;
-      put(column + i,
-          x[i] * inverse * (load_weight(weight, weight_dtype, column + i) * scale));
+      put(column + i, x[i] * inverse * (load_weight(weight, weight_dtype, column + i) * scale));
     }
   }
 }
@@ -141,9 +140,8 @@ __device__ __forceinline__ void store_row(const CacheAppendParams& cache,
   uint8_t* scales = codes + layout.scale_offset +
                     row_offset(layout, layout.scale_plane, cache.block_size, slot.token);
   const float kv_scale = layout.scale == ScaleType::kCache ? *cache.kv_scale : 1.0f;
-  quantise_row(layout, row, kv_scale,
-               codes + row_offset(layout, 0, cache.block_size, slot.token), scales,
-               cache.format == Format::kV4);
+  quantise_row(layout, row, kv_scale, codes + row_offset(layout, 0, cache.block_size, slot.token),
+               scales, cache.format == Format::kV4);
 }
 
 // grid [b * s_new, 2 or, without a query latent, 1].

@@ -12,7 +12,7 @@ namespace flashmla::sm90::project {
 constexpr int kPart = 64;   // columns of y that one instruction makes
 constexpr int kDepth = 64;  // weights of a column in a stage
 constexpr int kMaxRows = 128;
-constexpr int kMaxSplits = 8;  // thread blocks of a cluster, which share the sum over k
+constexpr int kMaxSplits = 8;       // thread blocks of a cluster, which share the sum over k
 constexpr int kThreads = 128 + 32;  // a warpgroup of products, a warp of loads
 constexpr int kPadding = 4;         // floats behind each row of the sums
 
@@ -29,8 +29,8 @@ struct KernelArgs {
   ProjectParams params;
   int tiles;                  // of all weights' columns
   int tiles_of[kMaxWeights];  // of each one's
-  int steps;   // stages that k takes
-  int stages;  // of the ring
+  int steps;                  // stages that k takes
+  int stages;                 // of the ring
 };
 
 }  // namespace flashmla::sm90::project

@@ -1,6 +1,7 @@
-// project: a thread block makes 128 or 256 columns of y for all rows, or a cluster of blocks does, each
-// with a part of k. One warp loads weights and rows through TMA into a ring; a warpgroup multiplies
-// y^T = W^T x^T, so that the columns fill the tensor cores' 64 rows however few rows x has.
+// project: a thread block makes 128 or 256 columns of y for all rows, or a cluster of blocks does,
+// each with a part of k. One warp loads weights and rows through TMA into a ring; a warpgroup
+// multiplies y^T = W^T x^T, so that the columns fill the tensor cores' 64 rows however few rows x
+// has.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,8 @@ struct Steps {
 
 template <int kRows, int kParts>
 __device__ __forceinline__ void load_stages(const KernelArgs& args, uint32_t ring, uint32_t full,
-                                            uint32_t empty, Steps steps, const Tile& tile, int group) {
+                                            uint32_t empty, Steps steps, const Tile& tile,
+                                            int group) {
   constexpr int kStageBytes = stage_bytes(kRows, kParts);
   const CUtensorMap* w_map = &args.w_map[tile.weight];
   for (int step = steps.begin, turn = 0; step < steps.end; ++step, ++turn) {
@@ -88,9 +90,8 @@ __device__ __forceinline__ void multiply_stages(const KernelArgs& args, uint32_t
       const uint32_t columns = w + part * kPartBytes;
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) {
-        const uint64_t a = kTransposed
-                               ? k_major_desc(columns) + 2 * i
-                               : mn_major_desc(columns, kPartBytes, kGroupBytes) + 128 * i;
+        const uint64_t a = kTransposed ? k_major_desc(columns) + 2 * i
+                                       : mn_major_desc(columns, kPartBytes, kGroupBytes) + 128 * i;
 #pragma unroll
         for (int n = 0; n < kRows / kN; ++n) {
           wgmma_ss<T, !kTransposed>(d[part][n], a, k_major_desc(x + n * kN * 128) + 2 * i,

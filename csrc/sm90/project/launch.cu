@@ -24,7 +24,9 @@ Status make_map(const ProjectParams& params, const Array& array, int inner_box, 
                 CUtensorMap* map) {
   const auto type = params.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements) * kElementBytes; };
+  const auto bytes = [](int64_t elements) {
+    return static_cast<uint64_t>(elements) * kElementBytes;
+  };
   return make_tensor_map(
       array.data, type, CU_TENSOR_MAP_SWIZZLE_128B,
       {{static_cast<uint64_t>(array.inner), kElementBytes, static_cast<uint32_t>(inner_box)},
@@ -93,8 +95,8 @@ Status launch_typed(const ProjectParams& params, cudaStream_t stream) {
   for (int i = 0; i < kMaxWeights; ++i) {
     const int64_t n = params.n_of[i];
     if (n == 0) continue;
-    const Array w = params.transposed ? Array{params.w[i], k, n, k, k * n}
-                                      : Array{params.w[i], n, k, n, k * n};
+    const Array w =
+        params.transposed ? Array{params.w[i], k, n, k, k * n} : Array{params.w[i], n, k, n, k * n};
     if (Status status = make_map(params, w, 64, 64, &args.w_map[i]); !status.ok()) return status;
   }
   switch (rows) {

@@ -51,7 +51,10 @@ OPERATION = Operation(
         x_label="sequences",
         series="s_k",
         series_label="cached tokens of each",
-        panel=lambda result: (("v3", "v32", "tiny", "tiny_v32").index(result["model"]), result["h_q"]),
+        panel=lambda result: (
+            ("v3", "v32", "tiny", "tiny_v32").index(result["model"]),
+            result["h_q"],
+        ),
         panel_title=_title,
         preferred=lambda results: results,
         kind=lambda result: result["h_q"],

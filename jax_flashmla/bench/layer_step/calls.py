@@ -189,7 +189,12 @@ def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Cal
         x, q, index_q, index_weights = (
             jax.random.normal(jax.random.key(3 + i), (shape.b, 1, *ends), jnp.bfloat16)
             for i, ends in enumerate(
-                ((config.hidden_size,), (shape.h_q, config.d_qk), (INDEX_HEADS, 128), (INDEX_HEADS,))
+                (
+                    (config.hidden_size,),
+                    (shape.h_q, config.d_qk),
+                    (INDEX_HEADS, 128),
+                    (INDEX_HEADS,),
+                )
             )
         )
         index = index_q.astype(jnp.float8_e4m3fn), index_weights.astype(jnp.float32)
