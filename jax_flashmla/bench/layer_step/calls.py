@@ -32,7 +32,7 @@ from jax_flashmla.layers import (
 )
 
 # Of a token's y in the 2-norm, both sides in bfloat16: 4e-3 to 7e-3. With an indexer, a few of the
-# 2,048 tokens are others where scores round differently: each counts with the square root of 2 / 2048.
+# 2,048 tokens are others where scores round differently: each counts with the root of 2 / 2048.
 MAX_RELATIVE_ERROR = 0.15
 TARGET = "flashmla_latent_append_v1"
 YARN = YarnConfig(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
@@ -149,6 +149,7 @@ def attend(
                 format=keys.format, topk=config.indexer.topk, first_block=keys.first_block,
                 layer_blocks=keys.num_blocks,
             )  # fmt: skip
+            assert isinstance(best, jax.Array)
             _, lse = sparse_decode(
                 q, rows.blocks, best, format=rows.format, first_block=rows.first_block,
                 layer_blocks=rows.num_blocks, **options,
@@ -177,7 +178,7 @@ class Step:
         return self
 
     def as_text(self) -> str:
-        return self._step.as_text()  # type: ignore[attr-defined, no-any-return]
+        return self._step.as_text()  # type: ignore[attr-defined]
 
 
 def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
