@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jax_flashmla import PagedCache, Slots, latent_append, project
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import positions_of
 from jax_flashmla.layers.rope import cos_and_sin
+
+# Of plain products with more rows than these, XLA picks ones as fast or faster. On an H100,
+# 32 rows: 29.6 us for 33.9 (75 MB of weights), 85.7 for 85.6 (235 MB).
+FEW_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,10 @@ def project_values(params: MLAParams, out: jax.Array, implementation: str | None
 def multiply(x: jax.Array, *weights: jax.Array, implementation: str | None) -> jax.Array:
     """x [b, s, k] times weights [k, ...], side by side: [b, s, ...]."""
     b, s, k = x.shape
+    if b * s > FEW_ROWS and len(weights) == 1:
+        w = weights[0].astype(x.dtype)
+        y = jnp.einsum("bsk,kn->bsn", x, w.reshape(k, -1))
+        return y.reshape(b, s, *w.shape[1:])
     flat = [w.reshape(1, k, -1).astype(x.dtype) for w in weights]
     y = project(x.reshape(b * s, 1, k), flat, implementation=implementation)
     return y.reshape(b, s, *(weights[0].shape[1:] if len(weights) == 1 else (-1,)))
