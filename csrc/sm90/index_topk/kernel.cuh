@@ -41,12 +41,16 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
   const Slice slice = whole.share(blocks, rank);
   const auto sample = Sample<kWarps>::of_row(candidates.scores, seen);
   const bool all_are_candidates = seen <= args.topk;
-  if (!all_are_candidates) sample.load(whole);
+  typename Sample<kWarps>::Asked asked{};
+  if (!all_are_candidates) asked = sample.ask(whole);
   Bound bound = kNoBound;
   int count = collect<kWarps>(
       smem, slice,
       [&] {
-        if (!all_are_candidates) bound = guess_bound(smem, sample, seen, args.topk);
+        if (!all_are_candidates) {
+          sample.load(whole, asked);
+          bound = guess_bound(smem, sample, seen, args.topk);
+        }
         return bound.least;
       },
       candidates);

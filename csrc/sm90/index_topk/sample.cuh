@@ -30,11 +30,31 @@ struct Sample {
   }
   __device__ __forceinline__ int size() const { return 1 << shift; }
 
-  __device__ __forceinline__ void load(const Slice& row) const {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < size(); i += kThreads) {
-      scores[i] = row.score(static_cast<int>(static_cast<uint64_t>(i) * row.count >> shift));
+  __device__ __forceinline__ float look(const Slice& row, int i) const {
+    return row.score(static_cast<int>(static_cast<uint64_t>(i) * row.count >> shift));
+  }
+
+  // A thread's first scores, which are on their way.
+  struct Asked {
+    float scores[4];
+  };
+  __device__ __forceinline__ Asked ask(const Slice& row) const {
+    Asked asked;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = k * kThreads + threadIdx.x;
+      asked.scores[k] = i < size() ? look(row, i) : NAN;
     }
+    return asked;
+  }
+  __device__ __forceinline__ void load(const Slice& row, const Asked& asked) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = k * kThreads + threadIdx.x;
+      if (i < size()) scores[i] = asked.scores[k];
+    }
+#pragma unroll 1
+    for (int i = 4 * kThreads + threadIdx.x; i < size(); i += kThreads) scores[i] = look(row, i);
   }
 
   __device__ __forceinline__ int count_from(float least) const {

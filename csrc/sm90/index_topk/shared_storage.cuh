@@ -28,7 +28,10 @@ struct Counts {
 };
 
 struct alignas(16) SharedStorage {
-  uint32_t bins[kBins];              // how many of the block's scores
+  union {
+    uint32_t bins[kBins];        // how many of the block's scores
+    int32_t selected[kMaxTopk];  // tokens of the row
+  };
   float close[kMaxWarps * 32];       // scores of the bin in which the threshold is
   uint32_t warp_sums[2][kMaxWarps];  // of two turns
   uint32_t warp_lowest[kMaxWarps], warp_highest[kMaxWarps];

@@ -45,11 +45,10 @@ __device__ __forceinline__ Found find_bin(SharedStorage& smem, const uint32_t* b
   // A thread's bins, from the highest thread 0's on.
   constexpr int kMine = kBins / (kWarps * 32);
   const int first = kBins - kMine - kMine * static_cast<int>(threadIdx.x);
-  int count[kMine], sum = 0;
+  int sum = 0;
 #pragma unroll
   for (int i = 0; i < kMine; i += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(bins + first + kMine - 4 - i);
-    count[i] = four.w, count[i + 1] = four.z, count[i + 2] = four.y, count[i + 3] = four.x;
+    const uint4 four = *reinterpret_cast<const uint4*>(bins + first + i);
     sum += four.x + four.y + four.z + four.w;
   }
   const int up_to = inclusive_warp_sum(sum);
@@ -57,13 +56,9 @@ __device__ __forceinline__ Found find_bin(SharedStorage& smem, const uint32_t* b
   const int of_warp = __shfl_sync(~0u, up_to, 31);
   int above = sum_warps<kWarps>(of_warp, smem.warp_sums[0]).x + up_to - sum;
   if (above < need && need <= above + sum) {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      if (above < need && need <= above + count[i]) {
-        smem.found = {first + kMine - 1 - i, above, count[i]};
-      }
-      above += count[i];
-    }
+    int bin = first + kMine - 1;
+    while (above + static_cast<int>(bins[bin]) < need) above += bins[bin--];
+    smem.found = {bin, above, static_cast<int>(bins[bin])};
   }
   __syncthreads();
   return smem.found;

@@ -46,17 +46,20 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
   const uint2 sums = sum_warps<kWarps>(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
   const uint32_t before = sums.x + up_to - counts;
   Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
-#pragma unroll 2
   for (int i = begin; i < end; ++i) {
     const float score = candidates.scores[i];
     const bool is_above = score > threshold.score, is_equal = score == threshold.score;
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      output.write(selected_of(mine, threshold), candidates.tokens[i]);
+      smem.selected[selected_of(mine, threshold)] = candidates.tokens[i];
     }
     mine.above += is_above, mine.equal += is_equal;
   }
+  __syncthreads();
   const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
-  output.fill(selected_of(all, threshold), threadIdx.x, kThreads);
+  const int selected = selected_of(all, threshold);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < selected; i += kThreads) output.write(i, smem.selected[i]);
+  output.fill(selected, threadIdx.x, kThreads);
 }
 
 }  // namespace flashmla::sm90::index_topk
