@@ -9,7 +9,9 @@ V3.2 and GLM-5 attend sparsely, to the tokens that their indexers select; --cach
 the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU.
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
-a time. Text is printed as it comes, in the prompts' order; speeds go to standard error.
+a time; those with equal beginnings share the blocks of the cache that hold them. --speculate N
+verifies up to N tokens ahead in one step, drafted from what the text has said before; it changes no
+token. Text is printed as it comes, in the prompts' order; speeds go to standard error.
 
 Needs: pip install 'jax-flashmla[flax,hf]'; for tiktoken.model, tiktoken
 """
@@ -32,7 +34,7 @@ from deepseek.config import ModelConfig
 from deepseek.serve import Server, Token
 from deepseek.tokenizer import TextStream, Tokenizer, load_tokenizer
 from deepseek.weights import load_model
-from jax_flashmla.serve import Sampling, Stats
+from jax_flashmla.serve import NGramDraft, Sampling, Stats
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +57,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="dense",
         help="of the cache's rows: dense (default), or v32: latents in fp8",
     )
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens to draft for each step from the text so far; 0, the default: none",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="0, the default: all tokens")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -65,6 +75,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="ID",
         help="ends a text, beside those that the checkpoint names; may be repeated",
+    )
+    parser.add_argument(
+        "--stop-string",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a text with the token that completes it; may be repeated",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tokenizer", choices=("auto", "bytes"), default="auto")
@@ -123,19 +140,29 @@ def summary(stats: Stats) -> str:
     def rate(tokens: int, seconds: float) -> str:
         return f"{tokens / seconds:,.1f} tokens/s" if seconds else "all of it compiling"
 
-    return (
-        f"prefill: {rate(stats.prompt_tokens, stats.prefill_seconds)}; decoding, at most "
-        f"{stats.most_active} sequences at a time: "
-        f"{rate(stats.decoded_tokens, stats.decode_seconds)}; apart from "
-        f"{stats.compile_seconds:.1f} s in steps that were compiled first"
+    parts = [f"prefill: {rate(stats.prompt_tokens, stats.prefill_seconds)}"]
+    if stats.cached_tokens:
+        parts.append(f"{stats.cached_tokens} tokens of prompts were in the cache already")
+    parts.append(
+        f"decoding, at most {stats.most_active} sequences at a time: "
+        f"{rate(stats.decoded_tokens, stats.decode_seconds)}"
     )
+    if stats.drafted_tokens:
+        parts.append(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")
+    parts.append(f"apart from {stats.compile_seconds:.1f} s in steps that were compiled first")
+    return "; ".join(parts)
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_directory(arguments.checkpoint)
     sampling = Sampling(
-        temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
     )
+    if arguments.speculate < 0:
+        raise ValueError(f"--speculate must be at least 0, got {arguments.speculate}")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if arguments.cache_format != "dense" and arguments.dtype == "float32":
@@ -167,6 +194,9 @@ def run(arguments: argparse.Namespace) -> None:
         cache_format=arguments.cache_format,
         sampling=sampling,
         stop_tokens=stop_tokens,
+        stop_strings=arguments.stop_string,
+        detokenize=tokenizer.decode,
+        draft=NGramDraft(length=arguments.speculate) if arguments.speculate else None,
     )
     tokens = server.generate(prompt_tokens, arguments.max_new_tokens)
     print_in_order(tokens, prompts, tokenizer, stop_tokens)

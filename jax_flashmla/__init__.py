@@ -11,6 +11,7 @@ from jax_flashmla.cache.scheduler import Scheduler
 from jax_flashmla.cache.table import BlockTable, Slots
 from jax_flashmla.compat import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from jax_flashmla.export import export_checks
+from jax_flashmla.ops.all_reduce_sum import all_reduce_sum
 from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode
 from jax_flashmla.ops.index_scores import index_scores
@@ -19,6 +20,7 @@ from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.ops.sparse_prefill import sparse_prefill
+from jax_flashmla.peers import Peers, connect_peers
 from jax_flashmla.sharding import decode_specs
 
 __version__ = "0.2.0"
@@ -29,10 +31,13 @@ __all__ = [
     "CacheFormat",
     "OutOfBlocks",
     "PagedCache",
+    "Peers",
     "Scheduler",
     "Slots",
     "SplitSchedule",
+    "all_reduce_sum",
     "cache_append",
+    "connect_peers",
     "copy_blocks",
     "decode_specs",
     "dense_decode",

@@ -11,6 +11,8 @@ TILE_ROWS = 64  # query rows of a tile that a schedule is made for by default
 SMALL_TILE_ROWS = 16  # in a small problem; kLeastRows in csrc/sm90/dense_decode/config.h
 MAX_INDEX_HEADS = 64  # kMaxIndexHeads in csrc/params/index_scores.h
 MAX_TOPK = 4096  # of index_topk; kMaxTopk in csrc/params/index_topk.h
+MAX_PEERS = 8  # devices of a group; kMaxPeers in csrc/params/all_reduce_sum.h
+MAX_SUM_BYTES = 2 * 1024 * 1024  # kMaxMessageBytes in csrc/sm90/all_reduce_sum/config.h
 FORMATS = {  # Format in csrc/formats.h
     "dense": 0,
     "v32": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import typing
@@ -13,6 +14,9 @@ if os.path.exists("/dev/nvidiactl"):  # do not time GEMM variants for each
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 else:  # leave out most of LLVM's passes, in the processes that tests start too
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones abort on this flag
+        # Half of the compile time of a reference goes to the emitters of fused loops.
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import beartype  # noqa: F401 (before the patch below)
 import jax

@@ -20,10 +20,12 @@ KERNELS = (
     "make_schedule_kernel",
     *DECODE_KERNELS,
     *SPARSE_KERNELS,
+    "sparse_prefill_kernel",
     "merge_kernel",
     "cache_append_kernel",
     "index_scores_kernel",
     "index_topk_kernel",
+    "all_reduce_sum_kernel",
 )
 
 
@@ -114,6 +116,19 @@ def test_sparse_decode_uses_tensor_cores_and_bulk_copies(instructions):
         assert count["HMMA"] == 0, name
 
 
+@pytest.mark.parametrize("d_qk", [512, 576])
+@pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])
+def test_sparse_prefill_is_built_for_every_element_type_and_width(instructions, element, d_qk):
+    name = rf"sparse_prefill_kernelI\d+{element}Li{d_qk}EE"
+    (count,) = (count for kernel, count in instructions.items() if re.search(name, kernel))
+    # A tile's score products of 64 rows by 64 tokens, where a query token's first one is started
+    # and in the loop; and four of 256 value columns: nothing is repeated or serialised.
+    assert count["HGMMA"] == 2 * d_qk // 16 + 4
+    assert count["WARPGROUP"] < 20
+    assert count["LDGSTS"] > 0  # rows are gathered by cp.async
+    assert count["UTMALDG"] > 0  # queries are loaded by tensor maps
+
+
 @pytest.mark.parametrize("heads", [32, 64])
 @pytest.mark.parametrize("queries", [1, 2, 4, 8])
 @pytest.mark.parametrize("product", ["QGMMA", "HGMMA"])
@@ -202,3 +217,10 @@ def test_the_merge_fits_beside_the_narrow_kernel(resources):
 
     narrow = allocated(r"narrow_decode_kernelI\d+\w+?Li16E")
     assert 4 * narrow + 2 * allocated("merge_kernel") <= 16384
+
+
+def test_all_reduce_sum_needs_no_fence_and_no_atomics(instructions):
+    found = [n for kernel, n in instructions.items() if "all_reduce_sum_kernel" in kernel]
+    assert len(found) == 15  # 3 types, groups of up to 2, 4 and 8, two rounds in the larger ones
+    for count in found:
+        assert count["MEMBAR"] + count["ATOMG"] + count["RED"] + count["CALL"] == 0

@@ -1,5 +1,7 @@
 // The extension module jax_flashmla._cpu: XLA FFI handlers for the platform "cpu".
+#include "cpu/groups.h"
 #include "cpu/parallel_for.h"
+#include "ffi/groups.h"
 #include "ffi/module.h"
 #include "ffi/thread_pool.h"
 
@@ -25,4 +27,18 @@ Status run_on_pool(const Params& params, xla::ffi::ThreadPool& pool) {
   }
 #include "ffi/operations.h"
 
-NB_MODULE(_cpu, module) { flashmla::ffi::define_functions(module); }
+namespace {
+
+struct Groups {
+  static constexpr auto open_group = flashmla::cpu::open_group;
+  static constexpr auto reach_member = flashmla::cpu::reach_member;
+  static constexpr auto has_failed = flashmla::cpu::has_failed;
+  static constexpr auto close_group = flashmla::cpu::close_group;
+};
+
+}  // namespace
+
+NB_MODULE(_cpu, module) {
+  flashmla::ffi::define_functions(module);
+  flashmla::ffi::define_groups<Groups>(module);
+}

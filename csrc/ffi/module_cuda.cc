@@ -3,7 +3,9 @@
 // capture them in CUDA graphs.
 #include <cuda_runtime_api.h>
 
+#include "ffi/groups.h"
 #include "ffi/module.h"
+#include "sm90/all_reduce_sum/launch.h"
 
 // sm90/<name>/launch.cu defines sm90::run_<name>.
 #define FLASHMLA_OPERATION(name, Params)                                                \
@@ -19,4 +21,18 @@
   }
 #include "ffi/operations.h"
 
-NB_MODULE(_cuda, module) { flashmla::ffi::define_functions(module); }
+namespace {
+
+struct Groups {
+  static constexpr auto open_group = flashmla::sm90::open_group;
+  static constexpr auto reach_member = flashmla::sm90::reach_member;
+  static constexpr auto has_failed = flashmla::sm90::has_failed;
+  static constexpr auto close_group = flashmla::sm90::close_group;
+};
+
+}  // namespace
+
+NB_MODULE(_cuda, module) {
+  flashmla::ffi::define_functions(module);
+  flashmla::ffi::define_groups<Groups>(module);
+}

@@ -1,5 +1,6 @@
 // The only list of operations. Each header ends in FLASHMLA_OPERATION, which the module that
 // includes this has defined: see module_cpu.cc and module_cuda.cc.
+#include "ffi/all_reduce_sum.h"
 #include "ffi/cache_append.h"
 #include "ffi/dense_decode.h"
 #include "ffi/index_scores.h"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +32,13 @@ class Server:
     Args:
         config: the model's.
         model: the model.
-        batch, max_tokens, num_blocks, stop_tokens, draft: as for `jax_flashmla.serve.Server`.
+        batch, max_tokens, num_blocks, stop_tokens, detokenize, draft: as for
+            `jax_flashmla.serve.Server`.
         block_size: tokens of a block; 64 for the Hopper kernels.
         dtype: of the computation.
         cache_format: of the cache's rows, "dense" or "v32" (fp8).
         sampling: how tokens are chosen; each prompt has a seed of its own, made from its number.
+        stop_strings: end a sequence with the token that completes one of them.
 
     Raises:
         ValueError: max_tokens is more than the model's positions, or another number out of range.
@@ -54,6 +57,8 @@ class Server:
         cache_format: str = "dense",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop_tokens: frozenset[int] = frozenset(),
+        stop_strings: Sequence[str] = (),
+        detokenize: Callable[[list[int]], str] | None = None,
         draft: Any = None,
     ) -> None:
         if not 2 <= max_tokens <= config.max_positions:
@@ -61,7 +66,7 @@ class Server:
                 f"max_tokens must be between 2 and the model's {config.max_positions} positions, "
                 f"got {max_tokens}"
             )
-        self._sampling = sampling
+        self._sampling, self._stop_strings = sampling, tuple(stop_strings)
         self._server = serve.Server(
             served(model),
             config.attention.cache_format(dtype, block_size, name=cache_format),
@@ -72,6 +77,7 @@ class Server:
             max_tokens=max_tokens,
             num_blocks=num_blocks,
             stop_tokens=stop_tokens,
+            detokenize=detokenize,
             draft=draft,
         )
 
@@ -98,8 +104,13 @@ class Server:
         numbers = {}
         for i, prompt in enumerate(prompts):
             seed = self._sampling.seed * 1_000_003 + i
-            sampling = dataclasses.replace(self._sampling, seed=seed)
-            numbers[self._server.add(prompt, max_new_tokens, sampling=sampling)] = i
+            number = self._server.add(
+                prompt,
+                max_new_tokens,
+                sampling=dataclasses.replace(self._sampling, seed=seed),
+                stop_strings=self._stop_strings,
+            )
+            numbers[number] = i
         try:
             for token in self._server.stream():
                 yield Token(numbers[token.request], token.id, token.last)
@@ -111,6 +122,12 @@ class Server:
 def served(model: DeepSeek) -> serve.Model:
     """The model as a server calls it."""
     graph, state = nnx.split(model)
+    return serve.Model(state, *_functions(graph))
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same ones for the same model, so that its servers share what is compiled."""
 
     def step(
         state: Any,
@@ -126,4 +143,4 @@ def served(model: DeepSeek) -> serve.Model:
     def logits(state: Any, states: jax.Array) -> jax.Array:
         return nnx.merge(graph, state).logits(states)
 
-    return serve.Model(state, step, logits)
+    return step, logits

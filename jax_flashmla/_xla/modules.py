@@ -45,3 +45,15 @@ def missing_module(platform: str) -> str | None:
     """Why the module of "cpu" or "cuda" cannot be imported; None where it was."""
     module, missing = (_cpu, _cpu_missing) if platform == "cpu" else (_cuda, _cuda_missing)
     return None if module else f"the {platform.upper()} module cannot be imported ({missing})"
+
+
+def module_of(platform: str) -> ModuleType:
+    """The module of "cpu" or "cuda", for what is done outside of XLA.
+
+    Raises:
+        ImportError: there is none, and why.
+    """
+    module = _cpu if platform == "cpu" else _cuda
+    if module is None:
+        raise ImportError(missing_module(platform))
+    return module

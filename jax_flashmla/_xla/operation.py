@@ -44,6 +44,7 @@ class Operation:
         refusal: why the Hopper kernels do not take a call, or None:
             `refusal(*operands, **params)`.
         aliases: results that take over an operand's buffer, by operand.
+        invariant: the mesh axis over whose devices results are the same, from the parameters.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Operation:
         attributes: Callable[..., dict[str, Any]] = lambda **_: {},
         refusal: Callable[..., str | None] = lambda *_, **__: None,
         aliases: dict[int, int] | None = None,
+        invariant: Callable[..., str | None] = lambda **_: None,
     ):
         self.name, self.target = name, f"flashmla_{name}_v1"
         self.primitive = Primitive(f"flashmla_{name}")
         self._results, self._num_results = results, num_results
         self._reference, self._attributes = reference, attributes
         self._refusal, self._aliases = refusal, aliases
+        self._invariant = invariant
         self._call = jax.jit(self._run, inline=True, static_argnames=(*static, "implementation"))
         self._register(batch)
         _operations[name] = self
@@ -100,7 +103,8 @@ class Operation:
     def _types(self, *operands: Any, implementation: str | None, **params: Any) -> list[Any]:
         check_unsharded(self.name, operands)
         types = self._results(*operands, **params)
-        return [result_type(operands, shape, dtype) for shape, dtype in types]
+        invariant = self._invariant(**params)
+        return [result_type(operands, shape, dtype, invariant) for shape, dtype in types]
 
     def _no_derivative(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(
@@ -143,15 +147,17 @@ def check_unsharded(operation: str, operands: Sequence[Any]) -> None:
             )
 
 
-def result_type(operands: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
-    """A result varies over every manual mesh axis (shard_map) that any operand varies over."""
+def result_type(
+    operands: Sequence[Any], shape: tuple[int, ...], dtype: Any, invariant: str | None
+) -> Any:
+    """A result varies over every manual mesh axis (shard_map) that any operand varies over, but
+    for the invariant one."""
     axes = operands[0].manual_axis_type
+    varying = frozenset().union(*(x.manual_axis_type.varying for x in operands))
     return operands[0].update(
         shape=shape,
         dtype=jnp.dtype(dtype),
         weak_type=False,
         sharding=NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec()),
-        manual_axis_type=type(axes)(
-            varying=frozenset().union(*(x.manual_axis_type.varying for x in operands))
-        ),
+        manual_axis_type=type(axes)(varying=varying - {invariant}),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax_flashmla.bench import dense_decode, indexer, sparse_decode
+from jax_flashmla.bench import dense_decode, indexer, sparse_decode, sparse_prefill
 from jax_flashmla.bench.operation import Operation
 
 OPERATIONS: dict[str, Operation] = {
@@ -10,6 +10,7 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (
         dense_decode.OPERATION,
         sparse_decode.OPERATION,
+        sparse_prefill.OPERATION,
         indexer.SCORES,
         indexer.TOPK,
     )

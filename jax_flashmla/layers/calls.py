@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from jax_flashmla import PagedCache, Slots, SplitSchedule, _checks
+from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, _checks
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import decode
@@ -26,12 +26,14 @@ class MLACalls:
         config: the layer.
         dtype: of the computation; x's if None.
         heads_axis: the mesh axis that splits heads, or None.
+        peers: what `decode` sums over that axis with: see `jax_flashmla.layers.decode`.
         params: the parameters' arrays; one device's share inside a `jax.shard_map`.
     """
 
     config: MLAConfig
     dtype: DTypeLike | None
     heads_axis: str | None
+    peers: Peers | None
     if TYPE_CHECKING:
 
         @property
@@ -61,6 +63,7 @@ class MLACalls:
             absorbed=absorbed,
             selection=selection,
             heads_axis=manual_axis(self.heads_axis),
+            peers=self.peers if manual_axis(self.heads_axis) else None,
             implementation=implementation,
         )
 

@@ -121,7 +121,7 @@ class MLAConfig:
                 one; or one that wraps such a model as text_config or language_config. Its
                 model_type, or without one its architectures, says deepseek_v2, deepseek_v3,
                 deepseek_v32, kimi_k2, glm_moe_dsa (GLM-5), glm4_moe_lite, longcat_flash, minicpm3,
-                youtu or axk1. Nulls count as absent keys.
+                youtu, axk1 or sarvam_mla. Nulls count as absent keys.
 
         Raises:
             NotImplementedError: a model or an option that is not supported, and why.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import PagedCache, Slots, SplitSchedule, dense_decode
+from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, dense_decode
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection, selection_for
@@ -18,6 +18,7 @@ from jax_flashmla.layers.project import (
     project_rows,
     query_inputs,
     roll_tokens,
+    sum_over_heads,
     write_rows,
 )
 from jax_flashmla.layers.rope import rotate
@@ -36,6 +37,7 @@ def decode(
     absorbed: AbsorbedWeights | None = None,
     selection: Selection | None = None,
     heads_axis: str | None = None,
+    peers: Peers | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:
     """Attention of a few new tokens per sequence to all tokens up to themselves, or the selected.
@@ -59,6 +61,8 @@ def decode(
             By default the layer selects for itself, where the cache has an index pool with as many
             layers as itself, and attends to all tokens where it has none.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
+        peers: from `connect_peers(mesh, heads_axis)`: the sum is then made over peer memory where
+            `all_reduce_sum` can, and else, as without them, by `jax.lax.psum`.
         implementation: as for `dense_decode`.
 
     Returns:
@@ -107,9 +111,9 @@ def decode(
     out = out.astype(x.dtype)
 
     if absorbed is None:
-        return cache, project_output(params, unabsorb_values(params, out), heads_axis)
+        return cache, project_output(params, unabsorb_values(params, out), heads_axis, peers)
     y = jnp.einsum("bshc,hci->bsi", out, absorbed.w_o.astype(x.dtype))
-    return cache, y if heads_axis is None else jax.lax.psum(y, heads_axis)
+    return cache, sum_over_heads(y, heads_axis, peers)
 
 
 def absorb_queries(params: MLAParams, q_nope: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jax_flashmla import Peers
 from jax_flashmla.layers.calls import MLACalls
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import AXES, MLAParams, initializer, stored_dtype
@@ -31,12 +32,14 @@ class MLAttention(MLACalls, nn.Module):
         heads_axis: the mesh axis that splits heads, noted in the parameters' metadata
             (`nn.Partitioned`). Inside a `jax.shard_map` over that axis, the module works on its
             share of the heads, and sums the output over the axis.
+        peers: from `connect_peers(mesh, heads_axis)`, what `decode` sums over the axis with.
     """
 
     config: MLAConfig
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     heads_axis: str | None = None
+    peers: Peers | None = None
 
     def setup(self) -> None:
         num_heads = heads_per_device(self.config, manual_axis(self.heads_axis))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_flashmla import Peers
 from jax_flashmla.layers.calls import MLACalls
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import AXES, MLAParams, check_params, stored_dtype
@@ -28,6 +29,7 @@ class MLAttention(MLACalls, nnx.Module):
             `jax.shard_map` over that axis, the module works on its share of the heads, and sums the
             output over the axis. By default nnx wants a mesh with that axis when it creates them
             (`jax.set_mesh`), and shards them: see `nnx.use_eager_sharding`.
+        peers: from `connect_peers(mesh, heads_axis)`, what `decode` sums over the axis with.
         params: parameters to start from, as from a checkpoint, instead of random ones.
         rngs: its `params` stream is what random parameters are drawn from.
 
@@ -42,10 +44,12 @@ class MLAttention(MLACalls, nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         heads_axis: str | None = None,
+        peers: Peers | None = None,
         params: MLAParams | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        self.config, self.dtype, self.heads_axis = config, dtype, heads_axis
+        self.config, self.dtype = config, dtype
+        self.heads_axis, self.peers = heads_axis, peers
         specs = MLAParams.specs(config, heads_axis)
         if params is not None:
             check_params(config, params, config.num_heads)

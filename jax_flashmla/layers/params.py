@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks
+from jax_flashmla.layers import jax_llm_examples, maxtext
 from jax_flashmla.layers.config import MLAConfig
 
 if TYPE_CHECKING:
@@ -67,12 +70,8 @@ class MLAParams:
             key: a key of `jax.random`.
             dtype: of the arrays.
         """
-
-        def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
-            key_of = jax.random.fold_in(key, index)
-            return initializer(name)(key_of, shape, stored_dtype(name, dtype))
-
-        return _map_fields(config, init_array)
+        _check_config(config)
+        return _init(config, key, jnp.dtype(dtype))
 
     @staticmethod
     def shapes(config: MLAConfig, dtype: DTypeLike = jnp.float32) -> MLAParams:
@@ -92,6 +91,56 @@ class MLAParams:
             return PartitionSpec(*(heads if axis == "heads" else None for axis in AXES[name]))
 
         return _map_fields(config, spec)
+
+    @staticmethod
+    def from_maxtext(
+        config: MLAConfig, weights: Mapping[str, Any], *, dtype: DTypeLike = jnp.bfloat16
+    ) -> MLAParams:
+        """The parameters of a latent attention layer of MaxText.
+
+        Args:
+            config: the layer; docs/integrations.md has its fields in MaxText's terms.
+            weights: the parameters of the layer's `self_attention`, nested dicts of unboxed arrays:
+                `{"wkv_a": {"kernel": [hidden, kv_lora_rank + rope]}, ...}`. Without an indexer in
+                config, an indexer's are passed over.
+            dtype: of the parameters.
+
+        Raises:
+            TypeError: weights are no dict, or not of arrays.
+            ValueError: it names every array that is missing, extra or misshapen.
+        """
+        return _from_fields(config, maxtext.from_maxtext, weights, dtype)
+
+    def to_maxtext(self) -> dict[str, Any]:
+        """The parameters as MaxText nests them, in their own dtypes; see `from_maxtext`."""
+        return maxtext.to_maxtext(vars(self))
+
+    @staticmethod
+    def from_jax_llm_examples(
+        config: MLAConfig, layer: Any, *, dtype: DTypeLike = jnp.bfloat16
+    ) -> MLAParams:
+        """The parameters of an attention layer of jax-llm-examples (deepseek_r1_jax).
+
+        Args:
+            config: the layer; docs/integrations.md has its fields in that project's terms.
+            layer: its `AttentionLayer`, or a dict of the arrays by name. Arrays of int8 with scales
+                (`QuantArray`) are multiplied by them, in float32.
+            dtype: of the parameters.
+
+        Raises:
+            TypeError: the layer is something else, or not of arrays.
+            ValueError: a config without q_lora_rank or with an indexer; or it names every array
+                that is missing, extra or misshapen.
+        """
+        return _from_fields(config, jax_llm_examples.from_jax_llm_examples, layer, dtype)
+
+    def to_jax_llm_examples(self) -> dict[str, Any]:
+        """The arrays of jax-llm-examples' `AttentionLayer` by name, unquantised, in their dtypes.
+
+        Raises:
+            ValueError: a layer without q_lora_rank or with an indexer: there is none there.
+        """
+        return jax_llm_examples.to_jax_llm_examples(vars(self))
 
 
 AXES = {
@@ -162,6 +211,33 @@ def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
             wrong.append(f"params.{field.name} must be {want_shape}, got {got_shape}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))  # one compilation, not nine
+def _init(config: MLAConfig, key: jax.Array, dtype: np.dtype) -> MLAParams:
+    def init_array(name: str, shape: tuple[int, ...], index: int) -> jax.Array:
+        key_of = jax.random.fold_in(key, index)
+        return initializer(name)(key_of, shape, stored_dtype(name, dtype))
+
+    return _map_fields(config, init_array)
+
+
+def _from_fields(
+    config: MLAConfig,
+    read: Callable[[MLAConfig, Any], dict[str, Any]],
+    weights: Any,
+    dtype: DTypeLike,
+) -> MLAParams:
+    _check_config(config)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, got {dtype}")
+    fields = read(config, weights)
+    return MLAParams(**{name: x.astype(stored_dtype(name, dtype)) for name, x in fields.items()})
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import PagedCache, Slots, _checks
+from jax_flashmla import PagedCache, Peers, Slots, _checks, all_reduce_sum
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import MLAParams, check_params
 from jax_flashmla.layers.rope import rotate
@@ -132,7 +132,14 @@ def write_rows(
     return cache.write(rows[:, :, None, :], slots, layer=layer, implementation=implementation)
 
 
-def project_output(params: MLAParams, values: jax.Array, heads_axis: str | None) -> jax.Array:
+def project_output(
+    params: MLAParams, values: jax.Array, heads_axis: str | None, peers: Peers | None = None
+) -> jax.Array:
     """[b, s, heads, v] to [b, s, hidden], summed over the devices that share the heads."""
     y = jnp.einsum("bshv,hvi->bsi", values, params.w_o.astype(values.dtype))
-    return y if heads_axis is None else jax.lax.psum(y, heads_axis)
+    return sum_over_heads(y, heads_axis, peers)
+
+
+def sum_over_heads(y: jax.Array, heads_axis: str | None, peers: Peers | None) -> jax.Array:
+    """y of all devices that share the heads, each of which has its own heads' part."""
+    return y if heads_axis is None else all_reduce_sum(y, heads_axis, peers=peers)

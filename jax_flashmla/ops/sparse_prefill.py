@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jax_flashmla import _checks, _limits
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.reference.prefill import sparse_prefill as reference
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
 
 def sparse_prefill(
@@ -105,8 +108,20 @@ def sparse_prefill(
     return out, lse, max_logits
 
 
-def _refusal(*_: Any, **__: Any) -> str | None:
-    return "sparse_prefill has no sm90 kernel yet"
+def sm90_refusal(dtype: DTypeLike, d_qk: int, d_v: int) -> str | None:
+    """Why the Hopper kernel does not take a call; None where it does."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the sm90 kernel of sparse_prefill takes bfloat16 and float16, got {dtype}"
+    if d_qk not in (512, 576) or d_v != 512:
+        return (
+            "the sm90 kernel of sparse_prefill takes d_qk = 512 or 576 and d_v = 512, got "
+            f"d_qk = {d_qk} and d_v = {d_v}"
+        )
+    return None
+
+
+def _refusal(q: Any, *_: Any, d_v: int, **__: Any) -> str | None:
+    return sm90_refusal(q.dtype, q.shape[-1], d_v)
 
 
 def _results(q: Any, *_: Any, d_v: int, **__: Any) -> list[tuple[tuple[int, ...], Any]]:

@@ -67,6 +67,27 @@ def test_stop_token_ends_a_text(capsys):
     assert out == prompt + bytes(golden["greedy.2"].tolist()[:2]).decode() + "\n"
 
 
+def test_drafts_and_shared_beginnings_change_no_text(capsys):
+    beginning = "b" * 66
+    prompts = ["--prompt", beginning + "c", "--prompt", beginning + "dd", "--batch", "1"]
+    prompts += ["--max-new-tokens", "24"]
+    expected = run(capsys, *prompts)
+    arguments = ["--checkpoint", str(V3), "--dtype", "float32", *prompts, "--speculate", "3"]
+    assert generate.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "; 64 tokens of prompts were in the cache already; " in err
+    accepted, drafted = map(int, re.search(r"(\d+) of (\d+) drafted tokens accepted", err).groups())
+    assert 0 < accepted <= drafted
+
+
+def test_stop_string_ends_a_text(capsys):
+    text = run(capsys, "--prompt", "ab")
+    answer = text.removesuffix("\n").removeprefix("ab")
+    assert len(answer) > 5
+    assert run(capsys, "--prompt", "ab", "--stop-string", answer[2:4]) == "ab" + answer[:4] + "\n"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,6 +129,11 @@ def edit(directory: pathlib.Path, **changes: object) -> None:
         (["--prompts-file", "/nowhere/at/all"], "No such file"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "a", "--top-p", "0"], "top_p must be more than 0"),
+        (["--prompt", "a", "--speculate", "-1"], "--speculate must be at least 0, got -1"),
+        (
+            ["--prompt", "a", "--max-new-tokens", "9", "--stop-string", ""],
+            "stop_strings must be non-empty",
+        ),
         (["--prompt", "a", "--batch", "0"], "batch must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (

@@ -157,6 +157,15 @@ MODELS = {
         "rope_parameters": _yarn(1.0),
     },
     "youtu": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
+    "sarvam_mla": {
+        **_SMALL,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "vocab_size": 64,
+        "q_lora_rank": None,
+        "tie_word_embeddings": True,
+        "rope_parameters": _yarn(1.0),
+    },
     "minicpm3": {**_SMALL, "num_hidden_layers": 1, "vocab_size": 64, "tie_word_embeddings": True},
 }
 
@@ -207,7 +216,7 @@ def write(name: str, directory: pathlib.Path, seed: int = 0) -> None:
         for hook in hooks:
             hook.remove()
     golden |= {"tokens": tokens.int(), "logits": logits.clone()}
-    if name not in ("minicpm3", "youtu", "axk1"):  # the example has no such models
+    if name not in ("minicpm3", "youtu", "axk1", "sarvam_mla"):  # the example has no such models
         _generate(model, golden)
         model.generation_config.eos_token_id = golden.pop("end").tolist()
         model.generation_config.save_pretrained(directory)

@@ -191,13 +191,21 @@ def test_symbolic_extents_are_refused_by_name() -> None:
             CacheFormat(h_kv=2, row_stride=600),
             r"takes rows \(row_stride\) of a multiple of 64 columns with h_kv = 2, got 600",
         ),
-        (CacheFormat(name="v32"), "takes dense caches, got format v32"),
+        (
+            CacheFormat(name="v32", block_size=60),
+            "takes d_v = 512 and a block_size that is a multiple of 8 over fp8 caches, "
+            "got d_v = 512 and block_size = 60",
+        ),
+        (
+            CacheFormat(name="fp8_row", dtype="float16"),
+            "takes bfloat16 over fp8 caches, got float16",
+        ),
     ],
-    ids=["stride", "stride of heads", "v32"],
+    ids=["stride", "stride of heads", "blocks of v32", "dtype of fp8_row"],
 )
 def test_caches_that_the_hopper_kernel_does_not_take(format: CacheFormat, message: str) -> None:
     def call(implementation: str | None) -> str:
-        q = jax.ShapeDtypeStruct((2, 1, 16, 576), jnp.bfloat16)
+        q = jax.ShapeDtypeStruct((2, 1, 16, 576), format.dtype)
         blocks = jax.ShapeDtypeStruct((4, *format.block_shape), format.storage_dtype)
         ids = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
         step = functools.partial(dense_decode, format=format, implementation=implementation)

@@ -1,8 +1,4 @@
-"""dense_decode on a Hopper GPU: the whole space that FlashMLA's tests sweep, and graph replay.
-
-A group has one shape but for b: its 64 sequences are attended by the reference once for each mask,
-and every case of the group is compared with the first b of them.
-"""
+"""dense_decode on a Hopper GPU: the whole space that FlashMLA's tests sweep, and graph replay."""
 
 from __future__ import annotations
 
@@ -16,99 +12,18 @@ import pytest
 import cases
 import naive
 import tolerances
+from decode_groups import (
+    Group,
+    assert_case,
+    assert_close,
+    kernel,
+    make_queries,
+    make_rows,
+    reference,
+)
 from jax_flashmla import cache_append, dense_decode, make_schedule
-from tolerances import Tolerance
 
 pytestmark = pytest.mark.gpu
-kernel = functools.partial(dense_decode, implementation="kernel")
-reference = functools.partial(dense_decode, implementation="xla")
-
-
-class Group:
-    """The sequences of one shape, on the device."""
-
-    def __init__(
-        self,
-        s_k: int,
-        h_kv: int,
-        s_q: int,
-        h_q: int,
-        *,
-        b: int = 64,
-        zero_lengths: bool = False,
-        dtype: str = "bfloat16",
-    ) -> None:
-        self.q = _queries(1, (b, s_q, h_q, 576), dtype)
-        self._expected: dict[tuple[bool, bool], tuple[jax.Array, jax.Array]] = {}
-        self._cache = functools.partial(_cache, s_k, h_kv, b, zero_lengths, dtype)
-
-    def arguments(self, ragged: bool, b: int | None = None) -> tuple:
-        blocks, table, lengths = self._cache(ragged)
-        return self.q[:b], blocks, table[:b], lengths[:b]
-
-    def expected(self, ragged: bool, causal: bool) -> tuple[jax.Array, jax.Array]:
-        if (ragged, causal) not in self._expected:
-            self._expected[ragged, causal] = reference(*self.arguments(ragged), causal=causal)
-        return self._expected[ragged, causal]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _queries(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return _normal(seed, shape, dtype) * jnp.asarray(cases.QUERY_SCALE, dtype)
-
-
-def _rows(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return _normal(seed, shape, dtype) * jnp.asarray(cases.ROW_SCALE, dtype)
-
-
-def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return jax.random.normal(jax.random.key(cases.SEED + seed), shape, dtype)
-
-
-@functools.lru_cache(maxsize=2)
-def _cache(
-    s_k: int, h_kv: int, b: int, zero_lengths: bool, dtype: str, ragged: bool
-) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-    case = cases.DecodeCase(b, 1, s_k, 1, ragged=ragged, zero_lengths=zero_lengths)
-    lengths = cases.make_lengths(case)
-    table, num_blocks = cases.make_table(lengths, 64, case.max_blocks)
-    used = np.zeros((num_blocks, 64), bool)
-    for row, length in zip(table, lengths, strict=True):
-        token = np.arange(length)
-        used[row[token // 64], token % 64] = True
-    blocks = _rows(2, (num_blocks, 64, h_kv, 576), dtype)
-    return jnp.where(used[:, :, None, None], blocks, jnp.nan), table, lengths
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _is_close(got: jax.Array, expected: jax.Array, tolerance: Tolerance) -> jax.Array:
-    """What tolerances.assert_close holds, on the device."""
-    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
-    finite = jnp.isfinite(expected)
-    bound = jnp.maximum(tolerance.absolute, tolerance.relative * jnp.abs(expected))
-    close = jnp.where(finite, jnp.abs(got - expected) <= bound, got == expected).all()
-    if tolerance.cosine is None:
-        return close
-    size = jnp.sum(got**2 + expected**2)
-    distance = jnp.sum((got - expected) ** 2) / jnp.maximum(size, 1e-30)
-    return close & (distance <= tolerance.cosine)
-
-
-def assert_close(got: tuple, expected: tuple) -> None:
-    for name, x, y, tolerance in zip(
-        ("out", "lse"), got, expected, (tolerances.OUT, tolerances.LSE), strict=True
-    ):
-        if not _is_close(x, y, tolerance):
-            tolerances.assert_close(name, np.asarray(x), np.asarray(y), tolerance)
-            raise AssertionError(f"{name}: not close on the device, close on the host")
-
-
-def assert_case(group: Group, ragged: bool, causal: bool, b: int) -> None:
-    arguments = group.arguments(ragged, b)
-    got = kernel(*arguments, causal=causal)
-    assert_close(got, [x[:b] for x in group.expected(ragged, causal)])
-    for x, again in zip(got, kernel(*arguments, causal=causal), strict=True):
-        assert jnp.array_equal(x, again), "not the same bits on a rerun"
 
 
 @pytest.fixture(
@@ -171,8 +86,8 @@ def test_one_huge_sequence_among_small_ones() -> None:
     lengths = np.full(33, 50, np.int32)
     lengths[17] = 200_000
     table, num_blocks = cases.make_table(lengths, 64, 3125)
-    blocks = _rows(2, (num_blocks, 64, 1, 576), "bfloat16")
-    arguments = (_queries(1, (33, 1, 16, 576), "bfloat16"), blocks, table, lengths)
+    blocks = make_rows(2, (num_blocks, 64, 1, 576), "bfloat16")
+    arguments = (make_queries(1, (33, 1, 16, 576), "bfloat16"), blocks, table, lengths)
     got = kernel(*arguments)
     alone = [x[17:18] for x in (arguments[0], table, lengths)]
     assert_close([x[17:18] for x in got], reference(alone[0], blocks, *alone[1:]))
@@ -187,8 +102,8 @@ def test_many_sequences_most_of_them_empty(h_q: int) -> None:
     lengths = np.zeros(3000, np.int32)
     lengths[40::70] = 3 * np.arange(40, 3000, 70) % 1000
     table, num_blocks = cases.make_table(lengths, 64, 16)
-    blocks = _rows(2, (num_blocks, 64, 1, 576), "bfloat16")
-    q = _queries(1, (3000, 1, h_q, 576), "bfloat16")
+    blocks = make_rows(2, (num_blocks, 64, 1, 576), "bfloat16")
+    q = make_queries(1, (3000, 1, h_q, 576), "bfloat16")
     out, lse = kernel(q, blocks, table, lengths)
     some = np.flatnonzero(lengths)
     assert_close((out[some], lse[some]), reference(q[some], blocks, table[some], lengths[some]))
@@ -202,13 +117,13 @@ def test_cache_of_more_than_2_to_the_31_elements() -> None:
     assert blocks.size > 2**31
     ids = np.array([[num_blocks - 1, 0, num_blocks - 50], [5, num_blocks - 2, 7]], np.int32)
     lengths = np.array([192, 130], np.int32)
-    rows = _rows(3, (2, 192, 1, 576), "bfloat16")
+    rows = make_rows(3, (2, 192, 1, 576), "bfloat16")
     positions = np.zeros(2, np.int32)
     append = functools.partial(cache_append, implementation="kernel")
     blocks = jax.jit(append, donate_argnums=0)(blocks, rows, ids, positions)
     written = np.asarray(blocks[ids.reshape(-1)]).reshape(2, 192, 1, 576)
     np.testing.assert_array_equal(written, np.asarray(rows))
-    q = _queries(4, (2, 1, 16, 576), "bfloat16")
+    q = make_queries(4, (2, 1, 16, 576), "bfloat16")
     out, lse = kernel(q, blocks, ids, lengths)
     for i in range(2):
         expected = naive.dense(np.asarray(q[i]), written[i], int(lengths[i]), d_v=512)
@@ -225,9 +140,9 @@ def test_graph_replay_with_changed_lengths(loop: str, options: dict) -> None:
     b, h_q, max_blocks = 5, 16, 40
     table = np.random.default_rng(cases.SEED).permutation(b * max_blocks).astype(np.int32)
     table = table.reshape(b, max_blocks)
-    blocks = _rows(2, (LAYERS, b * max_blocks, 64, 1, 576), "bfloat16")
-    q = _queries(1, (LAYERS, b, 1, h_q, 576), "bfloat16")
-    rows = _rows(3, (LAYERS, b, 1, 1, 576), "bfloat16")
+    blocks = make_rows(2, (LAYERS, b * max_blocks, 64, 1, 576), "bfloat16")
+    q = make_queries(1, (LAYERS, b, 1, h_q, 576), "bfloat16")
+    rows = make_rows(3, (LAYERS, b, 1, 1, 576), "bfloat16")
 
     def step(blocks: jax.Array, lengths: jax.Array, implementation: str) -> tuple:
         """Appends a token to each sequence in each layer, and attends."""

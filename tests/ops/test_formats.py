@@ -15,12 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cases
 import naive
 import tolerances
 from jax_flashmla import CacheFormat, cache_append, dense_decode
-from jax_flashmla.cache import quantise
-from stored import KV_SCALE, poisoned_blocks, scale_of, store
+from stored import decode_inputs, dequantised, poisoned_blocks, scale_of, store
 
 CODED = ("v32", "v32_nope", "v4", "v41", "v41_fp4", "fp8_row", "fp8_index")
 MAX_BLOCKS = 3
@@ -124,31 +122,6 @@ def test_append_under_vmap(name: str, implementation: str) -> None:
 
 
 # dense_decode, on the CPU and in the reference.
-
-
-def decode_inputs(
-    format: CacheFormat, lengths: list[int], h_q: int, s_q: int, seed: int = 0
-) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(seed)
-    lengths = np.array(lengths, np.int32)
-    max_blocks = -(-int(lengths.max()) // format.block_size) + 1
-    table, num_blocks = cases.make_table(lengths, format.block_size, max_blocks)
-    blocks = poisoned_blocks(format, num_blocks)
-    for i, length in enumerate(lengths):
-        shape = (int(length), format.h_kv, format.d_qk)
-        rows = cases.normal(rng, shape, format.dtype, cases.ROW_SCALE)
-        token = np.arange(length)
-        slots = table[i, token // format.block_size] * format.block_size + token % format.block_size
-        if length:
-            store(format, blocks, rows, slots)
-    shape = (len(lengths), s_q, h_q, format.d_qk)
-    return cases.normal(rng, shape, format.dtype, cases.QUERY_SCALE), blocks, table, lengths
-
-
-def dequantised(format: CacheFormat, blocks: np.ndarray) -> np.ndarray:
-    """The blocks as dense ones [num_blocks, block_size, 1, d_qk] float32."""
-    rows = quantise.dequantise_f32(format, (jnp.asarray(blocks[:, :, 0]),))
-    return np.asarray(rows if scale_of(format) is None else rows * KV_SCALE)[:, :, None]
 
 
 @pytest.mark.parametrize("implementation", ["xla", "kernel"])

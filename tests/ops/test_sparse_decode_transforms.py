@@ -180,7 +180,7 @@ def test_derivative_is_an_error_that_names_the_alternative(transform: Any) -> No
 def test_reference_is_differentiable_and_its_gradient_is_right() -> None:
     q = problem()[0]["q"]
     value = functools.partial(loss, implementation="xla")
-    gradient = np.asarray(jax.grad(value)(q), np.float64)
+    gradient = np.asarray(jax.jit(jax.grad(value))(q), np.float64)
     assert np.isfinite(gradient).all()
     direction = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
     step = 2e-3

@@ -64,6 +64,27 @@ CASES = [
 ]
 
 
+# FlashMLA's prefill tests in full, and any number of heads.
+HOPPER = [
+    *(
+        Case(
+            *shape,
+            s_q=s_q,
+            h_q=(64, 128, 20, 96, 1, 200)[(i + j) % (2 if s_q > 99 else 6)],
+            d_qk=(576, 512)[(i + j) % 2],
+            dtype=("bfloat16", "bfloat16", "float16")[(i + j) // 2 % 3],
+            lengths=(i + j) % 3 == 1,
+            sink=i % 4 > 1,
+        )
+        for i, shape in enumerate(SHAPES)
+        for j, s_q in enumerate((1, 62, 213))
+    ),
+    Case(3000, 2048, s_q=150, h_q=64),
+    Case(64, 128, s_q=140, h_q=128, all_invalid=True, sink=True),
+    Case(50, 3, s_q=70000, h_q=1, lengths=True),
+]
+
+
 def hostile_indices(s_kv: int) -> list[int]:
     return [-(2**31), -123456, -1, s_kv, s_kv + 114514, 2147480000, 2**31 - 1]
 
@@ -116,6 +137,17 @@ def test_matches_naive_attention(case: Case, implementation: str) -> None:
     got = sparse_prefill(**arguments, implementation=implementation)
     assert [x.dtype for x in got] == [case.dtype, jnp.float32, jnp.float32]
     check(case, got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_hopper_kernel(case: Case) -> None:
+    arguments, expected = make.__wrapped__(case)
+    got = sparse_prefill(**arguments, implementation="kernel")
+    check(case, got, expected)
+    again = sparse_prefill(**arguments, implementation="kernel")
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jax_flashmla import CacheFormat, dense_decode, sparse_decode
+from jax_flashmla import CacheFormat, dense_decode, sparse_decode, sparse_prefill
 from jax_flashmla.bench.live import FlashMLA
 
 REPLAY_MS = 3.0
@@ -79,6 +79,16 @@ def sparse_decode_fwd(q, kv, indices, topk_length, sink, metadata, splits, *rest
     return Tensor(np.asarray(out)), None, "metadata", "splits"
 
 
+def sparse_prefill_fwd(q, kv, indices, sm_scale, d_v, sink, topk_length):
+    assert (sink, topk_length) == (None, None)
+    assert q.shape[1] in (64, 128)
+    assert indices.shape[1] == 1
+    out, lse, max_logits = sparse_prefill(
+        q.array, kv.array, indices.array[:, 0], d_v=d_v, sm_scale=sm_scale
+    )
+    return tuple(Tensor(np.asarray(x)) for x in (out, max_logits, lse))
+
+
 def dense_decode_fwd(q, kv, d_v, seqlens, table, sm_scale, causal, metadata, splits):
     assert (metadata, splits) in ((None, None), ("metadata", "splits"))
     out, _ = dense_decode(
@@ -134,6 +144,7 @@ def make(**ops: Any) -> FlashMLA:
     )
     known = {
         "sparse_decode_fwd": sparse_decode_fwd,
+        "sparse_prefill_fwd": sparse_prefill_fwd,
         "dense_decode_fwd": dense_decode_fwd,
         "fwd_kvcache_mla_fp8": fwd_kvcache_mla_fp8,
         "get_mla_decoding_metadata_dense_fp8": lambda lengths, rows, h_kv: (

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
-_LAYERS_ONLY = ("minicpm3", "youtu", "axk1", "deepseek_v3_wide", "deepseek_v32_wide")
+_LAYERS_ONLY = ("minicpm3", "youtu", "axk1", "sarvam_mla", "deepseek_v3_wide", "deepseek_v32_wide")
 LANGUAGE_MODELS = [name for name in NAMES if name not in _LAYERS_ONLY]
 SPARSE = [name for name in NAMES if name in ("deepseek_v32", "deepseek_v32_wide", "glm_moe_dsa")]
 SOURCES = ["golden", "live"]

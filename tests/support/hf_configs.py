@@ -90,6 +90,16 @@ YOUTU = {
     "rope_interleave": True,
     "rope_theta": 1600000,
 }
+SARVAM = {
+    **V3,
+    "model_type": "sarvam_mla",
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "q_lora_rank": None,
+    "head_dim": 576,
+    "q_head_dim": 192,
+    "rope_scaling": {**DEEPSEEK_YARN, "type": "deepseek_yarn"},
+}
 LONGCAT = {
     "model_type": "longcat_flash",
     "hidden_size": 6144,
@@ -128,6 +138,7 @@ PUBLISHED = {
         V32,
         GLM5,
         YOUTU,
+        SARVAM,
         {**V3, "model_type": "axk1"},
         V2_LITE,
         KIMI_K2,

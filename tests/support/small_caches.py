@@ -1,5 +1,8 @@
 """Paged caches small enough to be followed row by row, in every layout."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,3 +37,27 @@ def row_numbers(shape, first):
     size = (*shape, FORMAT.h_kv, FORMAT.d_qk)
     bits = (first + np.arange(np.prod(size))) % 2**15
     return jnp.array(bits.astype(np.uint16).reshape(size).view(jnp.bfloat16))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def layered_step(cache, rows, num_new):
+    """A step as a model makes it: rows [layers, b, s_new, h_kv, d_qk]."""
+    cache, slots = cache.advance(rows.shape[2], num_new)
+    if cache.layers == 1:
+        return cache.write(rows[0], slots)
+    if isinstance(cache.blocks, tuple):
+        for i in range(cache.layers):
+            cache = cache.write(rows[i], slots, layer=i)
+        return cache
+
+    def layer(cache, layer_input):
+        i, rows = layer_input
+        return cache.write(rows, slots, layer=i), None
+
+    numbers = jnp.arange(cache.layers, dtype=jnp.int32)
+    return jax.lax.scan(layer, cache, (numbers, rows))[0]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def whole_step(cache, rows, num_new):
+    return cache.append(rows, num_new=num_new)

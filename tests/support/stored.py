@@ -10,8 +10,10 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import cases
 from jax_flashmla import CacheFormat
 from jax_flashmla.cache import quantise
 
@@ -80,3 +82,29 @@ def rounded(format: CacheFormat, rows: np.ndarray) -> np.ndarray:
             values = values.astype(format.dtype).astype(np.float32)
         results.append(values[: len(chunk)])
     return np.concatenate(results)
+
+
+def decode_inputs(
+    format: CacheFormat, lengths: list[int], h_q: int, s_q: int, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """q, blocks, table and lengths of dense_decode; what must not be read is poison."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array(lengths, np.int32)
+    max_blocks = -(-int(lengths.max()) // format.block_size) + 1
+    table, num_blocks = cases.make_table(lengths, format.block_size, max_blocks)
+    blocks = poisoned_blocks(format, num_blocks)
+    for i, length in enumerate(lengths):
+        shape = (int(length), format.h_kv, format.d_qk)
+        rows = cases.normal(rng, shape, format.dtype, cases.ROW_SCALE)
+        token = np.arange(length)
+        slots = table[i, token // format.block_size] * format.block_size + token % format.block_size
+        if length:
+            store(format, blocks, rows, slots)
+    shape = (len(lengths), s_q, h_q, format.d_qk)
+    return cases.normal(rng, shape, format.dtype, cases.QUERY_SCALE), blocks, table, lengths
+
+
+def dequantised(format: CacheFormat, blocks: np.ndarray) -> np.ndarray:
+    """The blocks as dense ones [num_blocks, block_size, 1, d_qk] float32."""
+    rows = quantise.dequantise_f32(format, (jnp.asarray(blocks[:, :, 0]),))
+    return np.asarray(rows if scale_of(format) is None else rows * KV_SCALE)[:, :, None]

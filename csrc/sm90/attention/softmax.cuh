@@ -35,6 +35,17 @@ __device__ __forceinline__ int raise_reference(float& reference, float& sum, flo
   return power;
 }
 
+// The same for scores of any size, which are scaled and rounded before the reference is subtracted:
+// where nothing is left of what was before, it becomes the largest of them, so that this one, less
+// itself, is 0. The caller divides the sum.
+__device__ __forceinline__ int raise_reference(float& reference, float scaled_peak) {
+  const float before = reference;
+  const float rise = scaled_peak - before;  // infinite from -inf, NaN where it stays -inf
+  const float steps = rise > kLazyRescale ? ceilf(rise) : 0.0f;
+  reference = before == -INFINITY || steps >= kMaxShift ? scaled_peak : before + steps;
+  return static_cast<int>(fminf(steps, kMaxShift));
+}
+
 // What to subtract from a row's scores; anything finite will do while it has seen no key.
 __device__ __forceinline__ float finite_reference(float reference) {
   return reference == -INFINITY ? 0.0f : reference;

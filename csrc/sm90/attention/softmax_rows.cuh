@@ -19,17 +19,21 @@ struct SoftmaxRows {
   float sum[2] = {0.0f, 0.0f};                  // this thread's columns only
 };
 
-// Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
-// sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
-__device__ __forceinline__ void update_references(uint8_t (&rescale)[kSoftmaxRows],
-                                                  const float (&s)[32], SoftmaxRows& rows,
-                                                  float scale_log2) {
-  float peak[2] = {-INFINITY, -INFINITY};
+// The largest of this thread's scores of each of its rows.
+__device__ __forceinline__ void find_peaks(const float (&s)[32], float (&peak)[2]) {
+  peak[0] = peak[1] = -INFINITY;
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
     peak[0] = fmaxf(peak[0], fmaxf(s[i], s[i + 1]));
     peak[1] = fmaxf(peak[1], fmaxf(s[i + 2], s[i + 3]));
   }
+}
+
+// Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
+// sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
+// peak: this thread's; overwritten.
+__device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows], float (&peak)[2],
+                                                 SoftmaxRows& rows, float scale_log2) {
   int power[2] = {0, 0};
   if (__any_sync(~0u, outgrows(peak[0], scale_log2, rows.reference[0]) ||
                           outgrows(peak[1], scale_log2, rows.reference[1]))) {
@@ -48,6 +52,14 @@ __device__ __forceinline__ void update_references(uint8_t (&rescale)[kSoftmaxRow
     // The four lanes of a row all write the same.
     rescale[thread / 32 * 16 + thread % 32 / 4 + 8 * r] = power[r];
   }
+}
+
+__device__ __forceinline__ void update_references(uint8_t (&rescale)[kSoftmaxRows],
+                                                  const float (&s)[32], SoftmaxRows& rows,
+                                                  float scale_log2) {
+  float peak[2];
+  find_peaks(s, peak);
+  raise_references(rescale, peak, rows, scale_log2);
 }
 
 template <bool kHuge>

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "sm90/dense_decode/fp8/launch.h"
 #include "sm90/dense_decode/kernel_decl.h"
 #include "sm90/dense_decode/launch.h"
 #include "sm90/dense_decode/tensor_map.h"
@@ -39,17 +40,20 @@ RowTiles choose_row_tiles(const DenseDecodeParams& params) {
   return {rows, params.h_kv == 1 ? count : params.s_q * count};
 }
 
-Status check_cache(const DenseDecodeParams& params) {
-  constexpr const char* kNames[kNumFormats] = {"dense", "v32",     "v32_nope", "v4",
-                                               "v41",   "v41_fp4", "fp8_row",  "fp8_index"};
-  const auto format = static_cast<unsigned>(params.format);
-  if (params.format != Format::kDense) {
+bool is_fp8(const DenseDecodeParams& params) {
+  return params.format == Format::kV32 || params.format == Format::kFp8Row;
+}
+
+Status check_dense(const DenseDecodeParams& params) {
+  if (params.d_qk != kHeadDim || params.d_v != kValueDim || !takes_block_size(params.block_size)) {
     return Status::InvalidArgument(
-        std::string("the Hopper dense_decode kernel takes dense caches, ") + "got format " +
-        (format < kNumFormats ? kNames[format] : "?"));
+        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 16, 32, "
+        "64, 128 or 256, got d_qk = " +
+        std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
+        ", block_size = " + std::to_string(params.block_size));
   }
-  if (params.num_blocks < 1) {
-    return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
+  if (params.dtype == DType::kFloat32) {
+    return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
   }
   // TMA takes strides of 16 bytes, and a map with several heads has them in steps of a chunk.
   const int unit = params.h_kv == 1 ? 8 : 64;
@@ -64,36 +68,34 @@ Status check_cache(const DenseDecodeParams& params) {
 }
 
 Status check_supported(const DenseDecodeParams& params) {
-  if (params.d_qk != kHeadDim || params.d_v != kValueDim || !takes_block_size(params.block_size)) {
+  constexpr const char* kNames[kNumFormats] = {"dense", "v32",     "v32_nope", "v4",
+                                               "v41",   "v41_fp4", "fp8_row",  "fp8_index"};
+  const auto format = static_cast<unsigned>(params.format);
+  if (params.format != Format::kDense && !is_fp8(params)) {
     return Status::InvalidArgument(
-        "the Hopper dense_decode kernel takes d_qk = 576, d_v = 512 and block_size = 16, 32, "
-        "64, 128 or 256, got d_qk = " +
-        std::to_string(params.d_qk) + ", d_v = " + std::to_string(params.d_v) +
-        ", block_size = " + std::to_string(params.block_size));
+        std::string("the Hopper dense_decode kernel takes dense, v32 and fp8_row caches, got ") +
+        "format " + (format < kNumFormats ? kNames[format] : "?"));
   }
-  if (params.dtype == DType::kFloat32) {
-    return Status::InvalidArgument("the Hopper dense_decode kernel takes bf16 and f16, got f32");
+  if (params.num_blocks < 1) {
+    return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }
   if (params.tile_rows != kLeastRows && params.tile_rows != kTileRows) {
     return Status::InvalidArgument(
         "the Hopper dense_decode kernel takes tile_rows = 16 or 64, got " +
         std::to_string(params.tile_rows));
   }
-  if (Status status = check_cache(params); !status.ok()) return status;
+  if (Status s = is_fp8(params) ? fp8::check_supported(params) : check_dense(params); !s.ok()) {
+    return s;
+  }
   if (int64_t{params.b} * params.s_q * params.h_q > INT32_MAX) {
     return Status::InvalidArgument("dense_decode takes less than 2^31 query rows (b * s_q * h_q)");
   }
   return require_hopper();
 }
 
-}  // namespace
-}  // namespace dense_decode
-
-Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
-  using namespace dense_decode;
-  if (params.b == 0 || params.s_q * params.h_q == 0) return Status::Ok();
-  if (Status status = check_supported(params); !status.ok()) return status;
-
+// Over a dense cache; row_tiles: of tile_rows query rows at most, of one KV head.
+Status launch_dense(const DenseDecodeParams& params, int tile_rows, int row_tiles,
+                    cudaStream_t stream) {
   KernelArgs args;
   const int box_tokens = std::min(params.block_size, kTileTokens);
   const int boxes = kTileTokens / box_tokens;
@@ -101,7 +103,6 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   if (!s.ok()) return s;
   s = make_cache_map(params, box_tokens, 1, &args.cache_rope_map);
   if (!s.ok()) return s;
-  const auto [tile_rows, row_tiles] = choose_row_tiles(params);
   // The narrow kernel multiplies with all rows of a box; the wide one needs whole swizzle groups.
   const int row_unit = tile_rows <= kNarrowRows ? 16 : 8;
   args.query_box = (tile_rows + row_unit - 1) / row_unit * row_unit;
@@ -132,9 +133,23 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
   const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
-  if (s = launch_kernel(args, {tile_rows, boxes}, grid, stream); !s.ok()) return s;
+  return launch_kernel(args, {tile_rows, boxes}, grid, stream);
+}
+
+}  // namespace
+}  // namespace dense_decode
+
+Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
+  using namespace dense_decode;
+  if (params.b == 0 || params.s_q * params.h_q == 0) return Status::Ok();
+  if (Status status = check_supported(params); !status.ok()) return status;
+
+  const auto [tile_rows, row_tiles] = choose_row_tiles(params);
+  Status s = is_fp8(params) ? fp8::launch(params, tile_rows, row_tiles, stream)
+                            : launch_dense(params, tile_rows, row_tiles, stream);
+  if (!s.ok()) return s;
   const MergeParams merge{.b = params.b,
-                          .rows = args.rows,
+                          .rows = params.s_q * params.h_q,
                           .h_q = params.h_q,
                           .d_v = params.d_v,
                           .num_parts = params.num_parts,
@@ -145,7 +160,7 @@ Status run_dense_decode(const DenseDecodeParams& params, cudaStream_t stream) {
                           .attn_sink = nullptr,
                           .out = params.out,
                           .lse = params.lse};
-  return run_merge(merge, /*shares_sm=*/tile_rows <= kLeastRows, stream);
+  return run_merge(merge, /*shares_sm=*/!is_fp8(params) && tile_rows <= kLeastRows, stream);
 }
 
 }  // namespace flashmla::sm90

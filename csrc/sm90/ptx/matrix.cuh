@@ -32,6 +32,12 @@ __device__ __forceinline__ void store_matrix_x4_trans(uint32_t address, uint32_t
       : "memory");
 }
 
+__device__ __forceinline__ void store_matrix_x2_trans(uint32_t address, uint32_t r0, uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(r0), "r"(r1)
+               : "memory");
+}
+
 // Transposes an 8x8 matrix held by a warp.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   uint32_t y;

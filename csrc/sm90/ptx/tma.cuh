@@ -25,6 +25,16 @@ __device__ __forceinline__ void tma_load_3d(uint32_t destination, const CUtensor
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_3d(uint32_t destination, const CUtensorMap* map,
+                                            uint32_t barrier, int c0, int c1, int c2,
+                                            uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "l"(hint)
+      : "memory");
+}
+
 // Copies bytes (a multiple of 16, as the addresses are) and completes them on the mbarrier.
 __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
                                           uint32_t barrier) {

@@ -32,6 +32,12 @@ _OTHER_MODELS = {
     "kimi_linear": "most of its layers are linear attention; build an MLAConfig by hand for the "
     'others, with rope.layout "none"',
     "mistral4": "it scales queries by their positions",
+    "mistral_large4": "its wavelengths are learned, and layers share keys and values",
+    "axk2": "its attention has an output gate",
+    "dots3_note": "its attention has an output gate, and a norm of the rotary key",
+    "hy_v4": "its attention has an output gate, and learned sinks",
+    "bailing_hybrid": "most of its layers are linear attention",
+    "glm5_next": "it has layers of linear attention, and an indexer of its own",
 }
 _WRAPPED = ("text_config", "language_config")
 

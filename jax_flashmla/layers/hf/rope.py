@@ -30,6 +30,7 @@ LAYOUTS = {
     "minicpm3": "half",
     "youtu": None,
     "axk1": None,
+    "sarvam_mla": None,
 }
 _DEFAULT_THETA = {"longcat_flash": 1e7}
 
@@ -61,6 +62,8 @@ def read_rope(hf: JsonObject, model_type: str) -> RopeConfig:
     theta = rope.number("rope_theta", theta)
 
     kind = rope.string("rope_type", rope.string("type", "default"))
+    if kind == "deepseek_yarn" and model_type == "sarvam_mla":  # before transformers had the model
+        kind = "yarn"
     if kind not in ("default", "yarn", "longrope"):
         raise NotImplementedError(
             f"{hf.where}: {rope.path}rope_type must be default, yarn or longrope, got "

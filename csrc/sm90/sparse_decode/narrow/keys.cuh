@@ -1,11 +1,12 @@
 // S^T = K Q^T, by the score warpgroup: scales and raw bytes of keys to fragments, and the products.
 #pragma once
 
+#include "sm90/formats/codes.cuh"
+#include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/codes.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
 #include "sm90/sparse_decode/narrow/formats.cuh"
-#include "sm90/sparse_decode/narrow/products.cuh"
 #include "sm90/sparse_decode/narrow/shared_storage.cuh"
 
 namespace flashmla::sm90::sparse::narrow {
@@ -39,26 +40,6 @@ __device__ __forceinline__ bool prepare_scales(SharedStorage<Format, kRows>& sme
   }
   __syncwarp();
   return __any_sync(~0u, is_large(scale[0]) || is_large(scale[1]));
-}
-
-// Raw bytes of 64 latent columns of the warp's tokens: of each lane row g = lane / 4, row g + 8 of
-// the first sixteen columns, then of the next sixteen.
-__device__ __forceinline__ void load_keys(uint32_t (&raw)[8], uint32_t rows, int chunk) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(raw + 4 * i), rows + chunk * 64 + i * 32);
-  }
-}
-
-// A fragments of 64 columns, k16 by k16.
-__device__ __forceinline__ void convert_keys(uint32_t (&a)[16], const uint32_t (&raw)[8],
-                                             const uint32_t (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int row = i % 2;
-    a[i / 2 * 4 + row] = multiply_f16x2(codes_to_f16<false>(raw[i]), factor[row]);
-    a[i / 2 * 4 + row + 2] = multiply_f16x2(codes_to_f16<true>(raw[i]), factor[row]);
-  }
 }
 
 template <typename Format, int kRows>

@@ -2,35 +2,16 @@
 // A warpgroup has kCount tiles of 64 value columns; a warp sixteen columns of each.
 #pragma once
 
+#include "sm90/formats/codes.cuh"
+#include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/barrier.cuh"
-#include "sm90/sparse_decode/codes.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
 #include "sm90/sparse_decode/narrow/formats.cuh"
 #include "sm90/sparse_decode/narrow/gather.cuh"
 #include "sm90/sparse_decode/narrow/output.cuh"
-#include "sm90/sparse_decode/narrow/products.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
 
 namespace flashmla::sm90::sparse::narrow {
-
-// Raw bytes of the warp's sixteen columns of 32 tokens, by eights of tokens: of each lane columns
-// 2g and 2g + 1, g = lane / 4, of tokens 2t and 2t + 1, t = lane % 4.
-__device__ __forceinline__ void load_values(uint32_t (&raw)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw[0]), "=r"(raw[1]), "=r"(raw[2]), "=r"(raw[3])
-               : "r"(address)
-               : "memory");
-}
-
-// The A fragment of 16 tokens: row g of the warp's sixteen is column 2g, row g + 8 is column 2g
-// + 1.
-__device__ __forceinline__ void convert_values(uint32_t* a, const uint32_t* raw,
-                                               const uint32_t* factor) {
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    a[2 * k] = multiply_bf16x2(place_codes<kBytes02>(raw[k]), factor[k]);
-    a[2 * k + 1] = multiply_bf16x2(place_codes<kBytes13>(raw[k]), factor[k]);
-  }
-}
 
 __device__ __forceinline__ uint2 load_pair(uint32_t address) {
   uint2 v;

@@ -4,7 +4,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
-namespace flashmla::sm90::sparse::narrow {
+namespace flashmla::sm90 {
 
 // The lower half of k_major_desc's descriptor, which steps as that does; the upper half is
 // constant.
@@ -62,4 +62,4 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t* a, uint
 #undef FLASHMLA_WGMMA_N16_RS
 #undef FLASHMLA_WGMMA_N32_RS
 
-}  // namespace flashmla::sm90::sparse::narrow
+}  // namespace flashmla::sm90

@@ -1,0 +1,313 @@
+// Times dense decode over v32 and fp8_row caches without JAX, in a CUDA graph captured by hand, and
+// checks it against a naive kernel on the dequantised cache first. See README.md beside this.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "graph_time.cuh"
+#include "naive_dense_fp8.cuh"
+#include "sm90/dense_decode/launch.h"
+#include "sm90/make_schedule/launch.h"
+
+struct Shape {
+  std::string label;
+  int s_q, h_q;
+  std::vector<int> lengths;
+  int num_parts = 0, tile_rows = 64;  // 0: chosen
+};
+
+struct Hostility {
+  bool causal = false;
+  int block_size = 64;
+  bool bad_ids = false;  // block ids outside the cache
+  int spread = 0;        // of scales
+  float kv_scale = 0.0009765625f, query_scale = 10;
+};
+
+// As default_split chooses (jax_flashmla/_num_parts.py).
+void choose_parts(Shape& x) {
+  if (x.num_parts > 0) return;
+  const int rows = x.s_q * x.h_q, longest = *std::max_element(x.lengths.begin(), x.lengths.end());
+  const int small_tiles = (rows + 15) / 16;
+  int tiles = (rows + 63) / 64;
+  if (small_tiles <= 132 &&
+      int64_t(x.lengths.size()) * std::max(1, (longest + 63) / 64) * small_tiles <= 2 * 132) {
+    x.tile_rows = 16;
+    tiles = small_tiles;
+  }
+  x.num_parts = std::max(1, 132 / tiles);
+}
+
+struct Bench {
+  uint8_t* pool;
+  int64_t pool_bytes;
+  std::mt19937 random{7};
+  std::vector<void*> allocations;
+
+  void* alloc(size_t bytes) {
+    void* d;
+    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
+    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
+    allocations.push_back(d);
+    return d;
+  }
+
+  template <typename V>
+  V* upload(const std::vector<V>& v) {
+    V* d = (V*)alloc(v.size() * sizeof(V));
+    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
+    return d;
+  }
+
+  void release() {
+    for (void* d : allocations) CHECK(cudaFree(d));
+    allocations.clear();
+  }
+
+  // tables: of each call, blocks of its own as far as there are any.
+  DenseDecodeParams make(const Shape& x, Format format, const Hostility& h, int64_t num_blocks,
+                         int calls, std::vector<const int32_t*>& tables) {
+    DenseDecodeParams p{};
+    p.b = x.lengths.size(), p.s_q = x.s_q, p.h_q = x.h_q, p.h_kv = 1, p.d_qk = kDqk, p.d_v = kDv;
+    p.num_blocks = num_blocks, p.block_size = h.block_size;
+    const int longest = *std::max_element(x.lengths.begin(), x.lengths.end());
+    p.max_blocks = (std::max(longest, 1) + h.block_size - 1) / h.block_size + 2;
+    p.num_parts = x.num_parts, p.tile_rows = x.tile_rows;
+    p.dtype = flashmla::DType::kBFloat16, p.format = format, p.row_stride = kDqk;
+    p.block_bytes = int64_t{1} * h.block_size * row_bytes(format);
+    p.sm_scale = 1 / std::sqrt(576.0f), p.causal = h.causal;
+    std::vector<int32_t> ids(num_blocks);
+    std::iota(ids.begin(), ids.end(), 0);
+    std::shuffle(ids.begin(), ids.end(), random);
+    const int32_t bad[] = {-1, INT32_MIN, INT32_MAX, int32_t(num_blocks), -123456};
+    size_t next = 0;
+    for (int call = 0; call < calls; ++call) {
+      std::vector<int32_t> table(size_t(p.b) * p.max_blocks, 2147480000);
+      for (int i = 0; i < p.b; ++i)
+        for (int t = 0; t < (x.lengths[i] + h.block_size - 1) / h.block_size && t < p.max_blocks;
+             ++t) {
+          int32_t& id = table[size_t(i) * p.max_blocks + t];
+          id = ids[next++ % ids.size()];
+          if (h.bad_ids && random() % 3 == 0) id = bad[random() % 5];
+        }
+      tables.push_back(upload(table));
+    }
+    const size_t rows = size_t(p.b) * p.s_q * p.h_q;
+    const size_t slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
+    p.q = alloc(rows * kDqk * 2);
+    fill_queries<<<256, 256>>>((T*)p.q, rows * kDqk, 99, h.query_scale);
+    p.block_table = tables[0], p.cache_seqlens = upload(x.lengths);
+    p.kv_scale = upload(std::vector<float>{h.kv_scale});
+    p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
+    p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
+    int32_t* cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
+    p.cuts = cuts;
+    CHECK_STATUS(flashmla::sm90::run_make_schedule({p.b, p.num_parts, p.cache_seqlens, cuts}, 0));
+    return p;
+  }
+
+  bool check(Shape x, Format format, const Hostility& h) {
+    choose_parts(x);
+    int64_t blocks = 3;
+    for (int n : x.lengths) blocks += std::max(0, n) / h.block_size + 1;
+    std::vector<const int32_t*> tables;
+    DenseDecodeParams p = make(x, format, h, blocks, 1, tables);
+    // Slots past the lengths stay NaN, as rows are where no sequence uses its block.
+    uint8_t* cache = (uint8_t*)alloc(blocks * p.block_bytes);
+    fill_rows<<<1024, 128>>>(cache, format, blocks * h.block_size, 3, h.spread);
+    p.blocks = cache;
+    poison(x, p, cache);
+    CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
+    CHECK(cudaDeviceSynchronize());
+    const size_t rows = size_t(p.b) * p.s_q * p.h_q;
+    const int max_tokens = p.max_blocks * p.block_size;
+    double* scores = (double*)alloc(rows * max_tokens * 8);
+    float *out = (float*)alloc(rows * kDv * 4), *lse = (float*)alloc(rows * 4);
+    naive<<<rows, 256>>>(p, scores, max_tokens, out, lse);
+    CHECK(cudaDeviceSynchronize());
+    std::vector<T> got(rows * kDv), again(rows * kDv);
+    std::vector<float> want(rows * kDv), got_lse(rows), want_lse(rows);
+    CHECK(cudaMemcpy(got.data(), p.out, got.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(want.data(), out, want.size() * 4, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(got_lse.data(), p.lse, rows * 4, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(want_lse.data(), lse, rows * 4, cudaMemcpyDeviceToHost));
+    int differing = 0;
+    for (int rerun = 0; rerun < 5; ++rerun) {
+      CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
+      CHECK(cudaMemcpy(again.data(), p.out, again.size() * 2, cudaMemcpyDeviceToHost));
+      differing += std::memcmp(again.data(), got.data(), got.size() * 2) != 0;
+    }
+    // Of values of about 0.1.
+    const double absolute =
+        1e-3 * (format == Format::kFp8Row ? std::max(1.0f, std::abs(h.kv_scale) * 1024) : 1);
+    double worst = 0, dot = 0, squares = 0, worst_lse = 0;
+    size_t bad = 0, bad_lse = 0, first_bad = ~size_t{0};
+    for (size_t i = 0; i < got.size(); ++i) {
+      const double a = __bfloat162float(got[i]), b = want[i], e = std::abs(a - b);
+      if (!(e <= absolute || e <= 2.01 / 128 * std::abs(b)))
+        ++bad, first_bad = std::min(first_bad, i);
+      if (h.spread == 0) worst = std::max(worst, e), dot += a * b, squares += a * a + b * b;
+    }
+    for (size_t i = 0; i < rows; ++i) {
+      if (got_lse[i] == want_lse[i]) continue;
+      const double e = std::abs(double(got_lse[i]) - want_lse[i]);
+      if (!(e <= 1e-6 || e <= 8.01 / 65536 * std::abs(want_lse[i]))) ++bad_lse;
+      worst_lse = std::max(worst_lse, e);
+    }
+    const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
+    const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 5e-6;
+    std::printf(
+        "%s %-8s %-26s block %3d%s%s spread %d scale %g: max error %.1e, bad %zu/%zu, cosine %.1e, "
+        "lse %.1e, bad %zu, reruns differing %d\n",
+        ok ? "ok  " : "FAIL", format == Format::kV32 ? "v32" : "fp8_row", x.label.c_str(),
+        h.block_size, h.causal ? " causal" : "", h.bad_ids ? " bad ids" : "", h.spread, h.kv_scale,
+        worst, bad, got.size(), cosine, worst_lse, bad_lse, differing);
+    if (bad)
+      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / kDv,
+                  first_bad % kDv, __bfloat162float(got[first_bad]), want[first_bad]);
+    std::fflush(stdout);
+    release();
+    return ok;
+  }
+
+  // NaN in every slot past a sequence's length, in its last block.
+  void poison(const Shape& x, const DenseDecodeParams& p, uint8_t* cache) {
+    std::vector<int32_t> table(size_t(p.b) * p.max_blocks);
+    CHECK(cudaMemcpy(table.data(), p.block_table, table.size() * 4, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < p.b; ++i) {
+      const int used = x.lengths[i] % p.block_size;
+      if (x.lengths[i] <= 0 || used == 0 || x.lengths[i] > p.max_blocks * p.block_size) continue;
+      const int32_t id = table[size_t(i) * p.max_blocks + x.lengths[i] / p.block_size];
+      if (id < 0 || id >= p.num_blocks) continue;
+      const int64_t row = row_bytes(p.format);
+      CHECK(cudaMemset(cache + id * p.block_bytes + used * row, 0xFF, (p.block_size - used) * row));
+    }
+  }
+
+  // Microseconds a call: calls over caches of their own that read 256 MB together.
+  double time(Shape x, Format format, bool once) {
+    choose_parts(x);
+    const int64_t tokens = std::accumulate(x.lengths.begin(), x.lengths.end(), int64_t{0});
+    const int calls =
+        std::clamp<int64_t>((int64_t{256} << 20) / (tokens * row_bytes(format)) + 1, 2, 128);
+    std::vector<const int32_t*> tables;
+    DenseDecodeParams p = make(x, format, {}, pool_bytes / (64 * row_bytes(format)), calls, tables);
+    p.blocks = pool;
+    if (once) CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
+    const double us = once ? 0 : time_calls(calls, [&](int call, cudaStream_t stream) {
+      p.block_table = tables[call];
+      CHECK_STATUS(flashmla::sm90::run_dense_decode(p, stream));
+    });
+    release();
+    return us;
+  }
+};
+
+bool run_checks(Bench& bench, bool small) {
+  bool ok = true;
+  std::mt19937 random(3);
+  auto ragged = [&](int b, int longest) {
+    std::vector<int> v(b);
+    for (int& n : v) n = std::uniform_int_distribution<int>(0, longest)(random);
+    return v;
+  };
+  std::vector<int> skewed(40, 200), hostile = {-5, 70, 0, INT32_MIN, 64, 500};
+  skewed[20] = 20000;
+  const std::vector<Shape> shapes = {
+      {"b1 h64 64", 1, 64, {64}},
+      {"b1 h16 20", 1, 16, {20}},
+      {"b1 h16 1000", 1, 16, {1000}},
+      {"b3 h1", 1, 1, {140, 0, 333}},
+      {"b2 h32 500", 1, 32, {500, 77}, 4},
+      {"b4 h20 ragged", 1, 20, ragged(4, 700), 3},
+      {"b2 s3 h9", 3, 9, {2, 300}},
+      {"b6 s2 h128 ragged", 2, 128, ragged(6, 900)},
+      {"b4 h100 small tiles", 1, 100, {500, 0, 64, 130}, 18, 16},
+      {"hostile lengths", 1, 64, hostile, 7},
+      {"b40 h64 skewed", 1, 64, skewed},
+      {"b40 h16 skewed", 1, 16, skewed},
+      {"b130 h64 ragged 200", 1, 64, ragged(130, 200)},
+      {"b64 h32 ragged 900", 1, 32, ragged(64, 900)},
+      {"b33 h128 1024", 1, 128, std::vector<int>(33, 1024)},
+  };
+  for (Format format : {Format::kFp8Row, Format::kV32}) {
+    for (const Shape& x : shapes) {
+      if (small && x.lengths.size() > 4) continue;
+      ok &= bench.check(x, format, {});
+      if (small) continue;
+      ok &= bench.check(x, format, {.causal = true, .block_size = 72});
+    }
+    if (small) continue;
+    const Shape& some = shapes[5];
+    for (int block : {8, 16, 24, 40, 128, 256, 1000})
+      ok &= bench.check(some, format, {.causal = true, .block_size = block, .bad_ids = true});
+    ok &= bench.check(some, format, {.kv_scale = 3e-5f, .query_scale = 1e-4f});
+    ok &= bench.check(some, format, {.kv_scale = -0.001f, .query_scale = 30});
+    ok &= bench.check(some, format, {.kv_scale = 1e20f, .query_scale = 1e-22f});
+  }
+  if (!small) {
+    ok &= bench.check({"b4 h64 uncut", 1, 64, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 6});
+    ok &= bench.check({"b4 h16 uncut", 1, 16, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 100});
+  }
+  std::printf(ok ? "all checks passed\n" : "CHECKS FAILED\n");
+  return ok;
+}
+
+// Arguments: the file of rows; `time` to leave the checks out, `once` to make each call but once,
+// for a profiler, or `small` for some checks; GiB of the pool that rows are read from, 8 by
+// default.
+int main(int argc, char** argv) {
+  Bench bench;
+  const std::string rows = argc > 1 ? argv[1] : "", mode = argc > 2 ? argv[2] : "";
+  const bool once = mode == "once";
+  const bool ok = once || mode == "time" || run_checks(bench, mode == "small");
+  if (rows.empty() || mode == "small") return ok ? 0 : 1;
+  bench.pool_bytes = int64_t{argc > 3 ? std::atoi(argv[3]) : 8} << 30;
+  CHECK(cudaMalloc(&bench.pool, bench.pool_bytes));
+  std::ifstream file(rows);
+  std::string line, filled;
+  std::map<std::string, std::pair<double, int>> ratios;
+  while (std::getline(file, line)) {
+    std::istringstream in(line);
+    std::string format;
+    int b, s_q, h_q, s_k, num_parts, tile_rows;
+    double peer = 0;
+    in >> format >> b >> s_q >> h_q >> s_k >> num_parts >> tile_rows >> peer;
+    const Format f = format == "v32"       ? Format::kV32
+                     : format == "fp8_row" ? Format::kFp8Row
+                                           : Format::kDense;
+    if (filled != format) {
+      fill_rows<<<4096, 128>>>(bench.pool, f, bench.pool_bytes / row_bytes(f), 1, 0);
+      CHECK(cudaDeviceSynchronize());
+      filled = format;
+    }
+    const double us =
+        bench.time({"", s_q, h_q, std::vector<int>(b, s_k), num_parts, tile_rows}, f, once);
+    const double bytes = double(b) * s_k * row_bytes(f);
+    std::printf("%-8s b %3d s_q %d h_q %3d s_k %6d: %8.2f us  %6.0f GB/s %6.1f TFLOP/s",
+                format.c_str(), b, s_q, h_q, s_k, us, bytes / us * 1e-3,
+                2.0 * b * s_k * s_q * h_q * (kDqk + kDv) / us * 1e-6);
+    if (peer > 0) {
+      std::printf("  peer %8.2f x%.3f", peer, peer / us);
+      auto& [sum, count] = ratios[format];
+      sum += std::log(peer / us), ++count;
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+  for (const auto& [format, ratio] : ratios)
+    std::printf("%s: x%.3f the peer's speed in geometric mean over %d rows\n", format.c_str(),
+                std::exp(ratio.first / ratio.second), ratio.second);
+  return ok ? 0 : 1;
+}

@@ -1,0 +1,74 @@
+// Groups of CPU devices, which are threads of one process, and where they meet.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "params/all_reduce_sum.h"
+#include "status.h"
+
+namespace flashmla::cpu {
+
+// Where the threads of a group meet: once to show their x, once more before any of them goes away
+// with it.
+class Rendezvous {
+ public:
+  Rendezvous(int size, int64_t timeout_ns) : size_(size), timeout_(timeout_ns) {}
+
+  // False where a member did not come in time, then and ever after.
+  bool meet() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (failed_) return false;
+    const int64_t round = round_;
+    if (++present_ == size_) {
+      present_ = 0;
+      ++round_;
+      all_present_.notify_all();
+      return true;
+    }
+    const auto over = [&] { return round_ != round || failed_; };
+    if (!all_present_.wait_for(lock, timeout_, over)) {
+      failed_ = true;
+      all_present_.notify_all();
+    }
+    return round_ != round;
+  }
+
+  bool failed() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return failed_;
+  }
+
+  std::array<AllReduceSumParams, kMaxPeers> shown = {};  // by rank; of the meeting's own members
+
+ private:
+  const int size_;
+  const std::chrono::nanoseconds timeout_;
+  std::mutex mutex_;
+  std::condition_variable all_present_;
+  int present_ = 0;
+  int64_t round_ = 0;
+  bool failed_ = false;
+};
+
+struct Membership {
+  Member member;
+  std::shared_ptr<Rendezvous> rendezvous;
+};
+
+// False where the device is not a member of the group.
+bool find_membership(int64_t group, int device, Membership* membership);
+
+// As in sm90/all_reduce_sum/workspace.h. No other process can be reached.
+Status open_group(const Member& member, std::string* handle);
+Status reach_member(int64_t group, int device, int peer_rank, int peer_device,
+                    const std::string& handle);
+bool has_failed(int64_t group, int device);
+void close_group(int64_t group, int device);
+
+}  // namespace flashmla::cpu

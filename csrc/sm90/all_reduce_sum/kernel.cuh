@@ -1,0 +1,161 @@
+// x summed over the devices of a group, in one round or two.
+//
+// One round: every device puts its x into every mailbox, and sums what arrives in its own. Two
+// rounds: device s sums segment s, whose sums then travel to all. Sums are made in float32 in the
+// order of ranks, so that all devices have the same bits.
+//
+// A thread sends, awaits and empties the same vectors of every member. So threads wait for the
+// same thread of other devices, never for their own block or grid, and blocks need not run at once.
+//
+// Why a slot is empty when it is filled again. Slots of even and odd epochs differ. A block at
+// epoch e + 2 sends into slots that its counterpart emptied in epoch e: this one's kernel had ended
+// before it sent the words of epoch e + 1, all of which were awaited before epoch e + 2. A block's
+// epoch is its own count in device memory, so a replayed graph goes on counting, and grids of other
+// sizes in between do not matter.
+//
+// Hazard: the calls of a device on one group must be ordered by its stream. No launch of this
+// kernel may start before the previous one has ended (programmatic dependent launch).
+#pragma once
+
+#include "sm90/all_reduce_sum/config.h"
+#include "sm90/all_reduce_sum/mailbox.cuh"
+#include "sm90/all_reduce_sum/vector.cuh"
+#include "sm90/all_reduce_sum/workspace.h"
+
+namespace flashmla::sm90::all_reduce_sum {
+
+// A block's view of its region in every mailbox: slots [2 rounds, size, chunk].
+struct Region {
+  const Workspace& workspace;
+  int64_t begin;  // of the region in any mailbox, in vectors
+  int64_t chunk;
+
+  __device__ __forceinline__ uint4* slot(int mailbox, int round, int from, int64_t i) const {
+    return workspace.mailboxes[mailbox] + begin + (round * workspace.size + from) * chunk + i;
+  }
+};
+
+// Waits for the words of a slot that was found incomplete. Gives up after the timeout: from then on
+// every word of the group is NaN, here at once, at the other devices as they receive it.
+__device__ __forceinline__ uint4 await(const uint4* slot, uint64_t timeout_ns, uint32_t* failed,
+                                       uint32_t* host_failed) {
+  const uint64_t since = nanoseconds();
+  uint4 v;
+  for (int polls = 1; !is_complete(v = load_slot(slot)); ++polls) {
+    if (polls % 256 != 0) continue;
+    const bool late = nanoseconds() - since > timeout_ns;
+    if (late) {
+      *static_cast<volatile uint32_t*>(failed) = 1;
+      *static_cast<volatile uint32_t*>(host_failed) = 1;
+    }
+    if (late || *static_cast<volatile uint32_t*>(failed) != 0) return kNaNs;
+  }
+  return v;
+}
+
+// What the others have sent, or kEmpty: parts [size]. All loads are under way at once.
+template <int kSize>
+__device__ __forceinline__ void look(const Region& region, int round, int64_t i,
+                                     uint4 (&parts)[kSize]) {
+  const int size = region.workspace.size, rank = region.workspace.rank;
+#pragma unroll
+  for (int from = 0; from < kSize; ++from) {
+    if (from < size && from != rank) parts[from] = load_slot(region.slot(rank, round, from, i));
+  }
+}
+
+// Waits for what look did not find, and leaves the slot empty.
+__device__ __forceinline__ uint4 take(const Region& region, int round, int from, int64_t i,
+                                      uint4 found) {
+  const Workspace& workspace = region.workspace;
+  uint4* slot = region.slot(workspace.rank, round, from, i);
+  if (!is_complete(found)) {
+    found = await(slot, workspace.timeout_ns, workspace.failed, workspace.host_failed);
+  }
+  empty(slot);
+  return found;
+}
+
+// kSize: at least the group's size.
+template <class Element, int kSize, bool kTwoRounds>
+__global__ void __launch_bounds__(kThreads, 1)
+    all_reduce_sum_kernel(const __grid_constant__ AllReduceSumParams params,
+                          const __grid_constant__ Workspace workspace,
+                          const __grid_constant__ Split split) {
+  const auto* x = static_cast<const Element*>(params.x);
+  auto* out = static_cast<Element*>(params.out);
+  const int size = workspace.size, rank = workspace.rank;
+  const int64_t vectors = (params.elements + kElements<Element> - 1) / kElements<Element>;
+  const int64_t first = blockIdx.x * split.chunk;
+  const int64_t count = min(split.chunk, split.segment - first);
+
+  uint32_t* epoch = workspace.epochs + blockIdx.x;
+  const uint32_t now = *static_cast<volatile uint32_t*>(epoch);
+  const bool failed = *static_cast<volatile uint32_t*>(workspace.failed) != 0;
+  const Region region{workspace, (blockIdx.x * 2 + now % 2) * kRegionVectors, split.chunk};
+
+  const auto load = [&](int64_t vector) {
+    return failed ? kNaNs : reinterpret_cast<const uint4*>(x)[vector];
+  };
+  const auto store = [&](int64_t vector, const uint4& v) {
+    store_vector(out, vector * kElements<Element>, params.elements, v);
+  };
+  // The vector of x that is number i of this block in the segment of `owner`.
+  const auto vector_of = [&](int owner, int64_t i) {
+    return (kTwoRounds ? owner * split.segment : 0) + first + i;
+  };
+  // Another device, a different one for each at every step from 1 on.
+  const auto other = [&](int step) { return rank + step - (rank + step < size ? 0 : size); };
+
+  // Round 1: x to those that sum it.
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const uint4 whole = kTwoRounds ? kNaNs : load(first + i);
+#pragma unroll
+    for (int step = 1; step < kSize; ++step) {
+      if (step >= size) break;
+      const int to = other(step);
+      const int64_t vector = vector_of(to, i);
+      if (vector < vectors) send(region.slot(to, 0, rank, i), kTwoRounds ? load(vector) : whole);
+    }
+  }
+  // The sums: to out, and in round 2 to the others.
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    const int64_t vector = vector_of(rank, i);
+    if (vector >= vectors) break;
+    uint4 parts[kSize];
+    look<kSize>(region, 0, i, parts);
+    const uint4 own = load(vector);
+    Sums<Element> sums;
+#pragma unroll
+    for (int from = 0; from < kSize; ++from) {
+      if (from >= size) break;
+      sums.add(from == rank ? own : take(region, 0, from, i, parts[from]));
+    }
+    const uint4 total = sums.rounded();
+    store(vector, total);
+    if constexpr (kTwoRounds) {
+#pragma unroll
+      for (int step = 1; step < kSize; ++step) {
+        if (step < size) send(region.slot(other(step), 1, rank, i), total);
+      }
+    }
+  }
+  // Round 2: the others' sums.
+  if constexpr (kTwoRounds) {
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+      uint4 parts[kSize];
+      look<kSize>(region, 1, i, parts);
+#pragma unroll
+      for (int from = 0; from < kSize; ++from) {
+        const int64_t vector = vector_of(from, i);
+        if (from < size && from != rank && vector < vectors) {
+          store(vector, take(region, 1, from, i, parts[from]));
+        }
+      }
+    }
+  }
+  __syncthreads();  // all threads have read the epoch
+  if (threadIdx.x == 0) *epoch = now + 1;
+}
+
+}  // namespace flashmla::sm90::all_reduce_sum

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params/all_reduce_sum.h"
+#include "sm90/all_reduce_sum/workspace.h"
+#include "status.h"
+
+namespace flashmla::sm90 {
+
+Status run_all_reduce_sum(const AllReduceSumParams& params, cudaStream_t stream);
+
+}  // namespace flashmla::sm90

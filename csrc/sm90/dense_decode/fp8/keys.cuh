@@ -1,0 +1,153 @@
+// S^T = K Q^T by a score warpgroup: its half of the columns, for all query rows.
+#pragma once
+
+#include "sm90/attention/partial.cuh"
+#include "sm90/dense_decode/fp8/formats.cuh"
+#include "sm90/dense_decode/fp8/shared_storage.cuh"
+#include "sm90/formats/fragments.cuh"
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
+
+namespace flashmla::sm90::dense_decode::fp8 {
+
+// Of a thread's two tokens, lane / 4 and lane / 4 + 8 of its warp's sixteen, the exponent of the
+// largest scale: keys are taken relative to it, and products with them multiplied by it.
+struct TokenExponents {
+  int of[2];
+};
+
+// Address of a field of the first token's row. tile: in shared memory.
+template <typename Format>
+__device__ __forceinline__ uint32_t token_address(uint32_t tile, int offset) {
+  const int thread = reread_thread();
+  const int token = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
+  return tile + token * Format::kPitch + offset;
+}
+
+template <typename Format>
+__device__ __forceinline__ TokenExponents find_exponents(uint32_t tile) {
+  const uint32_t scales = token_address<Format>(tile, Format::kScaleOffset);
+  TokenExponents exponents;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const uint4 v = load_shared(scales + m * 8 * Format::kPitch);
+    exponents.of[m] =
+        token_exponent(fmaxf(fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))),
+                             fmaxf(fabsf(__uint_as_float(v.z)), fabsf(__uint_as_float(v.w)))));
+  }
+  return exponents;
+}
+
+// What keys of a group of columns are to be multiplied with, f16 twice.
+template <typename Format>
+__device__ __forceinline__ void load_factors(uint32_t (&factor)[2], uint32_t tile, int group,
+                                             const TokenExponents& exponents) {
+  const uint32_t scale = token_address<Format>(tile, Format::kScaleOffset + group * 4);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    factor[m] =
+        f16_twice(load_scale(scale + m * 8 * Format::kPitch) * power_of_two(-exponents.of[m]));
+  }
+}
+
+// Puts the scales of the side's groups where the value warps read them: lanes 0 and 1 of a quad
+// have a group each. left: tokens of the sequence from the tile's first on; others count as zeros.
+// Returns whether there are scales that one factor does not hold.
+template <typename Format, typename Storage>
+__device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot, int left) {
+  const int thread = reread_thread(), warp = thread / 32 % kWarps, token = thread % 32 / 4;
+  const int group = reread_side() * 2 + thread % 2;
+  const uint32_t row =
+      token_address<Format>(smem_address(smem.ring[stage]), Format::kScaleOffset + group * 4);
+  const int first = warp * kWarpTokens + token;
+  const float low = first < left ? load_scale(row) : 0.0f;
+  const float high = first + 8 < left ? load_scale(row + 8 * Format::kPitch) : 0.0f;
+  if (thread % 4 < 2) {
+    const uint32_t value =
+        pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
+    uint16_t* const target =
+        smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 + warp % 2 * 4 + token % 2;
+    target[0] = value & 0xffff;
+    target[2] = value >> 16;
+  }
+  return __any_sync(~0u, is_large(low) || is_large(high));
+}
+
+constexpr int kStepColumns = 32;  // of a group of products
+constexpr int kLatentSteps = kValueDim / kSides / kStepColumns;
+template <int kRows>
+constexpr int kKeyBuffers = kRows == 64 ? 2 : 3;  // of such groups' fragments
+
+template <typename Format, int kRows>
+__device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
+                                               const SharedStorage<Format, kRows>& smem, int stage,
+                                               const TokenExponents& exponents) {
+  constexpr int kBuffers = kKeyBuffers<kRows>;
+  constexpr int kStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
+  const int thread = reread_thread(), lane = thread % 32, side = reread_side();
+  const uint32_t tile = smem_address(smem.ring[stage]);
+  const uint32_t rows =
+      tile + (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch + lane / 16 * 16;
+  uint32_t a[kBuffers][8], raw[4];
+  const uint32_t latent = rows + side * (kValueDim / 2);
+  // Alike in all lanes, as the compiler sees: operands are named by uniform registers.
+  const int side_of_all = __shfl_sync(~0u, side, 0);
+  const uint32_t query = operand_at(smem.query[0]) + side_of_all * (4 * kStep);
+  uint32_t factor[2];
+  load_matrix_x4(raw, latent);
+  pin_registers(s);
+#pragma unroll
+  for (int c = 0; c < kLatentSteps; ++c) {
+    uint32_t (&keys)[8] = a[c % kBuffers];
+    if constexpr (Format::kScales) {
+      if (c % 4 == 0) load_factors<Format>(factor, tile, side * 2 + c / 4, exponents);
+    }
+    if (c >= kBuffers) wgmma_wait<kBuffers - 1>();
+    if constexpr (Format::kScales) {
+      convert_keys(keys, raw, factor);
+    } else {
+      convert_keys(keys, raw);
+    }
+    if (c + 1 < kLatentSteps) {
+      load_matrix_x4(raw, latent + (c + 1) * kStepColumns);
+    } else if constexpr (!Format::kScales) {
+      load_matrix_x4(raw, rows + Format::kRopeOffset + side * kStepColumns);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c / 2 * kStep + c % 2 * 4 + 2 * k),
+                       c + k > 0);
+    }
+    wgmma_commit();
+  }
+  // Half of the rope.
+  using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
+  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side_of_all * 4;
+  uint32_t (&keys)[8] = a[kLatentSteps % kBuffers];
+  wgmma_wait<kBuffers - 1>();
+  if constexpr (Format::kScales) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(keys + 4 * k),
+                     rows + Format::kRopeOffset + side * 64 + k * 32);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const uint32_t factor = bf16_twice(power_of_two(-exponents.of[m]));
+#pragma unroll
+      for (int i = m; i < 8; i += 2) keys[i] = multiply_bf16x2(keys[i], factor);
+    }
+  } else {
+    convert_keys(keys, raw);
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 2; ++k) wgmma_rs<Rope>(s, keys + 4 * k, descriptor(rope + 2 * k), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin_registers(s);
+}
+
+}  // namespace flashmla::sm90::dense_decode::fp8

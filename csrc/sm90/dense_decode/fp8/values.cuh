@@ -1,0 +1,196 @@
+// The two value warpgroups: O^T += V^T P^T, whose rows are value columns and whose columns are
+// query rows. Each has half of the value columns.
+#pragma once
+
+#include "sm90/attention/softmax.cuh"
+#include "sm90/dense_decode/fp8/formats.cuh"
+#include "sm90/dense_decode/fp8/load.cuh"
+#include "sm90/dense_decode/fp8/output.cuh"
+#include "sm90/formats/fragments.cuh"
+#include "sm90/ptx/wgmma_rs.cuh"
+
+namespace flashmla::sm90::dense_decode::fp8 {
+
+__device__ __forceinline__ uint2 load_pair(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+// What the factors of 16 tokens leave of large scales. scales: the first token's scale in its row.
+template <typename Format>
+__device__ __forceinline__ void multiply_excess(uint32_t* a, uint32_t scales) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    float scale[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) scale[j] = load_scale(scales + (k * 8 + j) * Format::kPitch);
+    const uint32_t excess = pack<__nv_bfloat16>(excess_of(scale[0]), excess_of(scale[1]));
+    a[2 * k] = multiply_bf16x2(a[2 * k], excess);
+    a[2 * k + 1] = multiply_bf16x2(a[2 * k + 1], excess);
+  }
+}
+
+template <int kRows>
+__device__ __forceinline__ void rescale_output(Output<kRows>& o, const uint8_t* rescale) {
+  const int thread = reread_thread();
+#pragma unroll
+  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    const float factor = rescale_factor(rescale[query_row(thread, i)]);
+#pragma unroll
+    for (int m = 0; m < kValueTiles; ++m) {
+      o[m][element(i, 0)] *= factor;
+      o[m][element(i, 1)] *= factor;
+    }
+  }
+}
+
+// Rows of the tile past the sequence may hold NaN, and 0 * NaN is NaN: the warpgroup's own columns
+// of them become zeros, and their scales.
+template <typename Format>
+__device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
+  constexpr int kUnits = kValueTiles * 64 / 16;
+  const int thread = reread_thread();
+  const uint32_t columns = tile + reread_side() * (kValueTiles * 64);
+  for (int i = valid_tokens * kUnits + thread % kWarpgroupThreads; i < kTileTokens * kUnits;
+       i += kWarpgroupThreads) {
+    store_shared(columns + i / kUnits * Format::kPitch + i % kUnits * 16, uint4{});
+  }
+  if constexpr (Format::kScales) {  // read where there are large ones (multiply_excess)
+    const int token = valid_tokens + thread % kWarpgroupThreads;
+    if (token < kTileTokens) {
+      store_shared(tile + token * Format::kPitch + Format::kScaleOffset, uint4{});
+    }
+  }
+  fence_async_proxy();  // before copies that come to lie there later
+  named_barrier_sync(kValueBarrier + reread_side(), kWarpgroupThreads);
+}
+
+// Products of 16 tokens that are issued together: with 64 rows registers are few.
+template <int kRows>
+constexpr int kValueGroup = kRows == 64 ? 1 : 2;
+template <int kRows>
+constexpr int kValueBuffers = kRows == 64 ? 2 : 3;  // of such groups
+
+// Adds a tile's products. raw: of the tile's first 32 tokens and the warp's first columns; rows:
+// where they are. Frees the ring's stage as soon as its bytes are in registers.
+template <typename Format, int kRows, bool kLargeScales>
+__device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, int stage,
+                                             int slot, uint32_t rows, uint32_t (&raw)[4],
+                                             Output<kRows>& o) {
+  using T = typename Format::Value;
+  constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
+  const int thread = reread_thread(), lane = thread % 32, half = reread_side();
+  const uint32_t probabilities = operand_at(smem.probabilities[slot]);
+  const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
+  constexpr int kSteps = 4 * kValueTiles / kGroup;
+  uint32_t a[kBuffers][4 * kGroup];
+#pragma unroll
+  for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
+    const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
+    uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
+    if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
+#pragma unroll
+    for (int k = fragment; k < fragment + kGroup; ++k) {
+      const int tokens = k / 2 / kValueTiles * 32 + k % 2 * 16;
+      uint32_t* const value = values + 4 * (k - fragment);
+      if constexpr (Format::kScales) {
+        const uint2 factor =
+            load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
+        const uint32_t factors[2] = {factor.x, factor.y};
+        convert_values(value, raw + k % 2 * 2, factors);
+        if constexpr (kLargeScales) {
+          multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
+                                             (tokens + lane % 4 * 2) * Format::kPitch +
+                                             Format::kScaleOffset + (half * 2 + m / 2) * 4);
+        }
+      } else {
+        convert_values(value, raw + k % 2 * 2);
+      }
+    }
+    const int next = fragment + kGroup;
+    if (next == 4 * kValueTiles) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
+    } else if (next % 2 == 0) {
+      load_values(
+          raw, rows + next / 2 / kValueTiles * 32 * Format::kPitch + next / 2 % kValueTiles * 64);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = fragment; k < fragment + kGroup; ++k) {
+      wgmma_rs<T>(o[m], values + 4 * (k - fragment),
+                  descriptor(probabilities + 4 * (k / 2 / kValueTiles) + 2 * (k % 2)), 1);
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
+}
+
+// A tile's share of the output. valid_tokens: of the tile.
+template <typename Format, int kRows>
+__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
+                                         int valid_tokens, Output<kRows>& o) {
+  const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
+  const uint32_t tile = smem_address(smem.ring[at.stage]);
+  const uint32_t rows =
+      tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
+  uint32_t raw[4];
+  mbarrier_wait(smem_address(&smem.full[at.stage]), at.ring_parity());
+  mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
+  if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
+  load_values(raw, rows);
+  const uint2 flags = *reinterpret_cast<const uint2*>(smem.flags[slot]);
+  if ((flags.x | flags.y) & kRescaled) rescale_output<kRows>(o, smem.rescale[slot]);
+  if ((flags.x | flags.y) & (kHasLargeScales * 0x01010101u)) {
+    if constexpr (Format::kScales) {
+      add_products<Format, kRows, true>(smem, at.stage, slot, rows, raw, o);
+    }
+  } else {
+    add_products<Format, kRows, false>(smem, at.stage, slot, rows, raw, o);
+  }
+  if (lane == 0) mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
+  __syncwarp();
+}
+
+template <typename T, typename Format, int kRows>
+__device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
+  Position<kRows> at;
+  if (is_loader()) start_loads(args, smem);
+
+  for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
+    const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
+    const bool empty = piece.tile_begin >= piece.tile_end;
+    Output<kRows> o = {};
+    int tiles = piece.tile_end - piece.tile_begin;
+    for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
+      // Here alone: the code is long, and instructions are fetched as bytes are.
+      if (is_loader()) fill_ring(args, smem);
+      add_tile(smem, at, left, o);
+      left -= kTileTokens;
+      at.next_tile();
+    }
+    if (!empty) {
+      mbarrier_wait(smem_address(&smem.sums_full), at.sums_parity());
+      at.next_piece();
+    }
+    const Piece part = piece_of_tiles(smem.begin, smem.end, sequence, 0);
+    const int64_t row =
+        int64_t{result_index(part, blockIdx.y, sequence)} * args.rows + smem.row_tile.first;
+    if (part.partial()) {
+      store_partial(smem, o, empty, args.out_accum + row * kValueDim);
+    } else {
+      store_result(smem, o, empty, static_cast<T*>(args.out) + row * kValueDim);
+    }
+    __syncwarp();
+    if (!empty && threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.sums_empty));
+  }
+}
+
+}  // namespace flashmla::sm90::dense_decode::fp8

@@ -1,0 +1,142 @@
+// Loads into the ring by the value warps: a tile's rows, wherever they lie, by cp.async; a query
+// token's heads by TMA.
+#pragma once
+
+#include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/copy_async.cuh"
+#include "sm90/ptx/tma.cuh"
+#include "sm90/sparse_prefill/shared_storage.cuh"
+
+namespace flashmla::sm90::sparse_prefill {
+
+// The loads of a block in order, as one value warp sees them: of each query token that has tiles
+// its heads, then the tiles, of which the warp gathers one group of eight tokens.
+//
+// A lane copies 16 bytes of each chunk of two tokens. All that can be is computed beforehand, while
+// value products run: these wait for what the warp does between them.
+template <int kHeadDim>
+class LoadStream {
+ public:
+  __device__ __forceinline__ LoadStream(const KernelArgs& args, int thread) : thread_(thread) {
+    const int lane = thread % 32, group = thread / 32 - kWarpgroupWarps;
+    token_ = group * kTokenGroup + lane % kTokenGroup;
+    target_ = swizzled_offset(lane / 8, lane % 8);
+    query_ = blockIdx.y - gridDim.y;
+    enter_next(args);
+  }
+
+  // Finds the rows of the next load.
+  __device__ __forceinline__ void prepare() {
+    const int lane = thread_ % 32;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
+  }
+
+  // Begins the load that was prepared, into a slot that nobody uses any more, and goes on to the
+  // next.
+  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot) {
+    if (query_ >= args.s_q) return;
+    if (tile_ < 0)
+      load_heads(args, smem, slot);
+    else
+      load_tile(args, smem, slot);
+    if (++tile_ * kTileTokens >= length_) enter_next(args);
+    const int i = tile_ * kTileTokens + token_;
+    row_ = -1;
+    if (tile_ >= 0 && i < length_) row_ = __ldg(args.indices + int64_t{query_} * args.topk + i);
+  }
+
+ private:
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr bool kRope = kHeadDim > kValueDim;
+
+  int thread_;
+  int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
+  int length_;              // indices of the query token that count
+  int token_;               // that this lane looks up, of each tile
+  int row_;                 // of that token of the next tile; -1: none
+  uint32_t target_;         // of this lane's copies of the first four tokens, within their group
+  uint32_t source_row_[2];  // that this lane copies from
+
+  __device__ __forceinline__ void enter_next(const KernelArgs& args) {
+    length_ = 0;
+    for (query_ += gridDim.y; query_ < args.s_q; query_ += gridDim.y) {
+      length_ = args.length_of(query_);
+      if (length_ > 0) break;
+    }
+    tile_ = -1;
+  }
+
+  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem,
+                                             int slot) const {
+    const uint32_t left = smem_address(&smem.left_full[slot]);
+    const uint32_t right = smem_address(&smem.right_full[slot]);
+    if (thread_ == kLoadingThread) {
+      fence_async_proxy();  // the slot held what cp.async and stmatrix wrote
+      const int first_row = query_ * args.h_q + first_head();
+      const uint32_t target = smem_address(smem.latent[slot]);
+      const uint32_t bytes = args.query_box * kChunkRowBytes;
+      mbarrier_expect(left, bytes * kHalfChunks);
+      tma_load_3d(target, &args.query_half_map, left, 0, first_row, 0);
+      mbarrier_expect(right, bytes * (kHalfChunks + kRope));
+      tma_load_3d(target + kHalfBytes, &args.query_half_map, right, 0, first_row, kHalfChunks);
+      if constexpr (kRope) {
+        tma_load_3d(smem_address(smem.rope[slot]), &args.query_rope_map, right, 0, first_row,
+                    kLatentChunks);
+      }
+    }
+    __syncwarp();
+    if (thread_ % 32 == 0) mbarrier_arrive(left);
+    mbarrier_arrive(left);
+    mbarrier_arrive(right);
+  }
+
+  // Where the lane's other token lies: the swizzle has another bit there.
+  static __device__ __forceinline__ uint32_t skip_four(uint32_t target, int j) {
+    return (target ^ j * 64) + j * 4 * kChunkRowBytes;
+  }
+
+  // Copies some chunks of one of the lane's tokens.
+  template <int kFirst, int kLast>
+  static __device__ __forceinline__ void copy_chunks(uint32_t target, const uint8_t* source,
+                                                     bool valid) {
+#pragma unroll
+    for (int c = kFirst; c < kLast; ++c) {
+      const uint32_t chunk = c / kHalfChunks * kHalfBytes + c % kHalfChunks * kGroupBytes;
+      copy_16_or_zero(target + chunk, source + c * kChunkRowBytes, valid);
+    }
+  }
+
+  __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem,
+                                            int slot) const {
+    const int group = thread_ / 32 - kWarpgroupWarps;
+    const uint32_t left = smem_address(&smem.left_full[slot]);
+    const uint32_t right = smem_address(&smem.right_full[slot]);
+    const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + target_;
+    const uint8_t* source[2];
+    bool valid[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      valid[j] = source_row_[j] < args.s_kv;
+      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread_ % 8 * 16;
+      copy_chunks<0, kHalfChunks>(skip_four(target, j), source[j], valid[j]);
+    }
+    const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row_) < args.s_kv);
+    if (thread_ % 32 == 0) {
+      smem.attended[slot][group] = attended;
+      mbarrier_arrive(left);
+    }
+    mbarrier_arrive_after_copies(left);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      copy_chunks<kHalfChunks, kLatentChunks>(skip_four(target, j), source[j], valid[j]);
+      if constexpr (kRope) {
+        const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + target_;
+        copy_16_or_zero(skip_four(rope, j), source[j] + kLatentChunks * kChunkRowBytes, valid[j]);
+      }
+    }
+    mbarrier_arrive_after_copies(right);
+  }
+};
+
+}  // namespace flashmla::sm90::sparse_prefill

@@ -1,0 +1,154 @@
+// The score warpgroup: S = Q K^T, whose rows are heads and whose columns are a tile's tokens; the
+// online softmax; probabilities for the value warpgroups.
+#pragma once
+
+#include "sm90/attention/softmax_rows.cuh"
+#include "sm90/ptx/wgmma.cuh"
+#include "sm90/sparse_prefill/query.cuh"
+
+namespace flashmla::sm90::sparse_prefill {
+
+// Starts the products of a tile as it arrives.
+template <typename T, bool kRope>
+__device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragments& q,
+                                             const SharedStorage& smem, Ring ring) {
+#pragma unroll
+  for (int c = 0; c < kLatentChunks; ++c) {
+    if (c % kHalfChunks == 0) {
+      mbarrier_wait(smem_address(c == 0 ? &smem.left_full[ring.slot] : &smem.right_full[ring.slot]),
+                    ring.parity);
+      fence_async_proxy();  // the tile was written by cp.async
+      wgmma_fence();
+    }
+    const uint64_t keys = k_major_desc(
+        smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
+        kTokenGroupBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int step = c * 4 + k;
+      if (step < kQueryStepsInRegisters) {
+        wgmma_n64_rs<T>(s, q[step], keys + 2 * k, step > 0);
+      } else {
+        const uint64_t query =
+            unswizzled_desc(smem_address(smem.query_step), kTileRows * 16, 8 * 16);
+        wgmma_n64_ss<T>(s, query, keys + 2 * k, 1);
+      }
+    }
+  }
+  if constexpr (kRope) {
+    const uint64_t query = k_major_desc(smem_address(smem.query_rope));
+    const uint64_t keys = k_major_desc(smem_address(smem.rope[ring.slot]));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_n64_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
+  }
+  wgmma_commit();
+}
+
+// Scores of tokens that are not attended become -inf.
+__device__ __forceinline__ void mask_scores(float (&s)[32], const uint8_t (&attended)[8]) {
+  const uint2 words = *reinterpret_cast<const uint2*>(attended);
+  if ((words.x & words.y) == ~0u) return;
+  const int first = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 32; i += 4) {
+    const uint32_t pair = (i < 16 ? words.x : words.y) >> (first + 2 * i % 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!(pair & 1)) s[i + 2 * r] = -INFINITY;
+      if (!(pair & 2)) s[i + 2 * r + 1] = -INFINITY;
+    }
+  }
+}
+
+// What a query token's rows come to: their sums, what the value warpgroups are to multiply with,
+// and the results but out.
+__device__ __forceinline__ void finish_rows(const KernelArgs& args, int query,
+                                            float (&out_factor)[kTileRows], SoftmaxRows& rows,
+                                            const float (&peak)[2]) {
+  finish_sums(out_factor, rows);
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const int head = first_head() + row + 8 * r;
+    if (lane % 4 != 0 || head >= args.h_q) continue;
+    const float lse = row_lse(rows.reference[r], rows.sum[r], /*partial=*/false);
+    if (args.attn_sink != nullptr && lse > -INFINITY) {
+      out_factor[row + 8 * r] *=
+          reciprocal_approx(1.0f + exp2_approx((__ldg(args.attn_sink + head) - lse) * kLog2e));
+    }
+    const int64_t result = int64_t{query} * args.h_q + head;
+    args.lse[result] = lse;
+    args.max_logits[result] = largest * args.sm_scale;
+  }
+}
+
+template <typename T, bool kRope>
+__device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
+  const bool leader = threadIdx.x % 32 == 0;
+  QueryFragments q;
+  float s[32];
+  Ring ring;
+  uint8_t& odd = smem.odd_query[threadIdx.x / 32];
+
+  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
+    int tiles = num_tiles(args.length_of(query));
+    if (tiles == 0) {
+      if (static_cast<int>(threadIdx.x) < count_heads(args)) {
+        const int64_t result = int64_t{query} * args.h_q + first_head() + threadIdx.x;
+        args.lse[result] = args.max_logits[result] = -INFINITY;
+      }
+      continue;
+    }
+    SoftmaxRows rows;
+    float peak[2] = {-INFINITY, -INFINITY};
+    take_query<kRope>(smem, ring, args.query_box, q);
+    if (leader) {
+      // Nobody waits for the first and the last here: arriving keeps their parity aligned with the
+      // ring.
+      mbarrier_arrive(smem_address(&smem.scores_done));
+      mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
+      mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
+    }
+    ring.advance();
+    start_scores<T, kRope>(s, q, smem, ring);
+    wgmma_wait<0>();
+
+    for (; tiles > 0; --tiles) {
+      pin_registers(s);
+      const uint32_t scores_done = smem_address(&smem.scores_done);
+      if (leader) mbarrier_arrive(scores_done);
+      mask_scores(s, smem.attended[ring.slot]);
+      float tile_peak[2];
+      find_peaks(s, tile_peak);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) peak[r] = fmaxf(peak[r], tile_peak[r]);
+      raise_references(smem.rescale[ring.slot], tile_peak, rows, args.scale_log2);
+      store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
+                                    scores_done, parity_of(ring));
+      const bool last = tiles == 1;
+      if (last) finish_rows(args, query, smem.out_factor[odd], rows, peak);
+      fence_async_proxy();
+      __syncwarp();
+      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
+
+      // The next scores go first on the tensor cores, if their tile is there: then these have the
+      // value products to do while this warpgroup computes the next softmax.
+      const uint32_t values_go = smem_address(&smem.values_go[ring.slot]);
+      ring.advance();
+      const bool ready =
+          !last && mbarrier_test(smem_address(&smem.right_full[ring.slot]), ring.parity);
+      if (leader && !ready) mbarrier_arrive(values_go);
+      if (!last) {
+        start_scores<T, kRope>(s, q, smem, ring);
+      }
+      if (leader && ready) mbarrier_arrive(values_go);
+      wgmma_wait<0>();
+    }
+    if (leader) odd ^= 1;
+    __syncwarp();
+  }
+}
+
+}  // namespace flashmla::sm90::sparse_prefill

@@ -1,0 +1,116 @@
+"""Builds a shape's rows and indices and the functions that attend to them; checks a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_flashmla
+from jax_flashmla.bench import naive
+from jax_flashmla.bench.operation import Calls, Timed
+from jax_flashmla.bench.setup import Setup
+from jax_flashmla.bench.sparse_prefill.shapes import D_V, ITEMSIZE, Shape
+
+MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
+TARGET = "flashmla_sparse_prefill_v1"
+BASELINE_CALLS = 2  # separate arrays for the baselines: fewer, because XLA compiles every call
+XLA_QUERIES = 128  # whose rows plain XLA gathers at once
+
+Sources = list[tuple[jax.Array, jax.Array]]  # of each call kv and indices
+
+
+def memory(shape: Shape, setup: Setup) -> int:
+    """Bytes of device memory: rows, indices, q, outs; the baselines' gathered rows."""
+    rows = setup.caches(shape) * shape.s_kv * shape.row_bytes
+    indices = setup.caches(shape) * shape.gathered_tokens * 4
+    q_and_outs = shape.s_q * shape.h_q * ITEMSIZE * (shape.d_qk + 2 * D_V)
+    return rows + indices + q_and_outs + 2 * XLA_QUERIES * shape.topk * shape.row_bytes
+
+
+def make_pool(shapes: list[Shape], setup: Setup) -> None:
+    """Shapes share nothing."""
+    del shapes, setup
+
+
+def make_sources(shape: Shape, setup: Setup) -> Sources:
+    """Random rows, and of each query token `topk` different ones in random order."""
+    generator = np.random.default_rng(2)
+    order = generator.permutation(shape.s_kv).astype(np.int32)
+    sources = []
+    for i in range(setup.caches(shape)):
+        kv = jax.random.normal(jax.random.key(i), (shape.s_kv, 1, shape.d_qk), setup.dtype)
+        start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
+        indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
+        sources.append((kv, jnp.asarray(indices)))
+    return sources
+
+
+# (q, sources) -> the last call's out, and something of each call's result
+Prefill = Callable[..., tuple[jax.Array, Any]]
+
+
+@partial(jax.jit, static_argnames="implementation")
+def package_prefill(q: jax.Array, sources: Sources, implementation: str) -> tuple[jax.Array, Any]:
+    """One call for each source, through jax_flashmla, and the sum of one lse each: so every out
+    gets the same memory, as in a model."""
+    results = [
+        jax_flashmla.sparse_prefill(q, *source, implementation=implementation) for source in sources
+    ]
+    return results[-1][0], sum(lse[0, 0] for _, lse, _ in results)
+
+
+@jax.jit
+def composed_prefill(q: jax.Array, sources: Sources) -> tuple[jax.Array, list[jax.Array]]:
+    """What a JAX user writes without it: gather and two einsums, some query tokens at a time."""
+
+    def attend(kv: jax.Array, one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, indices = one
+        rows = kv[indices, 0]
+        scores = jnp.einsum("hd,kd->hk", q, rows, preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
+        return jnp.einsum("hk,kd->hd", p.astype(q.dtype), rows[:, :D_V])
+
+    outs = [
+        jax.lax.map(partial(attend, kv), (q, indices), batch_size=XLA_QUERIES)
+        for kv, indices in sources
+    ]
+    return outs[-1], outs
+
+
+def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
+    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
+    del pool
+    with jax.default_device(setup.device):
+        q_shape = (shape.s_q, shape.h_q, shape.d_qk)
+        q = jax.random.normal(jax.random.key(3), q_shape, setup.dtype)
+        made = make_sources(shape, setup)
+    calls = setup.calls(shape)
+    sources = made * (calls // len(made))
+    baselines = {}
+    if with_xla:
+        few = sources[:BASELINE_CALLS]
+        baselines["xla"] = Timed(composed_prefill, (q, few), len(few))
+        if setup.device.platform == "cpu":
+            reference = partial(package_prefill, implementation="xla")
+            baselines["reference"] = Timed(reference, (q, few), len(few))
+    kernel = partial(package_prefill, implementation="kernel")
+    return Calls(
+        Timed(kernel, (q, sources), calls),
+        lambda result: relative_error(result[0], q, *sources[-1]),
+        baselines,
+    )
+
+
+def relative_error(out: Any, q: jax.Array, kv: jax.Array, indices: jax.Array) -> float:
+    """The worst head's error, of the last query token, against naive attention."""
+    attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=q.shape[-1] ** -0.5))
+    rows = kv[indices[-1], 0][None]
+    expected = np.asarray(attend(q[-1:], rows, jnp.full(1, indices.shape[1], jnp.int32))[0][0])
+    got = np.asarray(out[-1]).astype(np.float32)[: q.shape[1]]  # a peer's heads are padded
+    norm = partial(np.linalg.norm, axis=-1)
+    return float((norm(got - expected) / norm(expected)).max())

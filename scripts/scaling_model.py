@@ -1,0 +1,172 @@
+"""What a layer's decoding step costs on how many devices: the model of docs/scaling.md.
+
+Times are in us, sizes in bytes, rates in bytes or operations a us. Attention layers alone: experts,
+norms and embeddings are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+HOST = 8  # devices that reach each other's memory
+ITEMSIZE = 2  # of weights and of what is exchanged
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was measured of a card. Sources: docs/scaling.md."""
+
+    name: str
+    memory: float
+    weights: float  # bytes/us at which weights are read
+    cache: float  # and a dense cache, by dense_decode
+    gather: float  # and selected rows, by sparse_decode
+    keys: float  # and index keys, by index_scores
+    dense: float  # operations/us of dense_decode
+    sparse: float  # and of sparse_decode
+
+
+H100 = Card("H100", 80e9, 3.2e6, 2.97e6, 2.37e6, 2.85e6, 620e6, 385e6)
+_FASTER = 4.58 / 3.2  # memory of an H200; the same chip
+H200 = Card("H200", 141e9, *(_FASTER * x for x in (3.2e6, 2.97e6, 2.37e6, 2.85e6)), 660e6, 385e6)
+CARDS = {card.name: card for card in (H100, H200)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's attention layers."""
+
+    name: str
+    layers: int = 61
+    hidden: int = 7168
+    heads: int = 128
+    rank: int = 1536
+    row: int = 1152  # bytes of a cached token in a layer
+    index_heads: int = 0
+    topk: int = 0
+    index_row: int = 0
+
+    def weights(self, split: int) -> int:
+        """Bytes of a layer's weights on a device that has 1 / split of the heads."""
+        down = self.hidden * (self.rank + 576)
+        a_head = self.rank * 192 + 512 * 256 + 128 * self.hidden
+        indexer = 0
+        if self.topk:  # not split: every device selects for itself
+            indexer = self.rank * 128 * self.index_heads + self.hidden * (
+                128 + 2 * self.index_heads
+            )
+        return ITEMSIZE * (down + self.heads // split * a_head + indexer)
+
+
+V3 = Model("DeepSeek V3")
+V32 = Model("DeepSeek V3.2", row=656, index_heads=64, topk=2048, index_row=132)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Devices of each axis: heads are split over one, sequences over one, a sequence's tokens over
+    one."""
+
+    heads: int = 1
+    batch: int = 1
+    context: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.heads * self.batch * self.context
+
+    def __str__(self) -> str:
+        return f"{self.heads} x {self.batch} x {self.context}"
+
+
+# What XLA's products lose below the bandwidth, and the small operations between the kernels.
+REST, REST_OF_SEQUENCE = 40.0, 0.1
+KERNEL = 6.0  # an attention kernel with its merge, besides bytes or operations
+SELECT, SELECT_OF_TOKEN = 10.0, 6.7e-6
+# A sum over devices of one host: over peer memory, or XLA's.
+PEERS, PEERS_RATE, SECOND_ROUND = 4.0, 300e3, 720 * 1024
+PSUM, PSUM_RATE = 21.0, 115e3
+
+
+def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
+    """A sum of so many bytes over the devices of a host."""
+    if devices == 1 or kind == "none":
+        return 0.0
+    if kind == "psum":
+        return PSUM + bytes / PSUM_RATE
+    sent = (devices - 1) * bytes
+    if (devices - 1) * (devices - 2) * bytes / devices <= SECOND_ROUND:
+        return PEERS + sent / PEERS_RATE
+    return PEERS + 2 + 2 * sent / devices / PEERS_RATE
+
+
+def attention_time(card: Card, model: Model, heads: int, b: float, tokens: float) -> float:
+    """Attention kernels of one device; of the indexer too."""
+    attended = min(tokens, model.topk) if model.topk else tokens
+    bytes, operations = b * attended * model.row, 2176 * b * heads * attended
+    if not model.topk:
+        return KERNEL + max(bytes / card.cache, operations / card.dense)
+    scores = b * tokens * model.index_row / card.keys
+    select = SELECT + b * tokens * SELECT_OF_TOKEN
+    return scores + select + KERNEL + 2 + max(bytes / card.gather, operations / card.sparse)
+
+
+def layer_time(
+    card: Card, model: Model, layout: Layout, b: int, tokens: int, sums: str = "peers"
+) -> dict[str, float]:
+    """The parts of one layer's step, and their sum as "layer".
+
+    Args:
+        b: sequences of all devices together.
+        tokens: cached tokens of each.
+        sums: "peers", "psum" or "none".
+    """
+    mine, heads = math.ceil(b / layout.batch), model.heads // layout.heads
+    parts = {
+        "weights": model.weights(layout.heads) / card.weights,
+        "rest": REST + REST_OF_SEQUENCE * mine,
+        "attention": attention_time(card, model, heads, mine, tokens / layout.context),
+        "heads": sum_time(mine * model.hidden * ITEMSIZE, layout.heads, sums),
+        # Every device's results of its tokens to the others, with an lse each.
+        "context": sum_time(mine * heads * (512 * ITEMSIZE + 4), layout.context, sums),
+    }
+    return parts | {"layer": sum(parts.values())}
+
+
+def memory(card: Card, model: Model, layout: Layout, b: int, tokens: int) -> tuple[float, float]:
+    """Bytes of a device: weights of all attention layers, and the cache."""
+    mine = math.ceil(b / layout.batch) * tokens / layout.context
+    cache = mine * (model.row + model.index_row) * model.layers
+    return model.weights(layout.heads) * model.layers, cache
+
+
+def layouts(devices: int) -> Iterator[Layout]:
+    """Those of so many devices whose heads and tokens are split within a host."""
+    for heads in (1, 2, 4, 8):
+        for context in (1, 2, 4, 8):
+            if heads * context <= min(HOST, devices):
+                yield Layout(heads, devices // (heads * context), context)
+
+
+def best_layout(
+    card: Card, model: Model, devices: int, b: int, tokens: int, spared: float = 0.0
+) -> Layout | None:
+    """The fastest whose weights and cache fit what a device has besides `spared` bytes.
+
+    None where none does. Sequences are not split over more devices than there are of them.
+    """
+    found = [
+        layout
+        for layout in layouts(devices)
+        if layout.batch <= b
+        and sum(memory(card, model, layout, b, tokens)) + spared <= 0.9 * card.memory
+    ]
+    key = lambda layout: layer_time(card, model, layout, b, tokens)["layer"]  # noqa: E731
+    return min(found, key=key, default=None)
+
+
+def tokens_per_second(model: Model, layer_us: float, b: int) -> float:
+    """New tokens of all sequences together, counting attention layers alone."""
+    return b / (model.layers * layer_us) * 1e6
