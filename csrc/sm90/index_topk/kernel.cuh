@@ -15,14 +15,13 @@
 namespace flashmla::sm90::index_topk {
 
 // Grid: (rows * blocks of a cluster).
-template <int kWarps>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
+__global__ void __launch_bounds__(kThreads, 2)
     index_topk_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(16) uint8_t dynamic_shared[];
   auto& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared);
   const Candidates candidates = Candidates::behind(dynamic_shared, args.room);
 
-  clear_bins<kWarps>(smem);
+  clear_bins(smem);
   const uint32_t blocks = cluster_size(), rank = cluster_rank();
   if (blocks > 1) prepare_gather(smem, blocks);
   const uint32_t row = blockIdx.x >> (__ffs(blocks) - 1), queries = args.queries;
@@ -39,12 +38,12 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
 
   const Slice whole = Slice::of_row(args, row, sequence, seen);
   const Slice slice = whole.share(blocks, rank);
-  const auto sample = Sample<kWarps>::of_row(candidates.scores, seen);
+  const Sample sample = Sample::of_row(candidates.scores, seen);
   const bool all_are_candidates = seen <= args.topk;
-  typename Sample<kWarps>::Asked asked{};
+  Sample::Asked asked{};
   if (!all_are_candidates) asked = sample.ask(whole);
   Bound bound = kNoBound;
-  int count = collect<kWarps>(
+  int count = collect(
       smem, slice,
       [&] {
         if (!all_are_candidates) {
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
       },
       candidates);
   const int need = bound.least > kNoBound.least ? args.topk : 0;
-  if (blocks > 1) count = gather<kWarps>(smem, count, candidates, blocks, need);
+  if (blocks > 1) count = gather(smem, count, candidates, blocks, need);
   __syncthreads();
   const int64_t out = (int64_t{sequence} * args.s_q + query) * args.topk;
   const Output output{.indices = args.indices + out,
@@ -63,13 +62,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks<kWarps>)
                       .table = whole.table,
                       .topk = args.topk};
   if (count < need || count > candidates.room) {
-    select_row<kWarps>(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
+    select_row(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
     return;
   }
   if (rank > 0) return;
+  load_scores(whole, candidates, count);
   Threshold threshold = kAll;
-  if (count > args.topk) threshold = refine<kWarps>(smem, candidates, count, bound, args.topk);
-  write_candidates<kWarps>(output, smem, candidates, count, threshold);
+  if (count > args.topk) threshold = refine(smem, candidates, count, bound, args.topk);
+  write_candidates(output, smem, candidates, count, threshold);
 }
 
 }  // namespace flashmla::sm90::index_topk

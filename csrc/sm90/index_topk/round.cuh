@@ -1,4 +1,4 @@
-// Up to round_tokens(kWarps) scores in a block's registers.
+// Up to kRoundTokens scores in a block's registers.
 #pragma once
 
 #include "sm90/index_topk/keys.cuh"
@@ -19,9 +19,7 @@ __device__ __forceinline__ void load_if(bool exist, const float* from, float (&x
 }
 
 // A warp has a run of up to kSteps times 128 tokens, a thread four of each 128.
-template <int kWarps>
 struct Round {
-  static constexpr int kTokens = round_tokens(kWarps);
   float scores[kSteps][4];  // NaN where there is no token, but not within four of which one is
   int first;                // this thread's first token, of the slice; then every 128th four
   int count;                // its tokens, of the first count / 4 steps and count % 4 of the next
@@ -29,7 +27,7 @@ struct Round {
 
   __device__ __forceinline__ void load(const Slice& slice, int begin) {
     const int lane = threadIdx.x % 32;
-    const int steps = (min(slice.count - begin, kTokens) + 128 * kWarps - 1) / (128 * kWarps);
+    const int steps = (min(slice.count - begin, kRoundTokens) + 128 * kWarps - 1) / (128 * kWarps);
     const int run = begin + static_cast<int>(threadIdx.x / 32) * steps * 128;
     const int end = min(slice.count, run + steps * 128);
     first = run + lane * 4;

@@ -17,9 +17,7 @@ constexpr Bound kNoBound{-FLT_MAX, -FLT_MAX};  // of finite scores
 
 // Scores of a row at even distances, a thread's in its own column of shared memory, which only the
 // thread itself reads: one of 64 tokens, but at least 512 and at most 4096.
-template <int kWarps>
 struct Sample {
-  static constexpr int kThreads = kWarps * 32;
   static_assert(candidate_room(1, 0) * 8 >= 512 * sizeof(float));
   static_assert(candidate_room(1, 65536) * 8 >= 4096 * sizeof(float));
   float* scores;  // [2^shift / kThreads][kThreads]
@@ -84,9 +82,8 @@ struct Sample {
 
 // By all threads. A score that about topk of the row's `seen` and four standard deviations more
 // reach, if the sample is like the row. Halves the range of scores, then that of their keys.
-template <int kWarps>
-__device__ __forceinline__ Bound guess_bound(SharedStorage& smem, const Sample<kWarps>& sample,
-                                             int seen, int topk) {
+__device__ __forceinline__ Bound guess_bound(SharedStorage& smem, const Sample& sample, int seen,
+                                             int topk) {
   constexpr int kLinear = 10, kSearch = 26;
   const float share = static_cast<float>(topk) / seen, mean = share * sample.size();
   const int rank = static_cast<int>(mean + 4 * sqrtf(mean * (1 - share))) + 2;

@@ -51,14 +51,12 @@ __device__ __forceinline__ void write_share(const Output& output, const Slice& s
 }
 
 // By all threads of the cluster; bins are clear. totals: as find_threshold says.
-template <int kWarps>
 __device__ __forceinline__ void select_row(const Output& output, SharedStorage& smem,
                                            const Slice& slice, uint32_t* totals, uint32_t blocks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t rank = cluster_rank();
-  constexpr int kThreads = kWarps * 32;
   const Threshold threshold =
-      find_threshold<kWarps>(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
+      find_threshold(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < slice.count; i += kThreads) {
           if (const uint32_t key = key_of(slice.score(i))) visit(key);

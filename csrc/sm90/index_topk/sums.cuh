@@ -16,8 +16,7 @@ __device__ __forceinline__ int inclusive_warp_sum(int x) {
 
 // Of each warp's `x` the sum over earlier warps, and over all; one barrier. of_warps: two turns'
 // differ.
-template <int kWarps>
-__device__ __forceinline__ uint2 sum_warps(uint32_t x, uint32_t (&of_warps)[kMaxWarps]) {
+__device__ __forceinline__ uint2 sum_warps(uint32_t x, uint32_t (&of_warps)[kWarps]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) of_warps[warp] = x;
   __syncthreads();

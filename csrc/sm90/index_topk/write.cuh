@@ -28,11 +28,9 @@ __device__ __forceinline__ int selected_of(Counts counts, const Threshold& thres
 }
 
 // By all threads of the row's first block, which has all candidates. A thread takes a run of them.
-template <int kWarps>
 __device__ __forceinline__ void write_candidates(const Output& output, SharedStorage& smem,
                                                  const Candidates& candidates, int count,
                                                  const Threshold& threshold) {
-  constexpr int kThreads = kWarps * 32;
   static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
   const int share = (count + kThreads - 1) / kThreads;
   const int begin = min(static_cast<int>(threadIdx.x) * share, count);
@@ -43,7 +41,7 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
     counts += (score > threshold.score) + ((score == threshold.score) << 16);
   }
   const uint32_t up_to = inclusive_warp_sum(counts);
-  const uint2 sums = sum_warps<kWarps>(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
+  const uint2 sums = sum_warps(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
   const uint32_t before = sums.x + up_to - counts;
   Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
   for (int i = begin; i < end; ++i) {
