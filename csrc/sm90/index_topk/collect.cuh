@@ -38,9 +38,20 @@ __device__ __forceinline__ int collect(SharedStorage& smem, const Slice& slice, 
 // By all threads of the row's first block.
 __device__ __forceinline__ void load_scores(const Slice& row, const Candidates& candidates,
                                             int count) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    candidates.scores[i] = row.scores[candidates.tokens[i]];
+  constexpr int kAtOnce = 4;  // loads, which go out before the first one's store
+#pragma unroll 1
+  for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+    float scores[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kThreads;
+      scores[k] = i < count ? row.scores[candidates.tokens[i]] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kThreads;
+      if (i < count) candidates.scores[i] = scores[k];
+    }
   }
   __syncthreads();
 }

@@ -38,6 +38,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const Slice whole = Slice::of_row(args, row, sequence, seen);
   const Slice slice = whole.share(blocks, rank);
+  for (int i = threadIdx.x * 32; i * 64 < seen; i += kThreads * 32) {  // looked up at the end
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(whole.table + i));
+  }
   const Sample sample = Sample::of_row(candidates.scores, seen);
   const bool all_are_candidates = seen <= args.topk;
   Sample::Asked asked{};

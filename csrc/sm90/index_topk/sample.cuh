@@ -28,20 +28,25 @@ struct Sample {
   }
   __device__ __forceinline__ int size() const { return 1 << shift; }
 
-  __device__ __forceinline__ float look(const Slice& row, int i) const {
-    return row.score(static_cast<int>(static_cast<uint64_t>(i) * row.count >> shift));
+  __device__ __forceinline__ int token(const Slice& row, int i) const {
+    return static_cast<int>(static_cast<uint64_t>(i) * row.count >> shift);
   }
 
-  // A thread's first scores, which are on their way.
+  // A thread's first scores and their blocks, which are on their way.
   struct Asked {
     float scores[4];
+    uint32_t blocks[4];
   };
   __device__ __forceinline__ Asked ask(const Slice& row) const {
     Asked asked;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int i = k * kThreads + threadIdx.x;
-      asked.scores[k] = i < size() ? look(row, i) : NAN;
+      const int i = k * kThreads + threadIdx.x, at = token(row, i);
+      asked.scores[k] = NAN, asked.blocks[k] = 0;
+      if (i < size()) {
+        asked.scores[k] = row.scores[at];
+        if (row.check_blocks) asked.blocks[k] = row.table[at / 64];
+      }
     }
     return asked;
   }
@@ -49,10 +54,13 @@ struct Sample {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int i = k * kThreads + threadIdx.x;
-      if (i < size()) scores[i] = asked.scores[k];
+      const bool in_layer = !row.check_blocks || asked.blocks[k] < row.layer_blocks;
+      if (i < size()) scores[i] = in_layer ? asked.scores[k] : NAN;
     }
 #pragma unroll 1
-    for (int i = 4 * kThreads + threadIdx.x; i < size(); i += kThreads) scores[i] = look(row, i);
+    for (int i = 4 * kThreads + threadIdx.x; i < size(); i += kThreads) {
+      scores[i] = row.score(token(row, i));
+    }
   }
 
   __device__ __forceinline__ int count_from(float least) const {

@@ -44,7 +44,7 @@ __device__ __forceinline__ void write_share(const Output& output, const Slice& s
     const uint32_t above = __ballot_sync(~0u, is_above), equal = __ballot_sync(~0u, is_equal);
     const Counts mine = before + Counts{__popc(above & lower_lanes), __popc(equal & lower_lanes)};
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      output.write(selected_of(mine, threshold), slice.begin + i);
+      output.write(selected_of(mine, threshold), slice.begin + i, slice.table[i / 64]);
     }
     before = before + Counts{__popc(above), __popc(equal)};
   }

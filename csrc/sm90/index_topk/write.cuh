@@ -12,8 +12,9 @@ struct Output {
   const int32_t* table;
   int topk;
 
-  __device__ __forceinline__ void write(int place, int token) const {
-    indices[place] = table[token / 64] * 64 + token % 64;
+  // block: that of the token.
+  __device__ __forceinline__ void write(int place, int token, int block) const {
+    indices[place] = block * 64 + token % 64;
     positions[place] = token;
   }
   // All places from `count` on; every stride-th thread's.
@@ -55,8 +56,22 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
   __syncthreads();
   const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
   const int selected = selected_of(all, threshold);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < selected; i += kThreads) output.write(i, smem.selected[i]);
+  constexpr int kAtOnce = 4;  // loads, which go out before the first one's stores
+#pragma unroll 1
+  for (int first = threadIdx.x; first < selected; first += kAtOnce * kThreads) {
+    int token[kAtOnce], block[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kThreads;
+      token[k] = i < selected ? smem.selected[i] : 0;
+      block[k] = i < selected ? output.table[token[k] / 64] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kThreads;
+      if (i < selected) output.write(i, token[k], block[k]);
+    }
+  }
   output.fill(selected, threadIdx.x, kThreads);
 }
 
