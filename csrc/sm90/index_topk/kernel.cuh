@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_prerequisites();
   launch_dependents();
   if (args.given) seqlen = args.cache_seqlens[sequence];
-  const int length = min(max(seqlen, 0), args.max_blocks * 64);
+  const int length = static_cast<int>(min(max(int64_t{seqlen}, int64_t{0}), args.max_tokens));
   const int seen = max(args.causal ? length - (args.s_q - 1 - query) : length, 0);
 
   const Slice whole = Slice::of_row(args, row, sequence, seen);
