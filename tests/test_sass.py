@@ -147,10 +147,8 @@ def test_index_scores_is_built_for_every_product(instructions, product, queries,
         assert (count["UTMALDG"], count["UBLKCP"]) == (2, 1)
 
 
-@pytest.mark.parametrize("warps", [4, 8, 16])
-def test_index_topk_counts_in_shared_memory_and_shares_rows(instructions, warps):
-    name = f"index_topk_kernelILi{warps}EE"
-    (count,) = (count for kernel, count in instructions.items() if name in kernel)
+def test_index_topk_counts_in_shared_memory_and_shares_rows(instructions):
+    (count,) = (count for kernel, count in instructions.items() if "index_topk_kernel" in kernel)
     assert count["ATOMS"] > 0
     assert count["ATOMG"] + count["RED"] == 0  # nothing depends on the order of blocks
     assert count["UCGABAR_ARV"] == count["UCGABAR_WAIT"] > 0
