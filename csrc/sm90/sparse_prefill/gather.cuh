@@ -1,5 +1,5 @@
-// Loads into the ring by the value warps: a tile's rows, wherever they lie, by cp.async; a query
-// token's heads by TMA.
+// Loads into the ring by the value warps: a tile's rows, wherever they lie, by
+// cp.async; a query token's heads by TMA.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
@@ -9,11 +9,13 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-// The loads of a block in order, as one value warp sees them: of each query token that has tiles
-// its heads, then the tiles, of which the warp gathers one group of eight tokens.
+// The loads of a block in order, as one value warp sees them: of each query
+// token that has tiles its heads, then the tiles, of which the warp gathers one
+// group of eight tokens.
 //
-// A lane copies 16 bytes of each chunk of two tokens. All that can be is computed beforehand, while
-// value products run: these wait for what the warp does between them.
+// A lane copies 16 bytes of each chunk of two tokens. All that can be is
+// computed beforehand, while value products run: these wait for what the warp
+// does between them.
 template <int kHeadDim>
 class LoadStream {
  public:
@@ -21,19 +23,20 @@ class LoadStream {
     const int lane = thread % 32, group = thread / 32 - kWarpgroupWarps;
     token_ = group * kTokenGroup + lane % kTokenGroup;
     target_ = swizzled_offset(lane / 8, lane % 8);
-    query_ = blockIdx.y - gridDim.y;
+    query_ = blockIdx.y - args.query_stride;
     enter_next(args);
   }
 
   // Finds the rows of the next load.
   __device__ __forceinline__ void prepare() {
+    asm volatile("" : "+r"(row_));  // not before: it may still be on its way
     const int lane = thread_ % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
   }
 
-  // Begins the load that was prepared, into a slot that nobody uses any more, and goes on to the
-  // next.
+  // Begins the load that was prepared, into a slot that nobody uses any more,
+  // and goes on to the next.
   __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot) {
     if (query_ >= args.s_q) return;
     if (tile_ < 0)
@@ -51,16 +54,18 @@ class LoadStream {
   static constexpr bool kRope = kHeadDim > kValueDim;
 
   int thread_;
-  int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
+  int query_,
+      tile_;                // the next load; tile -1: the heads; query s_q or more: none
   int length_;              // indices of the query token that count
   int token_;               // that this lane looks up, of each tile
   int row_;                 // of that token of the next tile; -1: none
-  uint32_t target_;         // of this lane's copies of the first four tokens, within their group
+  uint32_t target_;         // of this lane's copies of the first four tokens, within
+                            // their group
   uint32_t source_row_[2];  // that this lane copies from
 
   __device__ __forceinline__ void enter_next(const KernelArgs& args) {
     length_ = 0;
-    for (query_ += gridDim.y; query_ < args.s_q; query_ += gridDim.y) {
+    for (query_ += args.query_stride; query_ < args.s_q; query_ += args.query_stride) {
       length_ = args.length_of(query_);
       if (length_ > 0) break;
     }

@@ -72,6 +72,7 @@ Status run_sparse_prefill(const SparsePrefillParams& params, cudaStream_t stream
   if (!status.ok()) return status;
   const int head_tiles = (params.h_q + kTileRows - 1) / kTileRows;
   const dim3 grid(head_tiles, std::clamp(multiprocessors / head_tiles, 1, params.s_q));
+  args.query_stride = grid.y;
   if (params.dtype == DType::kBFloat16) {
     return launch_head_dim<__nv_bfloat16>(args, params.d_qk, grid, stream);
   }
