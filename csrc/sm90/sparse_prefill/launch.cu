@@ -15,6 +15,9 @@ namespace {
 
 using namespace sparse_prefill;
 
+// More rows than L2 keeps, half of 50 MB near each multiprocessor, are asked of it beforehand.
+constexpr int64_t kPrefetchedBytes = 16 << 20;
+
 Status check_supported(const SparsePrefillParams& params) {
   if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper sparse_prefill kernel takes 16-bit rows");
@@ -65,6 +68,7 @@ Status run_sparse_prefill(const SparsePrefillParams& params, cudaStream_t stream
                   .topk = params.topk,
                   .s_kv = static_cast<uint32_t>(params.s_kv),
                   .query_box = (std::min(params.h_q, kTileRows) + 7) / 8 * 8,
+                  .prefetches = int64_t{params.s_kv} * params.d_qk * 2 > kPrefetchedBytes,
                   .sm_scale = params.sm_scale,
                   .scale_log2 = params.sm_scale * 1.4426950408889634f};
   Status status = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map);
