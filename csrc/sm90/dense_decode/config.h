@@ -50,6 +50,7 @@ struct KernelArgs {
   CUtensorMap query_half_map, query_rope_map;
   const int32_t* block_table;
   const int32_t* cache_seqlens;
+  const int32_t* seen;  // [b, s_q] or null
   const int32_t* cuts;
   void* out;
   float* lse;
@@ -70,6 +71,11 @@ struct KernelArgs {
 #ifdef __CUDACC__
   __device__ __forceinline__ int clamp_seqlen(int seqlen) const {
     return min(max(seqlen, 0), max_tokens);
+  }
+
+  // What the sequence's queries see, for seen_tokens.
+  __device__ __forceinline__ const int32_t* seen_of(int sequence) const {
+    return seen == nullptr ? nullptr : seen + int64_t{sequence} * s_q;
   }
 
   // The log-sum-exps of a sequence or, if partial, of a workspace slot.

@@ -112,6 +112,7 @@ Status launch_dense(const DenseDecodeParams& params, int tile_rows, int row_tile
   if (!s.ok()) return s;
   args.block_table = params.block_table;
   args.cache_seqlens = params.cache_seqlens;
+  args.seen = params.seen;
   args.cuts = params.cuts;
   args.out = params.out;
   args.lse = params.lse;

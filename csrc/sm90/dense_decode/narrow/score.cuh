@@ -74,14 +74,25 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
 // Sets scores of keys that a row may not see to -inf.
 template <int kRows>
 __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
-                                          float (&s)[kRows / 2], int tile, int seqlen) {
+                                          float (&s)[kRows / 2], int tile, int seqlen,
+                                          const int32_t* limits) {
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-  for (int i = 0; i < thread_rows(kRows); ++i) {
-    const uint32_t row = first_row + query_row(i);
-    const int seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+  const auto mask_row = [&](int i, int seen) {
     if (token >= seen) s[element(i, 0)] = -INFINITY;
     if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
+  };
+  if (limits == nullptr) {
+#pragma unroll
+    for (int i = 0; i < thread_rows(kRows); ++i) {
+      const uint32_t row = first_row + query_row(i);
+      mask_row(i, seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < thread_rows(kRows); ++i) {
+      const uint32_t row = first_row + query_row(i);
+      mask_row(i, given_tokens(seqlen, row, args.h_q, args.s_q, limits));
+    }
   }
 }
 
@@ -178,7 +189,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       const int slot = ring.slot;
       float s[kRows / 2], peak[kThreadRows];
       compute_scores<T>(s, smem, ring);
-      if (tile >= unmasked_tiles) mask_tile<kRows>(args, smem.row_tile.first, s, tile, seqlen);
+      if (tile >= unmasked_tiles)
+        mask_tile<kRows>(args, smem.row_tile.first, s, tile, seqlen, args.seen_of(sequence));
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
       bool raise = true;  // past a sequence's first tiles it is seldom
