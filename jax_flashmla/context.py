@@ -16,6 +16,7 @@ import numpy as np
 from jax_flashmla import _checks, _limits
 from jax_flashmla._context import context_of
 from jax_flashmla._index_source import check_source
+from jax_flashmla.cache.context_allocator import ContextAllocator
 from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.ops import dense_decode as _dense
 from jax_flashmla.ops import index_topk as _topk
@@ -25,6 +26,9 @@ from jax_flashmla.reference.indexer import slots_of
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
+
+
+__all__ = ["ContextAllocator", "dense_decode", "index_topk", "merge_over", "sparse_decode"]
 
 
 def dense_decode(

@@ -17,7 +17,7 @@ import context_cases
 import naive
 import tolerances
 from jax_flashmla import BlockTable, CacheFormat, PagedCache, context, decode_specs
-from jax_flashmla.cache.context_allocator import ContextAllocator
+from jax_flashmla.context import ContextAllocator
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

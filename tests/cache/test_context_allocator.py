@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from context_cases import count
 from jax_flashmla import OutOfBlocks
-from jax_flashmla.cache.context_allocator import ContextAllocator
+from jax_flashmla.context import ContextAllocator
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,7 +17,7 @@ import layer_cases
 import sparse_layers
 import tolerances
 from jax_flashmla import BlockTable, PagedCache
-from jax_flashmla.cache.context_allocator import ContextAllocator
+from jax_flashmla.context import ContextAllocator
 from jax_flashmla.layers import IndexerConfig, MLAConfig, MLAParams, decode, prefill
 from layer_cases import V3
 
