@@ -7,6 +7,8 @@ over the axis, and gives each rank the result over all tokens.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
 
+# Sums an array over the mesh axis of the ranks.
+AllReduce = Callable[[jax.Array], jax.Array]
+
 __all__ = ["ContextAllocator", "dense_decode", "index_topk", "merge_over", "sparse_decode"]
 
 
@@ -39,6 +44,7 @@ def dense_decode(
     *,
     axis: str,
     heads_split: bool = False,
+    all_reduce: AllReduce | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """`jax_flashmla.dense_decode` over the tokens of all ranks.
@@ -50,6 +56,8 @@ def dense_decode(
         axis: the mesh axis that shares out the tokens.
         heads_split: q has this rank's share of the heads, in the order of ranks, and so have the
             results. It is gathered, and results are exchanged, which moves less than summing them.
+        all_reduce: sums an array of any shape over the axis, for all that is exchanged; by default
+            XLA's collectives.
         **options: as for `dense_decode`, except `context`; a schedule is made with context.
 
     Returns:
@@ -59,12 +67,12 @@ def dense_decode(
         TypeError, ValueError, NotImplementedError: as `dense_decode`.
     """
     if heads_split:
-        q = _gather_heads(q, axis)
+        q = _gather_heads(q, axis, all_reduce)
     context = (jax.lax.axis_index(axis), jax.lax.axis_size(axis))
     out, lse = _dense.dense_decode(
         q, blocks, block_table, cache_seqlens, context=context, **options
     )
-    return merge_over(out, lse, axis=axis, heads_split=heads_split)
+    return merge_over(out, lse, axis=axis, heads_split=heads_split, all_reduce=all_reduce)
 
 
 def sparse_decode(
@@ -74,6 +82,7 @@ def sparse_decode(
     *,
     axis: str,
     heads_split: bool = False,
+    all_reduce: AllReduce | None = None,
     attn_sink: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +92,7 @@ def sparse_decode(
         q: as for `sparse_decode`, the same on each rank.
         blocks: the rank's own.
         indices: the rank's own slots [b, s_q, topk], as `index_topk` gives them; there may be none.
-        axis, heads_split: as for `dense_decode`.
+        axis, heads_split, all_reduce: as for `dense_decode`.
         attn_sink: [h_q] float32, of the heads that q has.
         **options: as for `sparse_decode`.
 
@@ -96,9 +105,9 @@ def sparse_decode(
     if attn_sink is not None:
         attn_sink = _checks.as_sink(attn_sink, q.shape[2])
     if heads_split:
-        q = _gather_heads(q, axis)
+        q = _gather_heads(q, axis, all_reduce)
     out, lse = _sparse.sparse_decode(q, blocks, indices, **options)
-    out, lse = merge_over(out, lse, axis=axis, heads_split=heads_split)
+    out, lse = merge_over(out, lse, axis=axis, heads_split=heads_split, all_reduce=all_reduce)
     if attn_sink is None:
         return out, lse
     # exp(lse) / (exp(lse) + exp(sink)): once, of all ranks' lse.
@@ -107,7 +116,12 @@ def sparse_decode(
 
 
 def merge_over(
-    out: jax.Array, lse: jax.Array, *, axis: str, heads_split: bool = False
+    out: jax.Array,
+    lse: jax.Array,
+    *,
+    axis: str,
+    heads_split: bool = False,
+    all_reduce: AllReduce | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the ranks' attentions, each over its own tokens, as if over all at once.
 
@@ -118,6 +132,7 @@ def merge_over(
         lse: float32, natural log [..., h_q]; -inf where there was nothing to attend.
         axis: the mesh axis of the ranks.
         heads_split: whether each rank gets its share of the heads, in the order of ranks, or all.
+        all_reduce: as for `dense_decode`.
 
     Returns:
         out, lse: of out's dtype, and float32; h_q / n heads with heads_split.
@@ -125,22 +140,34 @@ def merge_over(
     Raises:
         ValueError: the ranks cannot share the heads evenly.
     """
-    n = jax.lax.axis_size(axis)
+    n, heads = jax.lax.axis_size(axis), lse.ndim - 1
     if heads_split:
-        h_q = lse.shape[-1]
+        h_q = lse.shape[heads]
         if h_q % n:
             raise ValueError(f"axis must split h_q = {h_q} evenly, got {axis!r} of {n} ranks")
-        rank = lse.ndim - 1  # the axis of heads
-        parts = (x.reshape(*x.shape[:rank], n, h_q // n, *x.shape[rank + 1 :]) for x in (out, lse))
-        return merge_lse(*(jax.lax.all_to_all(x, axis, rank, 0) for x in parts))
-    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
-    weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    part = jnp.where((weight == 0)[..., None], 0.0, out.astype(jnp.float32)) * weight[..., None]
-    part, total = jax.lax.psum((part, weight), axis)
+        if all_reduce is None:
+            parts = (
+                x.reshape(*x.shape[:heads], n, h_q // n, *x.shape[heads + 1 :]) for x in (out, lse)
+            )
+            return merge_lse(*(jax.lax.all_to_all(x, axis, heads, 0) for x in parts))
+        own = functools.partial(
+            jax.lax.dynamic_slice_in_dim,
+            start_index=jax.lax.axis_index(axis) * (h_q // n),
+            slice_size=h_q // n,
+            axis=heads,
+        )
+        whole_out, whole_lse = merge_over(out, lse, axis=axis, all_reduce=all_reduce)
+        return own(whole_out), own(whole_lse)
+    all_reduce = all_reduce or functools.partial(jax.lax.psum, axis_name=axis)
+    lses = _gather(lse, axis, all_reduce)
+    top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    total = jnp.sum(jnp.exp(lses - top[None]), axis=0)
     nothing = total == 0
-    total = jnp.where(nothing, 1.0, total)
-    lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-    return (part / total[..., None]).astype(out.dtype), lse
+    whole_lse = jnp.where(nothing, -jnp.inf, top + jnp.log(jnp.where(nothing, 1.0, total)))
+    weight = jnp.where(nothing, 0.0, jnp.exp(lse - top) / jnp.where(nothing, 1.0, total))
+    part = jnp.where((lse == -jnp.inf)[..., None], 0.0, out.astype(jnp.float32))
+    return all_reduce(part * weight[..., None]).astype(out.dtype), whole_lse
 
 
 def index_topk(
@@ -221,6 +248,16 @@ def _descending(scores: jax.Array) -> jax.Array:
     return ~jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _gather_heads(q: jax.Array, axis: str) -> jax.Array:
+def _gather(x: jax.Array, axis: str, all_reduce: AllReduce) -> jax.Array:
+    """All ranks' [n, ...], as a sum of what is 0 but in the rank's place: known to be the same."""
+    parts = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
+    return all_reduce(parts.at[jax.lax.axis_index(axis)].set(x))
+
+
+def _gather_heads(q: jax.Array, axis: str, all_reduce: AllReduce | None) -> jax.Array:
     """[..., h_q, d_qk] of all ranks' heads."""
-    return jax.lax.all_gather(q, axis, axis=q.ndim - 2, tiled=True)
+    heads = q.ndim - 2
+    if all_reduce is None:
+        return jax.lax.all_gather(q, axis, axis=heads, tiled=True)
+    gathered = jnp.moveaxis(_gather(q, axis, all_reduce), 0, heads)
+    return gathered.reshape(*q.shape[:heads], -1, q.shape[-1])

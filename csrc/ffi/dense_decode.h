@@ -66,8 +66,8 @@ inline Status read_dense_decode(AnyBuffer q, AnyBuffer blocks, I32R2 block_table
   }
   checks.expect("block_table", block_table.dimensions(), {{"b", b}, {"max_blocks", max_blocks}});
   checks.expect("cache_seqlens", cache_seqlens.dimensions(), {{"b", b}});
-  const bool has_seen = seen.dimensions()[1] != 0;
-  checks.expect("seen", seen.dimensions(), {{"b", b}, {"s_q or 0", has_seen ? s_q : 0}});
+  const bool has_seen = seen.dimensions()[1] != 1;
+  checks.expect("seen", seen.dimensions(), {{"b", b}, {"s_q or 1", has_seen ? s_q : 1}});
   checks.expect("out", out->dimensions(), {{"b", b}, {"s_q", s_q}, {"h_q", h_q}, {"d_v", d_v}});
   checks.expect("lse", lse->dimensions(), {{"b", b}, {"s_q", s_q}, {"h_q", h_q}});
   checks.expect("out_accum", out_accum->dimensions(),

@@ -220,12 +220,13 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
     b, s_q, h_q, _ = q.shape
     capacity = block_table.shape[1] * format.block_size
-    seen: Any = np.zeros((b, 0), np.int32)  # told by causal
     if context is not None:
         lengths = context.clamp(cache_seqlens, capacity)
         cache_seqlens = context.count(lengths)
-        if causal and s_q > 1:
-            seen = context.seen(lengths, s_q)
+    if context is not None and causal and s_q > 1:
+        seen = context.seen(lengths, s_q)
+    else:
+        seen = cache_seqlens[:, None]  # causal tells it
     if schedule is None:
         schedule = schedule_of_lengths(
             cache_seqlens,

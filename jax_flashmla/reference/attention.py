@@ -39,7 +39,7 @@ def dense_decode(
         preferred_element_type=jnp.float32,
     )
     # Query i sees keys below seen[b, i]; a causal query ends s_q - 1 - i keys before the last.
-    if seen.shape[1] == 0:
+    if seen.shape[1] == 1:  # causal tells it
         before_last = (
             jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
         )

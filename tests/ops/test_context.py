@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 
 import cases
 import context_cases
 import tolerances
-from jax_flashmla import dense_decode, make_schedule, merge_lse
+from jax_flashmla import context, decode_specs, dense_decode, make_schedule, merge_lse
 
 HOSTILE = np.array([0, 1, 3, 7, 190], np.int32)
 
@@ -28,13 +29,13 @@ def decode(
         "cu_q_lens": cu_q_lens, "num_tokens": q.shape[0], "max_q_len": options.get("max_q_len"),
         "causal": options["causal"],
     }  # fmt: skip
-    context = (rank, size)
+    here = (rank, size)
     schedule = make_schedule(
-        lengths, h_q=q.shape[-2], h_kv=blocks.shape[2], context=context,
+        lengths, h_q=q.shape[-2], h_kv=blocks.shape[2], context=here,
         max_seqlen=table.shape[1] * blocks.shape[1], **s_q,
     )  # fmt: skip
     return dense_decode(
-        q, blocks, table, lengths, cu_q_lens=cu_q_lens, context=context, schedule=schedule,
+        q, blocks, table, lengths, cu_q_lens=cu_q_lens, context=here, schedule=schedule,
         **options,
     )  # fmt: skip
 
@@ -94,6 +95,29 @@ def test_each_rank_attends_to_its_own_tokens(case: Shared, implementation: str) 
     tolerances.assert_decoded(merged, case.expect(0, 1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads_split", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_gpus_together_attend_to_all_tokens(size: int, heads_split: bool) -> None:
+    devices = jax.devices("cuda")
+    if len(devices) < size:
+        pytest.skip(f"needs {size} GPUs")
+    case = Shared(size, 3, 64)
+    q, _, blocks, tables = case.arrays
+    mesh = jax.make_mesh((size,), ("t",), axis_types=(AxisType.Auto,), devices=devices[:size])
+    specs = decode_specs(context="t", heads="t" if heads_split else None)
+    attend = functools.partial(context.dense_decode, axis="t", heads_split=heads_split, causal=True)
+    sharded = jax.jit(
+        jax.shard_map(attend, mesh=mesh, in_specs=specs.in_specs, out_specs=specs.out_specs)
+    )
+    arguments = (q, np.concatenate(blocks), np.concatenate(tables, axis=1), HOSTILE)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arguments, specs.in_specs, strict=True)
+    ]
+    tolerances.assert_decoded(sharded(*placed), case.expect(0, 1))
+
+
 def test_packed_queries(kernel: str) -> None:
     """Of a decoding sequence, one without queries, a chunk, and a prompt of fewer tokens."""
     size, lengths, q_lens = 3, np.array([150, 70, 40, 3], np.int32), (1, 0, 17, 5)
@@ -134,7 +158,7 @@ def test_ranks_may_be_mapped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "error", "match"),
+    ("given", "error", "match"),
     [
         (3, TypeError, r"context must be None or \(rank, size\), got 3"),
         ((0, 2.0), TypeError, "context's size must be a Python int"),
@@ -143,11 +167,11 @@ def test_ranks_may_be_mapped() -> None:
         ((0.5, 2), TypeError, "context's rank must be an"),
     ],
 )
-def test_a_bad_context_is_refused(context: Any, error: type, match: str) -> None:
+def test_a_bad_context_is_refused(given: Any, error: type, match: str) -> None:
     case = Shared(2, 1, 16)
     q, _, blocks, tables = case.arrays
     with pytest.raises(error, match=match):
-        dense_decode(q, blocks[0], tables[0], HOSTILE, context=context)
+        dense_decode(q, blocks[0], tables[0], HOSTILE, context=given)
 
 
 @pytest.mark.usefixtures("on_cpu")
