@@ -15,12 +15,6 @@ __device__ __forceinline__ int seen_tokens(int seqlen, uint32_t row, int h_q, in
   return causal ? seqlen - (s_q - 1 - query) : seqlen;
 }
 
-// The same where `seen` [s_q] tells it. Rows past the last see as that does.
-__device__ __forceinline__ int given_tokens(int seqlen, uint32_t row, int h_q, int s_q,
-                                            const int32_t* seen) {
-  return min(seen[min(static_cast<int>(row / h_q), s_q - 1)], seqlen);
-}
-
 // Tiles, from the sequence's first on, all of whose tokens every row sees.
 __device__ __forceinline__ int count_unmasked_tiles(int seqlen, int s_q, bool causal) {
   return (seqlen - (causal ? s_q - 1 : 0)) / kSplitTile;

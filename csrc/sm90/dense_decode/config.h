@@ -73,11 +73,6 @@ struct KernelArgs {
     return min(max(seqlen, 0), max_tokens);
   }
 
-  // What the sequence's queries see, for seen_tokens.
-  __device__ __forceinline__ const int32_t* seen_of(int sequence) const {
-    return seen == nullptr ? nullptr : seen + int64_t{sequence} * s_q;
-  }
-
   // The log-sum-exps of a sequence or, if partial, of a workspace slot.
   __device__ __forceinline__ float* lse_rows(int index, bool partial) const {
     return (partial ? lse_accum : lse) + int64_t{index} * rows;

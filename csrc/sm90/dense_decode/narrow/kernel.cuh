@@ -53,6 +53,7 @@ __global__ void __maxnreg__(kRegisters<kRows>)
     smem.row_tile.template find<kRows>(blockIdx.x, blockIdx.y, args.rows, args.h_q,
                                        args.heads_per_kv);
   }
+  if (threadIdx.x / 32 == 1) find_later<kRows>(args, smem);
   __syncthreads();  // the barriers are initialised, the row tile is found
   wait_for_prerequisites();
   launch_dependents();
