@@ -5,7 +5,8 @@
 Shapes are DeepSeek V3's: 576 columns, 512 of a value, bfloat16. A jitted function makes the calls
 one after the other, each on queries that depend on the results before, over a cache of random rows
 that no L2 holds. On n devices queries' heads are split over them, as under tensor parallelism, or
-are the same on each; the results are the same way. One device is `dense_decode` alone.
+are the same on each; the results are the same way. What is exchanged goes through XLA's
+collectives, or over peer memory (`connect_peers`). One device is `dense_decode` alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_flashmla import context, decode_specs, dense_decode, make_schedule
+from jax_flashmla import (
+    Peers,
+    connect_peers,
+    context,
+    decode_specs,
+    dense_decode,
+    make_schedule,
+)
 from jax_flashmla.bench import document, environment
 from jax_flashmla.bench.measure import METHODS, time_calls
 
@@ -63,7 +71,13 @@ def make_cache(batch: int, tokens: int, mesh: Mesh) -> tuple[jax.Array, jax.Arra
 
 
 def make_calls(
-    mesh: Mesh, batch: int, tokens: int, heads: int, calls: int, heads_split: bool
+    mesh: Mesh,
+    batch: int,
+    tokens: int,
+    heads: int,
+    calls: int,
+    heads_split: bool,
+    peers: Peers | None,
 ) -> Callable[[], Any]:
     ranks = mesh.size
     blocks, table = make_cache(batch, tokens, mesh)
@@ -84,7 +98,14 @@ def make_calls(
                 out, _ = dense_decode(q, blocks, table, lengths, schedule=schedule)
             else:
                 out, _ = context.dense_decode(
-                    q, blocks, table, lengths, axis="t", heads_split=heads_split, schedule=schedule
+                    q,
+                    blocks,
+                    table,
+                    lengths,
+                    axis="t",
+                    heads_split=heads_split,
+                    peers=peers,
+                    schedule=schedule,
                 )
             q = q.at[..., :D_V].add(out * jnp.bfloat16(1e-3))
         return q
@@ -111,20 +132,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 mesh = jax.make_mesh(
                     (n,), ("t",), axis_types=(AxisType.Auto,), devices=available[:n]
                 )
-                for heads_split in (True,) if n == 1 else (False, True):
+                connected = connect_peers(mesh, "t") if n > 1 else None
+                ways = [(True, None)]
+                if connected is not None:
+                    ways = [(False, None), (True, None)]
+                    if connected.refusal is None:
+                        ways += [(False, connected), (True, connected)]
+                for heads_split, peers in ways:
                     run = make_calls(
-                        mesh, batch, tokens, arguments.heads, arguments.calls, heads_split
+                        mesh, batch, tokens, arguments.heads, arguments.calls, heads_split, peers
                     )
                     timing = time_calls(run, arguments.calls, method)
                     alone = timing.us if n == 1 else alone
                     shape = {
                         "devices": n, "batch": batch, "tokens": tokens, "h_q": arguments.heads,
-                        "heads_split": heads_split, **dataclasses.asdict(timing),
+                        "heads_split": heads_split, "peers": peers is not None,
+                        **dataclasses.asdict(timing),
                     }  # fmt: skip
                     result["shapes"].append(shape)
                     times = f", {alone / timing.us:.2f} times one device" if alone else ""
                     print(
-                        f"b={batch} tokens={tokens} devices={n} heads_split={heads_split}: "
+                        f"b={batch} tokens={tokens} devices={n} heads_split={heads_split} "
+                        f"peers={peers is not None}: "
                         f"{timing.us:,.1f} us{times}",
                         flush=True,
                     )

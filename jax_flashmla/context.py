@@ -8,7 +8,7 @@ over the axis, and gives each rank the result over all tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,15 +23,14 @@ from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.ops import dense_decode as _dense
 from jax_flashmla.ops import index_topk as _topk
 from jax_flashmla.ops import sparse_decode as _sparse
+from jax_flashmla.ops.all_reduce_sum import all_reduce_sum
 from jax_flashmla.ops.merge import merge_lse
+from jax_flashmla.peers import Peers
 from jax_flashmla.reference.indexer import slots_of
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
-
-# Sums an array over the mesh axis of the ranks.
-AllReduce = Callable[[jax.Array], jax.Array]
 
 __all__ = ["ContextAllocator", "dense_decode", "index_topk", "merge_over", "sparse_decode"]
 
@@ -44,7 +43,7 @@ def dense_decode(
     *,
     axis: str,
     heads_split: bool = False,
-    all_reduce: AllReduce | None = None,
+    peers: Peers | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """`jax_flashmla.dense_decode` over the tokens of all ranks.
@@ -56,8 +55,8 @@ def dense_decode(
         axis: the mesh axis that shares out the tokens.
         heads_split: q has this rank's share of the heads, in the order of ranks, and so have the
             results. It is gathered, and results are exchanged, which moves less than summing them.
-        all_reduce: sums an array of any shape over the axis, for all that is exchanged; by default
-            XLA's collectives.
+        peers: from `connect_peers(mesh, axis)`: what is small is then exchanged by `all_reduce_sum`
+            over peer memory.
         **options: as for `dense_decode`, except `context`; a schedule is made with context.
 
     Returns:
@@ -67,12 +66,12 @@ def dense_decode(
         TypeError, ValueError, NotImplementedError: as `dense_decode`.
     """
     if heads_split:
-        q = _gather_heads(q, axis, all_reduce)
+        q = _gather_heads(q, axis, peers)
     context = (jax.lax.axis_index(axis), jax.lax.axis_size(axis))
     out, lse = _dense.dense_decode(
         q, blocks, block_table, cache_seqlens, context=context, **options
     )
-    return merge_over(out, lse, axis=axis, heads_split=heads_split, all_reduce=all_reduce)
+    return merge_over(out, lse, axis=axis, heads_split=heads_split, peers=peers)
 
 
 def sparse_decode(
@@ -82,7 +81,7 @@ def sparse_decode(
     *,
     axis: str,
     heads_split: bool = False,
-    all_reduce: AllReduce | None = None,
+    peers: Peers | None = None,
     attn_sink: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +91,7 @@ def sparse_decode(
         q: as for `sparse_decode`, the same on each rank.
         blocks: the rank's own.
         indices: the rank's own slots [b, s_q, topk], as `index_topk` gives them; there may be none.
-        axis, heads_split, all_reduce: as for `dense_decode`.
+        axis, heads_split, peers: as for `dense_decode`.
         attn_sink: [h_q] float32, of the heads that q has.
         **options: as for `sparse_decode`.
 
@@ -105,9 +104,9 @@ def sparse_decode(
     if attn_sink is not None:
         attn_sink = _checks.as_sink(attn_sink, q.shape[2])
     if heads_split:
-        q = _gather_heads(q, axis, all_reduce)
+        q = _gather_heads(q, axis, peers)
     out, lse = _sparse.sparse_decode(q, blocks, indices, **options)
-    out, lse = merge_over(out, lse, axis=axis, heads_split=heads_split, all_reduce=all_reduce)
+    out, lse = merge_over(out, lse, axis=axis, heads_split=heads_split, peers=peers)
     if attn_sink is None:
         return out, lse
     # exp(lse) / (exp(lse) + exp(sink)): once, of all ranks' lse.
@@ -121,7 +120,7 @@ def merge_over(
     *,
     axis: str,
     heads_split: bool = False,
-    all_reduce: AllReduce | None = None,
+    peers: Peers | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the ranks' attentions, each over its own tokens, as if over all at once.
 
@@ -132,7 +131,7 @@ def merge_over(
         lse: float32, natural log [..., h_q]; -inf where there was nothing to attend.
         axis: the mesh axis of the ranks.
         heads_split: whether each rank gets its share of the heads, in the order of ranks, or all.
-        all_reduce: as for `dense_decode`.
+        peers: as for `dense_decode`.
 
     Returns:
         out, lse: of out's dtype, and float32; h_q / n heads with heads_split.
@@ -145,7 +144,7 @@ def merge_over(
         h_q = lse.shape[heads]
         if h_q % n:
             raise ValueError(f"axis must split h_q = {h_q} evenly, got {axis!r} of {n} ranks")
-        if all_reduce is None:
+        if not _sums(peers, lse.shape, out.shape[-1] * 4):
             parts = (
                 x.reshape(*x.shape[:heads], n, h_q // n, *x.shape[heads + 1 :]) for x in (out, lse)
             )
@@ -156,10 +155,9 @@ def merge_over(
             slice_size=h_q // n,
             axis=heads,
         )
-        whole_out, whole_lse = merge_over(out, lse, axis=axis, all_reduce=all_reduce)
+        whole_out, whole_lse = merge_over(out, lse, axis=axis, peers=peers)
         return own(whole_out), own(whole_lse)
-    all_reduce = all_reduce or functools.partial(jax.lax.psum, axis_name=axis)
-    lses = _gather(lse, axis, all_reduce)
+    lses = _gather(lse, axis, peers)
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
     top = jnp.where(top == -jnp.inf, 0.0, top)
     total = jnp.sum(jnp.exp(lses - top[None]), axis=0)
@@ -167,7 +165,8 @@ def merge_over(
     whole_lse = jnp.where(nothing, -jnp.inf, top + jnp.log(jnp.where(nothing, 1.0, total)))
     weight = jnp.where(nothing, 0.0, jnp.exp(lse - top) / jnp.where(nothing, 1.0, total))
     part = jnp.where((lse == -jnp.inf)[..., None], 0.0, out.astype(jnp.float32))
-    return all_reduce(part * weight[..., None]).astype(out.dtype), whole_lse
+    out = all_reduce_sum(part * weight[..., None], axis, peers=peers).astype(out.dtype)
+    return out, whole_lse
 
 
 def index_topk(
@@ -248,16 +247,22 @@ def _descending(scores: jax.Array) -> jax.Array:
     return ~jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _gather(x: jax.Array, axis: str, all_reduce: AllReduce) -> jax.Array:
+def _sums(peers: Peers | None, shape: tuple[int, ...], item_bytes: int) -> bool:
+    """Whether what has this shape is summed over peer memory."""
+    nbytes = math.prod(shape) * item_bytes
+    return peers is not None and peers.refusal is None and nbytes <= _limits.MAX_SUM_BYTES
+
+
+def _gather(x: jax.Array, axis: str, peers: Peers | None) -> jax.Array:
     """All ranks' [n, ...], as a sum of what is 0 but in the rank's place: known to be the same."""
     parts = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
-    return all_reduce(parts.at[jax.lax.axis_index(axis)].set(x))
+    return all_reduce_sum(parts.at[jax.lax.axis_index(axis)].set(x), axis, peers=peers)
 
 
-def _gather_heads(q: jax.Array, axis: str, all_reduce: AllReduce | None) -> jax.Array:
+def _gather_heads(q: jax.Array, axis: str, peers: Peers | None) -> jax.Array:
     """[..., h_q, d_qk] of all ranks' heads."""
     heads = q.ndim - 2
-    if all_reduce is None:
+    if not _sums(peers, q.shape, jax.lax.axis_size(axis) * q.dtype.itemsize):
         return jax.lax.all_gather(q, axis, axis=heads, tiled=True)
-    gathered = jnp.moveaxis(_gather(q, axis, all_reduce), 0, heads)
+    gathered = jnp.moveaxis(_gather(q, axis, peers), 0, heads)
     return gathered.reshape(*q.shape[:heads], -1, q.shape[-1])

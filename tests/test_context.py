@@ -16,7 +16,14 @@ import cases
 import context_cases
 import naive
 import tolerances
-from jax_flashmla import BlockTable, CacheFormat, PagedCache, context, decode_specs
+from jax_flashmla import (
+    BlockTable,
+    CacheFormat,
+    PagedCache,
+    connect_peers,
+    context,
+    decode_specs,
+)
 from jax_flashmla.context import ContextAllocator
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -59,18 +66,18 @@ def make_problem(s_q: int, h_q: int, batches: int, ranks: int) -> tuple:
     ],
     ids=["tokens", "tokens and heads on one axis", "batch, tokens and heads"],
 )
-@pytest.mark.parametrize("by_sums", [False, True], ids=["collectives", "sums"])
+@pytest.mark.parametrize("by_peers", [False, True], ids=["XLA", "peers"])
 def test_dense_decode_is_that_of_one_device(
-    sizes: dict[str, int], names: dict[str, str], by_sums: bool
+    sizes: dict[str, int], names: dict[str, str], by_peers: bool
 ) -> None:
-    if by_sums and names.get("heads") != "t":
-        pytest.skip("sums are what it takes anyway")
+    if by_peers and "x" in sizes:
+        pytest.skip("one axis is enough")
     mesh = mesh_of(**sizes)
     q, blocks, table, keys = make_problem(3, 8, sizes.get("x", 1), sizes["t"])
     specs = decode_specs(**names)
     decode = functools.partial(
         context.dense_decode, axis="t", heads_split=names.get("heads") == "t", d_v=D_V, causal=True,
-        all_reduce=functools.partial(jax.lax.psum, axis_name="t") if by_sums else None,
+        peers=connect_peers(mesh, "t") if by_peers else None,
     )  # fmt: skip
     sharded = jax.jit(
         jax.shard_map(decode, mesh=mesh, in_specs=specs.in_specs, out_specs=specs.out_specs)
@@ -112,9 +119,9 @@ def test_sparse_decode_is_that_of_one_device() -> None:
     tolerances.assert_decoded(got, expected, **tolerances.F32_DECODE)
 
 
-@pytest.mark.parametrize("by_sums", [False, True], ids=["collectives", "sums"])
+@pytest.mark.parametrize("by_peers", [False, True], ids=["XLA", "peers"])
 @pytest.mark.parametrize("heads_split", [False, True])
-def test_what_one_rank_attends_alone_is_its_own(heads_split: bool, by_sums: bool) -> None:
+def test_what_one_rank_attends_alone_is_its_own(heads_split: bool, by_peers: bool) -> None:
     rng = np.random.default_rng(cases.SEED)
     out = cases.normal(rng, (8, 3, 8, 5), "bfloat16")
     lse = cases.normal(rng, (8, 3, 8), "float32", 30.0)
@@ -123,14 +130,13 @@ def test_what_one_rank_attends_alone_is_its_own(heads_split: bool, by_sums: bool
     lse[others] = -np.inf
     out[others] = np.nan
     lse[:, 2], owner = -np.inf, owner[:2]  # the last is nobody's
-    sums = functools.partial(jax.lax.psum, axis_name="t") if by_sums else None
-    merge = functools.partial(
-        context.merge_over, axis="t", heads_split=heads_split, all_reduce=sums
-    )
+    mesh = mesh_of(t=8)
+    peers = connect_peers(mesh, "t") if by_peers else None
+    merge = functools.partial(context.merge_over, axis="t", heads_split=heads_split, peers=peers)
     spec = P(None, None, "t") if heads_split else P()
     merged = jax.shard_map(
         lambda out, lse: [x[None] for x in merge(out[0], lse[0])],
-        mesh=mesh_of(t=8), in_specs=P("t"), out_specs=[spec, spec],
+        mesh=mesh, in_specs=P("t"), out_specs=[spec, spec],
     )  # fmt: skip
     got_out, got_lse = (np.asarray(x)[0] for x in jax.jit(merged)(out, lse))
     np.testing.assert_array_equal(got_out[:2], out[owner, [0, 1]])

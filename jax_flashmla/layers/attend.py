@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_flashmla import PagedCache, context, dense_decode, sparse_decode
+from jax_flashmla import PagedCache, Peers, context, dense_decode, sparse_decode
 from jax_flashmla.cache.pool import LayerView
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection
@@ -22,14 +22,17 @@ def attend_cached(
     rows: LayerView,
     heads_axis: str | None,
     context_axis: str | None,
+    peers: Peers | None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """dense_decode of absorbed queries [b, s, heads, d_qk] in the cache's dtype."""
     options |= {"format": rows.format, "d_v": config.kv_lora_rank, "sm_scale": config.sm_scale}
     if context_axis is None:
         return dense_decode(q, *rows, **options)
-    heads_split = heads_axis == context_axis
-    return context.dense_decode(q, *rows, axis=context_axis, heads_split=heads_split, **options)
+    shared = heads_axis == context_axis
+    return context.dense_decode(
+        q, *rows, axis=context_axis, heads_split=shared, peers=peers if shared else None, **options
+    )
 
 
 def attend_selected(
@@ -40,6 +43,7 @@ def attend_selected(
     selection: Selection,
     heads_axis: str | None,
     context_axis: str | None,
+    peers: Peers | None,
     implementation: str | None,
 ) -> jax.Array:
     """Absorbed queries [b, s, heads, d_qk] to [b, s, heads, kv_lora_rank] in the cache's dtype.
@@ -62,8 +66,9 @@ def attend_selected(
     if context_axis is None:
         out, _ = sparse_decode(q, rows.blocks, selection.slots, **options)
     else:
+        shared = heads_axis == context_axis
         out, _ = context.sparse_decode(
-            q, rows.blocks, selection.slots, axis=context_axis,
-            heads_split=heads_axis == context_axis, **options,
+            q, rows.blocks, selection.slots, axis=context_axis, heads_split=shared,
+            peers=peers if shared else None, **options,
         )  # fmt: skip
     return out

@@ -66,7 +66,8 @@ def decode(
         peers: from `connect_peers(mesh, heads_axis)`: the sum is then made over peer memory where
             `all_reduce_sum` can, and else, as without them, by `jax.lax.psum`.
         context_axis: inside `jax.shard_map`, the mesh axis that shares out each sequence's tokens,
-            to which `advance` was given it too. It may be the axis of heads.
+            to which `advance` was given it too. It may be the axis of heads; `peers` then exchange
+            what attention needs, too.
         implementation: as for `dense_decode`.
 
     Returns:
@@ -98,7 +99,7 @@ def decode(
     )
     if selection.slots is not None:
         out = attend_selected(
-            config, q, cache, layer, selection, heads_axis, context_axis, implementation
+            config, q, cache, layer, selection, heads_axis, context_axis, peers, implementation
         )
     else:
         # dense_decode's last query is a sequence's last token: move the padding to the front.
@@ -109,6 +110,7 @@ def decode(
             cache.layer(layer),
             heads_axis,
             context_axis,
+            peers,
             causal=True,
             schedule=schedule,
             implementation=implementation,

@@ -81,7 +81,7 @@ def prefill(
     if selection.slots is not None:
         q = jnp.concatenate([absorb_queries(params, q_nope), q_rope], axis=-1)
         out = attend_selected(
-            config, q, cache, layer, selection, heads_axis, context_axis, implementation
+            config, q, cache, layer, selection, heads_axis, context_axis, None, implementation
         )
         attended = unabsorb_values(params, out.astype(x.dtype))
         return cache, project_output(params, attended, heads_axis)
@@ -104,6 +104,7 @@ def prefill(
         rows,
         heads_axis,
         context_axis,
+        None,
         implementation=implementation,
     )
     earlier = unabsorb_values(params, earlier.astype(x.dtype))

@@ -223,10 +223,19 @@ def _decode(
     if context is not None:
         lengths = context.clamp(cache_seqlens, capacity)
         cache_seqlens = context.count(lengths)
-    if context is not None and causal and s_q > 1:
-        seen = context.seen(lengths, s_q)
-    else:
+    if context is None or not causal or s_q == 1:
         seen = cache_seqlens[:, None]  # causal tells it
+    elif format.name == "dense":
+        seen = context.seen(lengths, s_q)
+    else:  # whose kernels take no `seen`: each query token is a sequence
+        lengths = context.seen(lengths, s_q).reshape(b * s_q)
+        each = q.reshape(b * s_q, 1, *q.shape[2:])
+        out, lse = _decode(
+            each, blocks, jnp.repeat(block_table, s_q, axis=0), lengths, kv_scale=kv_scale,
+            format=format, causal=False, context=None, schedule=None,
+            implementation=implementation, **params,
+        )  # fmt: skip
+        return out.reshape(b, s_q, *out.shape[2:]), lse.reshape(b, s_q, -1)
     if schedule is None:
         schedule = schedule_of_lengths(
             cache_seqlens,

@@ -15,7 +15,16 @@ from jax.sharding import AxisType, NamedSharding
 import cases
 import context_cases
 import tolerances
-from jax_flashmla import context, decode_specs, dense_decode, make_schedule, merge_lse
+from jax_flashmla import (
+    CacheFormat,
+    context,
+    decode_specs,
+    dense_decode,
+    dequantise,
+    make_schedule,
+    merge_lse,
+    quantise,
+)
 
 HOSTILE = np.array([0, 1, 3, 7, 190], np.int32)
 
@@ -139,6 +148,19 @@ def test_packed_queries(kernel: str) -> None:
             got = out[mine], lse[mine]
             tolerances.assert_decoded(got, [x[0] for x in expected])
         np.testing.assert_array_equal(np.asarray(lse[cu[-1] :]), -np.inf)
+
+
+def test_fp8_caches(kernel: str) -> None:
+    """Are attended as the dense cache that they stand for."""
+    case, format = Shared(2, 3, 16), CacheFormat(name="v32", block_size=64)
+    q, _, blocks, tables = case.arrays
+    for rank in range(case.size):
+        (stored,) = quantise(format, np.nan_to_num(blocks[rank][:, :, 0]))
+        dense = dequantise(format, (stored,))[:, :, None]
+        rest = tables[rank], HOSTILE
+        options = {"causal": True, "context": (rank, case.size), "implementation": kernel}
+        got = dense_decode(q, stored[:, :, None], *rest, format=format, **options)
+        tolerances.assert_decoded(got, dense_decode(q, dense, *rest, **options))
 
 
 @pytest.mark.usefixtures("on_cpu")
