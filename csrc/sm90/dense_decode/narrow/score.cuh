@@ -71,30 +71,22 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   for (int i = 0; i < kRows / 2; ++i) s[i] += other[i];
 }
 
-// What `later` holds, by one warp. Done once a block: divisions in the last tile, which code that
-// is executed once has to be fetched for, cost more than they take.
-template <int kRows>
-__device__ __forceinline__ void find_later(const KernelArgs& args, SharedStorage<kRows>& smem) {
-  static_assert(kRows <= 32);
-  const int lane = threadIdx.x % 32;
-  RowTile tile;
-  tile.template find<kRows>(blockIdx.x, blockIdx.y, args.rows, args.h_q, args.heads_per_kv);
-  const int query = min(uint32_t(tile.first + lane) / args.h_q, uint32_t(args.s_q - 1));
-  if (lane < kRows) smem.later[lane] = args.causal ? args.s_q - 1 - query : 0;
-}
-
 // Sets scores of keys that a row may not see to -inf.
-template <int kRows>
-__device__ __forceinline__ void mask_tile(const KernelArgs& args, const SharedStorage<kRows>& smem,
+template <int kRows, bool kGiven>
+__device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
                                           float (&s)[kRows / 2], int tile, int sequence,
                                           int seqlen) {
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-  const int last = sequence * args.s_q + args.s_q - 1;  // of the sequence's query tokens
 #pragma unroll
   for (int i = 0; i < thread_rows(kRows); ++i) {
-    const int later = smem.later[query_row(i)];
-    int seen = seqlen - later;
-    if (args.seen != nullptr) seen = min(args.seen[last - later], seqlen);
+    const uint32_t row = first_row + query_row(i);
+    int seen;
+    if constexpr (kGiven) {
+      const int32_t* limits = args.seen + int64_t{sequence} * args.s_q;
+      seen = given_tokens(limits, seqlen, row, args.h_q, args.s_q);
+    } else {
+      seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+    }
     if (token >= seen) s[element(i, 0)] = -INFINITY;
     if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
   }
@@ -166,7 +158,7 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
   }
 }
 
-template <typename T, int kRows>
+template <typename T, bool kGiven, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
   constexpr int kThreadRows = thread_rows(kRows);
   const bool warp_leader = threadIdx.x % 32 == 0;
@@ -193,7 +185,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       const int slot = ring.slot;
       float s[kRows / 2], peak[kThreadRows];
       compute_scores<T>(s, smem, ring);
-      if (tile >= unmasked_tiles) mask_tile(args, smem, s, tile, sequence, seqlen);
+      if (tile >= unmasked_tiles)
+        mask_tile<kRows, kGiven>(args, smem.row_tile.first, s, tile, sequence, seqlen);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
       bool raise = true;  // past a sequence's first tiles it is seldom

@@ -34,7 +34,6 @@ struct alignas(1024) SharedStorage {
   uint64_t load_done[kStages];             // both value warpgroups are through with the load
   uint64_t sums_full, sums_empty;          // inverse_sum
   RowTile row_tile;
-  int later[kRows];  // query tokens after the row's own; 0 where all rows see all
 };
 // A multiprocessor's 228 KB hold this block, 11 KB of a merge block, and 1 KB for each that the
 // system keeps.
