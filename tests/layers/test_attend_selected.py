@@ -11,7 +11,7 @@ import pytest
 
 import sparse_layers
 import tolerances
-from jax_flashmla.layers import MLAConfig, RopeConfig, Selection, sparse
+from jax_flashmla.layers import MLAConfig, RopeConfig, Selection, attend, gathered
 
 HEADS, TOPK = 40, 24
 CONFIG = MLAConfig(
@@ -42,14 +42,17 @@ def test_gathered_rows_are_the_caches(name, monkeypatch):
     selection = Selection(jnp.asarray(chosen), jnp.asarray(lengths, jnp.int32))
     q = jnp.asarray(rng.standard_normal((2, 9, HEADS, 576)), jnp.bfloat16)
 
-    def attend(reuse: float) -> np.ndarray:
-        monkeypatch.setattr(sparse, "GATHER_REUSE", reuse)
-        call = functools.partial(sparse.attend_selected, CONFIG, implementation=None)
+    def attended(reuse: float) -> np.ndarray:
+        monkeypatch.setattr(gathered, "GATHER_REUSE", reuse)
+        call = functools.partial(
+            attend.attend_selected, CONFIG,
+            heads_axis=None, context_axis=None, peers=None, implementation=None,
+        )  # fmt: skip
         text = jax.jit(call).lower(q, cache, 1, selection).as_text()
         assert ("sparse_prefill" in text) == (reuse == 0)
         return np.asarray(jax.jit(call)(q, cache, 1, selection))
 
-    tolerances.assert_close("out", attend(0), attend(1e9), OUT)
+    tolerances.assert_close("out", attended(0), attended(1e9), OUT)
 
 
 def test_short_chunks_and_few_heads_read_the_cache_in_place():
@@ -58,5 +61,5 @@ def test_short_chunks_and_few_heads_read_the_cache_in_place():
     width = rows.block_table.shape[1] * 64
     for s, heads, gathers in ((width, 64, True), (1, 64, False), (width, 16, False)):
         q = jax.ShapeDtypeStruct((1, s, heads, 576), jnp.bfloat16)
-        slots = jax.ShapeDtypeStruct((1, s, sparse.GATHER_REUSE), jnp.int32)
-        assert sparse._gathers(q, slots, rows) == gathers
+        slots = jnp.zeros((1, s, gathered.GATHER_REUSE), jnp.int32)
+        assert gathered.pays_to_gather(q, Selection(slots), rows) == gathers

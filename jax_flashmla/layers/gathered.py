@@ -1,12 +1,11 @@
-"""Attention to selected tokens, in latent space: straight from the paged cache, or through rows
-that a prompt's chunk gathers from it first."""
+"""Attention of a prompt's chunk to selected tokens through rows gathered from the paged cache."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import PagedCache, sparse_decode, sparse_prefill
+from jax_flashmla import PagedCache, sparse_prefill
 from jax_flashmla.cache.pool import LayerView
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection
@@ -18,51 +17,36 @@ GATHER_REUSE = 8
 GATHER_HEADS = 33  # below, sparse_decode's smaller tiles are faster
 
 
-def attend_selected(
+def pays_to_gather(q: jax.Array, selection: Selection, rows: LayerView) -> bool:
+    """Whether a chunk is attended through gathered rows: by its shapes alone."""
+    assert selection.slots is not None
+    _, s, heads, _ = q.shape
+    width = rows.block_table.shape[1] * rows.format.block_size
+    return heads >= GATHER_HEADS and s * selection.slots.shape[-1] >= GATHER_REUSE * width
+
+
+def attend_gathered(
     config: MLAConfig,
     q: jax.Array,
     cache: PagedCache,
-    layer: int | jax.Array | None,
+    rows: LayerView,
     selection: Selection,
     implementation: str | None,
 ) -> jax.Array:
-    """Absorbed queries [b, s, heads, d_qk] to [b, s, heads, kv_lora_rank] in the cache's dtype."""
+    """sparse_prefill of absorbed queries [b, s, heads, d_qk] in the cache's dtype."""
     assert selection.slots is not None
-    rows = cache.layer(layer)
-    q = q.astype(cache.format.dtype)
-    if _gathers(q, selection.slots, rows):
-        kv, indices = _gather(rows, cache.table.block_table, selection.slots)
-        b, s, *row = q.shape
-        out, _, _ = sparse_prefill(
-            q.reshape(b * s, *row),
-            kv,
-            indices.reshape(b * s, -1),
-            d_v=config.kv_lora_rank,
-            sm_scale=config.sm_scale,
-            topk_length=None if selection.lengths is None else selection.lengths.reshape(b * s),
-            implementation=implementation,
-        )
-        return out.reshape(b, s, *out.shape[1:])
-    out, _ = sparse_decode(
-        q,
-        rows.blocks,
-        selection.slots,
-        format=rows.format,
+    kv, indices = _gather(rows, cache.table.block_table, selection.slots)
+    b, s, *row = q.shape
+    out, _, _ = sparse_prefill(
+        q.reshape(b * s, *row),
+        kv,
+        indices.reshape(b * s, -1),
         d_v=config.kv_lora_rank,
         sm_scale=config.sm_scale,
-        topk_length=selection.lengths,
-        first_block=rows.first_block,
-        layer_blocks=rows.num_blocks,
+        topk_length=None if selection.lengths is None else selection.lengths.reshape(b * s),
         implementation=implementation,
     )
-    return out
-
-
-def _gathers(q: jax.Array, slots: jax.Array, rows: LayerView) -> bool:
-    """Whether a chunk is attended through gathered rows: by its shapes alone."""
-    _, s, heads, _ = q.shape
-    width = rows.block_table.shape[1] * rows.format.block_size
-    return heads >= GATHER_HEADS and s * slots.shape[-1] >= GATHER_REUSE * width
+    return out.reshape(b, s, *out.shape[1:])
 
 
 def _gather(
