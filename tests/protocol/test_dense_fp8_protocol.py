@@ -1,7 +1,7 @@
 """The fp8 kernel of dense decode: csrc/sm90/dense_decode/fp8/{scores,query,values,load}.cuh.
 
-Two score sides, which exchange halves of their sums, and value warps. A warp stands for each side;
-side 0's also loads. Side 1 leaves its sums where the tile's probabilities will be.
+Two score sides, which exchange halves of their sums; value warps, the first of which loads. A warp
+stands for each side. Side 1 leaves its sums where the tile's probabilities will be.
 """
 
 from __future__ import annotations
@@ -26,15 +26,7 @@ class Model:
     def side(self, side: int) -> Role:
         warp = Role(f"score{side}", self.drop)
         queries = [("query", other) for other in SIDES]
-        tile, total = 0, sum(self.pieces)
-
-        def load(at: int) -> None:
-            if side == 0 and at < total:
-                warp.wait(("empty", at % self.stages), at // self.stages - 1)
-                warp.arrive(("issued", at % self.stages))
-
-        for at in range(self.stages):
-            load(at)
+        tile = 0
         for n, tiles in enumerate(self.pieces):
             warp.meet(("pair",))  # the queries' largest value
             warp.write(("query", side))
@@ -60,8 +52,6 @@ class Model:
                 warp.write(*stored)
                 warp.end(*stored, ("ring", stage))
                 warp.arrive(("probabilities_full", buffer))
-                if tile > 0:
-                    load(tile - 1 + self.stages)
                 tile += 1
             warp.wait(("sums_empty",), n - 1)
             warp.write(("inverse_sum", side))
@@ -69,12 +59,20 @@ class Model:
             warp.arrive(("sums_full",))
         return warp
 
-    def value_warp(self, name: str) -> Role:
+    def value_warp(self, name: str, loads: bool) -> Role:
         warp = Role(name, self.drop)
-        tile = 0
+        tile, room, filled, total = 0, self.stages - 1, 0, sum(self.pieces)
         for n, tiles in enumerate(self.pieces):
             for _ in range(tiles):
                 stage, buffer = tile % self.stages, tile % BUFFERS
+                if loads and filled < total:
+                    room += 1
+                    while room > 0 and filled < total:
+                        room -= 1
+                        at = filled % self.stages
+                        warp.wait(("empty", at), filled // self.stages - 1)
+                        warp.arrive(("issued", at))
+                        filled += 1
                 warp.wait(("full", stage), tile // self.stages)
                 warp.wait(("probabilities_full", buffer), tile // BUFFERS)
                 warp.read(tile // self.stages + 1, ("ring", stage))
@@ -112,7 +110,7 @@ class Model:
         }
         roles = [
             *map(self.side, SIDES),
-            *(self.value_warp(f"value{n}") for n in range(self.value_warps)),
+            *(self.value_warp(f"value{n}", n == 0) for n in range(self.value_warps)),
             *map(self.engine, range(self.stages)),
         ]
         return explore(roles, lambda name: arrivals.get(name[0], 1))
@@ -142,7 +140,7 @@ def test_every_interleaving_is_safe(model: Model) -> None:
         ("score", "sums_empty"),
         ("value", "probabilities_full"),
         ("value", "sums_full"),
-        ("score", "empty"),
+        ("value", "empty"),
     ],
     ids="-".join,
 )

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "sm90/dense_decode/fp8/keys.cuh"
-#include "sm90/dense_decode/fp8/load.cuh"
 #include "sm90/dense_decode/fp8/query.cuh"
 #include "sm90/dense_decode/fp8/softmax.cuh"
 
@@ -117,7 +116,6 @@ template <typename Format, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   constexpr int kOwnRows = kRows / kSides;
   Position<kRows> at;
-  if (is_loader()) start_loads(args, smem);
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
@@ -165,7 +163,6 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       finish_tile(args, smem, own, sum, exponents, at.stage(), slot, left, first);
       first = false;
       at.next_tile();
-      if (is_loader()) refill(args, smem);
     }
 
     combine_rows<kRows>(smem.warp_rows + reread_side() * kWarps, sum,

@@ -14,19 +14,11 @@ constexpr int kStages = kRows == 64 ? 3 : 4;
 
 // Where the loading warp is (load.cuh). Kept here as its registers are few.
 struct LoadState {
-  int sequence, tile, tile_end;    // the next tile to look up; equal where the part is at its end
-  int looked_up, planned, loaded;  // tiles so far; planned ones' block ids are there
-  int stage;                       // of the next tile to load
+  int sequence, tile, tile_end;  // the next tile; tiles are equal where the part is at its end
+  int room;                      // stages that may be filled once they are empty
+  int stage;                     // of the next tile
   uint32_t parity;
-  bool started;  // the part's first tile is done
 };
-
-// A tile to load: its first token within the sequence, and the block of each piece.
-struct PlannedTile {
-  int32_t first_token;
-  int32_t blocks[kMaxPieces];
-};
-constexpr int kPlannedTiles = 8;
 
 // kRows: query rows of a tile. A side is a score warpgroup: it multiplies half of the columns for
 // all query rows, and has the softmax of half of the query rows, its own.
@@ -62,8 +54,8 @@ struct alignas(1024) SharedStorage {
   Cut begin, end;                  // of the part
   RowTile row_tile;
   LoadState loads;
-  int32_t next_length;  // of the sequence after loads.sequence
-  PlannedTile plan[kPlannedTiles];
+  int32_t next_length;              // of the sequence after loads.sequence
+  int32_t next_blocks[kMaxPieces];  // of the next tile
 };
 
 constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;

@@ -4,6 +4,7 @@
 
 #include "sm90/attention/softmax.cuh"
 #include "sm90/dense_decode/fp8/formats.cuh"
+#include "sm90/dense_decode/fp8/load.cuh"
 #include "sm90/dense_decode/fp8/output.cuh"
 #include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/wgmma_rs.cuh"
@@ -83,7 +84,8 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
   const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
   uint32_t a[kBuffers][4 * kGroup];
-  uint32_t raw[2][4];  // of 32 tokens
+  constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
+  uint32_t raw[kRaw][4];  // of 32 tokens
   load_values(raw[0], rows);
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
@@ -92,11 +94,13 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
     // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
     const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
     uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
-    const int ahead = fragment / 2 + 1;  // 32 tokens are loaded while those before are converted
-    if (fragment % 2 == 0 && ahead < 2 * kValueTiles) {
-      load_values(raw[ahead % 2],
+    const int ahead = fragment / 2 + 1;  // the next 32 tokens, loaded once there is room for them
+    const auto load_ahead = [&] {
+      if (ahead == 2 * kValueTiles) return;
+      load_values(raw[ahead % kRaw],
                   rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 64);
-    }
+    };
+    if (kRaw == 2 && fragment % 2 == 0) load_ahead();
     if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
 #pragma unroll
     for (int k = fragment; k < fragment + kGroup; ++k) {
@@ -106,16 +110,17 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
         const uint2 factor =
             load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
         const uint32_t factors[2] = {factor.x, factor.y};
-        convert_values(value, raw[k / 2 % 2] + k % 2 * 2, factors);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors);
         if constexpr (kLargeScales) {
           multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
                                              (tokens + lane % 4 * 2) * Format::kPitch +
                                              Format::kScaleOffset + (half * 2 + m / 2) * 4);
         }
       } else {
-        convert_values(value, raw[k / 2 % 2] + k % 2 * 2);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2);
       }
     }
+    if (kRaw == 1 && (fragment + kGroup) % 2 == 0) load_ahead();
     if (fragment + kGroup == 4 * kValueTiles) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
@@ -160,6 +165,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Pos
 template <typename T, typename Format, int kRows>
 __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   Position<kRows> at;
+  if (is_loader()) start_loads(args, smem);
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
@@ -168,6 +174,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     Output<kRows> o = {};
     int tiles = piece.tile_end - piece.tile_begin;
     for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
+      // Here alone: the code is long, and instructions are fetched as bytes are.
+      if (is_loader()) fill_ring(args, smem);
       add_tile(smem, at, left, o);
       left -= kTileTokens;
       at.next_tile();
