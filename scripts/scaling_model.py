@@ -165,7 +165,6 @@ def best_layout(
         and sum(memory(card, model, layout, b, tokens)) + spared <= 0.9 * card.memory
     ]
 
-
     def layer_us(layout: Layout) -> float:
         return layer_time(card, model, layout, b, tokens)["layer"]
 

@@ -62,4 +62,7 @@ def test_short_chunks_and_few_heads_read_the_cache_in_place():
     for s, heads, gathers in ((width, 64, True), (1, 64, False), (width, 16, False)):
         q = jax.ShapeDtypeStruct((1, s, heads, 576), jnp.bfloat16)
         slots = jnp.zeros((1, s, gathered.GATHER_REUSE), jnp.int32)
-        assert gathered.pays_to_gather(q, Selection(slots), rows) == gathers
+        assert (
+            gathered.pays_to_gather(q, Selection(slots, jnp.zeros((1, s), jnp.int32)), rows)
+            == gathers
+        )
