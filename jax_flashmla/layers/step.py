@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax_flashmla import PagedCache, Slots, latent_append, project
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import MLAParams
-from jax_flashmla.layers.project import positions_of
+from jax_flashmla.layers.project import (
+    positions_of,
+    project_rows,
+    query_inputs,
+    write_rows,
+)
 from jax_flashmla.layers.rope import cos_and_sin
 
 # Of plain products with more rows than these, XLA picks ones as fast or faster. On an H100,
@@ -44,19 +49,24 @@ def project_down(
     implementation: str | None,
 ) -> tuple[PagedCache, Projected]:
     """All that x [b, s, hidden] itself is multiplied with; the cache has the tokens' rows then."""
-    names = ("w_dq", "w_dkv", "index_w_k")
-    weights = [getattr(params, name) for name in names if getattr(params, name) is not None]
-    down = multiply(x, *weights, implementation=implementation)
     cos = sin = None
     if config.rope.layout != "none":
         cos, sin = cos_and_sin(config, positions_of(slots))
+        cos, sin = (a.reshape(x.shape[0] * x.shape[1], a.shape[-1]) for a in (cos, sin))
+    if slots.share is not None:  # this device stores some of the tokens' rows
+        latent, k_rope = project_rows(config, params, x, positions_of(slots))
+        cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
+        return cache, Projected(query_inputs(config, params, x), None, cos, sin)
+    names = ("w_dq", "w_dkv", "index_w_k")
+    weights = [getattr(params, name) for name in names if getattr(params, name) is not None]
+    down = multiply(x, *weights, implementation=implementation)
     view = cache.layer(layer)
     blocks, inputs = latent_append(
         view.blocks,
         down,
         params.kv_norm,
-        cos,
-        sin,
+        None if cos is None else cos.reshape(*x.shape[:2], cos.shape[-1]),
+        None if sin is None else sin.reshape(*x.shape[:2], sin.shape[-1]),
         view.block_table,
         slots.positions,
         layout=config.rope.layout,
@@ -76,8 +86,6 @@ def project_down(
     else:
         cache = dataclasses.replace(cache, blocks=blocks)
     key = None if params.index_w_k is None else down[..., -params.index_w_k.shape[1] :]
-    if cos is not None and sin is not None:
-        cos, sin = (a.reshape(-1, a.shape[-1]) for a in (cos, sin))
     return cache, Projected(x if inputs is None else inputs, key, cos, sin)
 
 

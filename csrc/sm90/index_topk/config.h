@@ -7,14 +7,9 @@
 
 namespace flashmla::sm90::index_topk {
 
-constexpr int kMaxWarps = 16;  // of a block: 4, 8 or 16
+constexpr int kMaxWarps = 16;  // of a block: a power of two, at least 4
 constexpr int kSteps = 8;      // of four scores, that a thread holds at once
-constexpr int round_tokens(int warps) { return warps * 32 * kSteps * 4; }
-// Blocks of a multiprocessor, by registers and, with short rows, shared memory.
-template <int kWarps>
-constexpr int kBlocks = kWarps == 4   ? 4
-                        : kWarps == 8 ? 3
-                                      : 2;
+constexpr int round_tokens(int threads) { return threads * kSteps * 4; }
 constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
 constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
 

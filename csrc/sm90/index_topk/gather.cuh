@@ -23,7 +23,6 @@ __device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blo
 // All blocks' candidates, one after the other, into the first block's room, if there is room for
 // them and they are at least `need`. Returns how many they are, in all blocks. The first block's
 // threads have to synchronise before they read.
-template <int kWarps>
 __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candidates& candidates,
                                       uint32_t blocks, int need) {
   const uint32_t rank = cluster_rank(), lane = threadIdx.x % 32;
@@ -38,17 +37,15 @@ __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candi
   if (all < need || all > candidates.room) return all;
   const uint32_t there = smem_address(&smem.candidates_there);
   if (rank == 0) {
-    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 8);
+    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 4);
     mbarrier_wait(there, 0);
     return all;
   }
   const int earlier = __reduce_add_sync(~0u, lane < rank ? of_rank : 0);
-  const uint32_t scores = map_shared(smem_address(candidates.scores + earlier), 0);
   const uint32_t tokens = map_shared(smem_address(candidates.tokens + earlier), 0);
   const uint32_t mapped_there = map_shared(there, 0);
   __syncthreads();  // the block's candidates are stored
-  for (int i = threadIdx.x; i < mine; i += kWarps * 32) {
-    store_async(scores + i * 4, __float_as_uint(candidates.scores[i]), mapped_there);
+  for (int i = threadIdx.x; i < mine; i += num_threads()) {
     store_async(tokens + i * 4, candidates.tokens[i], mapped_there);
   }
   return all;

@@ -24,19 +24,18 @@ Status check_supported(const IndexTopkParams& params) {
   return require_hopper();
 }
 
-// Warps of a block: as few as hold a row at once where there are many rows, so that more of them
-// are worked on at a time; else many, which are faster with one.
-int choose_warps(int64_t rows, int64_t tokens, int multiprocessors) {
-  int warps = kMaxWarps;
-  while (warps > 4 && rows > multiprocessors && tokens <= round_tokens(warps / 2)) warps /= 2;
-  return warps;
+// Threads of a block: fewer where rows are short and many, so that more of them are worked on at
+// once.
+int choose_threads(int64_t rows, int64_t tokens, int multiprocessors) {
+  constexpr int kMost = kMaxWarps * 32;
+  return rows > multiprocessors && tokens <= round_tokens(kMost / 2) ? kMost / 2 : kMost;
 }
 
 // Blocks that share a row: more while a share is more than a block holds at once and all blocks
 // have room at once, two on a multiprocessor.
 int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
   int blocks = 1;
-  while (blocks < kMaxCluster && tokens > int64_t{blocks} * round_tokens(kMaxWarps) &&
+  while (blocks < kMaxCluster && tokens > int64_t{blocks} * round_tokens(kMaxWarps * 32) &&
          rows * blocks <= multiprocessors) {
     blocks *= 2;
   }
@@ -63,13 +62,9 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .room = candidate_room(params.topk, max_tokens),
                         .causal = params.causal,
                         .given = params.scores != nullptr};
-  const int warps = choose_warps(rows, max_tokens, multiprocessors);
-  const auto kernel = warps == 4   ? index_topk_kernel<4>
-                      : warps == 8 ? index_topk_kernel<8>
-                                   : index_topk_kernel<16>;
-  return launch(kernel,
+  return launch(index_topk_kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
-                 .block = static_cast<unsigned>(warps) * 32,
+                 .block = static_cast<unsigned>(choose_threads(rows, max_tokens, multiprocessors)),
                  .shared_bytes = static_cast<size_t>(shared_bytes(args.room)),
                  .dependent = true,
                  .most_shared = true,

@@ -39,22 +39,20 @@ __device__ __forceinline__ Threshold rank_close(SharedStorage& smem, int count, 
 }
 
 // By all threads; bins are clear. The candidates are more than `need`, and none is below the bound.
-template <int kWarps>
 __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Candidates& candidates,
                                             int count, Bound bound, int need) {
-  constexpr int kThreads = kWarps * 32;
   const EvenBins bins(bound);
   if (bins.exist()) {
     if (threadIdx.x == 0) smem.num_close = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += num_threads()) {
       atomicAdd(&smem.bins[bins.bin(candidates.scores[i])], 1);
     }
     __syncthreads();
-    const Found found = find_bin<kWarps>(smem, smem.bins, need);
-    if (found.within <= kThreads) {
-#pragma unroll 4
-      for (int i = threadIdx.x; i < count; i += kThreads) {
+    const Found found = find_bin(smem, smem.bins, need);
+    if (found.within <= num_threads()) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count; i += num_threads()) {
         const float score = candidates.scores[i];
         if (bins.bin(score) == static_cast<uint32_t>(found.bin)) {
           smem.close[atomicAdd(&smem.num_close, 1)] = score;
@@ -63,11 +61,11 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Candidate
       __syncthreads();
       return rank_close(smem, found.within, need - found.above);
     }
-    clear_bins<kWarps>(smem);
+    clear_bins(smem);
     __syncthreads();
   }
-  return find_threshold<kWarps>(smem, 0, 21, need, 1, nullptr, [&](const auto& visit) {
-    for (int i = threadIdx.x; i < count; i += kThreads) visit(key_of(candidates.scores[i]));
+  return find_threshold(smem, 0, 21, need, 1, nullptr, [&](const auto& visit) {
+    for (int i = threadIdx.x; i < count; i += num_threads()) visit(key_of(candidates.scores[i]));
   });
 }
 

@@ -1,4 +1,4 @@
-// Up to round_tokens(kWarps) scores in a block's registers.
+// Up to round_tokens(num_threads()) scores in a block's registers.
 #pragma once
 
 #include "sm90/index_topk/keys.cuh"
@@ -19,29 +19,30 @@ __device__ __forceinline__ void load_if(bool exist, const float* from, float (&x
 }
 
 // A warp has a run of up to kSteps times 128 tokens, a thread four of each 128.
-template <int kWarps>
 struct Round {
-  static constexpr int kTokens = round_tokens(kWarps);
   float scores[kSteps][4];  // NaN where there is no token, but not within four of which one is
   int first;                // this thread's first token, of the slice; then every 128th four
   int count;                // its tokens, of the first count / 4 steps and count % 4 of the next
+  uint32_t in_layer;        // bit 2 i: whether the block of step i's tokens is
 
   __device__ __forceinline__ void load(const Slice& slice, int begin) {
     const int lane = threadIdx.x % 32;
-    const int steps = (min(slice.count - begin, kTokens) + 128 * kWarps - 1) / (128 * kWarps);
+    const int steps =
+        (min(slice.count - begin, round_tokens(num_threads())) + 4 * num_threads() - 1) >>
+        (__ffs(num_threads()) + 1);
     const int run = begin + static_cast<int>(threadIdx.x / 32) * steps * 128;
     const int end = min(slice.count, run + steps * 128);
-    uint32_t in_layer = ~0u;
-    if (slice.check_blocks) {  // a lane looks at one of the run's blocks
-      const int block = run + lane * 64;
-      in_layer = __ballot_sync(~0u, block < end && slice.in_layer(block)) >> lane / 16;
-    }
     first = run + lane * 4;
     const int whole = first + 3 < end ? (end - first - 4) / 128 + 1 : 0;
     count = whole * 4 + min(max(end - first - whole * 128, 0), 3);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      load_if(i * 4 < count && in_layer >> (i * 2) & 1, slice.scores + first + i * 128, scores[i]);
+      load_if(i * 4 < count, slice.scores + first + i * 128, scores[i]);
+    }
+    in_layer = ~0u;
+    if (slice.check_blocks) {  // a lane looks at one of the run's blocks
+      const int block = run + lane * 64;
+      in_layer = __ballot_sync(~0u, block < end && slice.in_layer(block)) >> lane / 16;
     }
   }
 
@@ -49,7 +50,16 @@ struct Round {
   __device__ __forceinline__ uint32_t compare(float least) const {
     uint32_t mask = 0;
 #pragma unroll
-    for (int i = 0; i < kSteps * 4; ++i) mask |= (scores[i / 4][i % 4] >= least) << i;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) mask |= (scores[i][k] >= least) << (4 * i + k);
+    }
+    if (in_layer != ~0u) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (!(in_layer >> (2 * i) & 1)) mask &= ~(15u << (4 * i));
+      }
+    }
     return count < 32 ? mask & ((1u << count) - 1) : mask;
   }
 };

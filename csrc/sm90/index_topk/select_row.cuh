@@ -44,31 +44,29 @@ __device__ __forceinline__ void write_share(const Output& output, const Slice& s
     const uint32_t above = __ballot_sync(~0u, is_above), equal = __ballot_sync(~0u, is_equal);
     const Counts mine = before + Counts{__popc(above & lower_lanes), __popc(equal & lower_lanes)};
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      output.write(selected_of(mine, threshold), slice.begin + i);
+      output.write(selected_of(mine, threshold), slice.begin + i, slice.table[i / 64]);
     }
     before = before + Counts{__popc(above), __popc(equal)};
   }
 }
 
 // By all threads of the cluster; bins are clear. totals: as find_threshold says.
-template <int kWarps>
 __device__ __forceinline__ void select_row(const Output& output, SharedStorage& smem,
                                            const Slice& slice, uint32_t* totals, uint32_t blocks) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t rank = cluster_rank();
-  constexpr int kThreads = kWarps * 32;
   const Threshold threshold =
-      find_threshold<kWarps>(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
+      find_threshold(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
 #pragma unroll 4
-        for (int i = threadIdx.x; i < slice.count; i += kThreads) {
+        for (int i = threadIdx.x; i < slice.count; i += num_threads()) {
           if (const uint32_t key = key_of(slice.score(i))) visit(key);
         }
       });
-  const WarpShare share = WarpShare::of(slice, kWarps);
+  const WarpShare share = WarpShare::of(slice, num_warps());
   const Counts counts = count_share(slice, share, threshold.score);
   if (lane == 0) smem.warp_counts[warp] = counts;
   __syncthreads();
-  const Counts of_lane = lane < kWarps ? smem.warp_counts[lane] : Counts{};
+  const Counts of_lane = lane < num_warps() ? smem.warp_counts[lane] : Counts{};
   Counts all = sum_lanes(of_lane), earlier = sum_lanes(lane < warp ? of_lane : Counts{});
   if (blocks > 1) {
     if (threadIdx.x < blocks) {
@@ -81,7 +79,8 @@ __device__ __forceinline__ void select_row(const Output& output, SharedStorage& 
     earlier = earlier + sum_lanes(lane < rank ? of_rank : Counts{});
   }
   write_share(output, slice, share, threshold, earlier);
-  output.fill(selected_of(all, threshold), rank * kThreads + threadIdx.x, blocks * kThreads);
+  output.fill(selected_of(all, threshold), rank * num_threads() + threadIdx.x,
+              blocks * num_threads());
 }
 
 }  // namespace flashmla::sm90::index_topk

@@ -8,6 +8,9 @@
 
 namespace flashmla::sm90::index_topk {
 
+__device__ __forceinline__ int num_threads() { return blockDim.x; }
+__device__ __forceinline__ int num_warps() { return blockDim.x / 32; }
+
 // The bin in which the keys from the highest on become as many as needed; bin -1: they do not.
 struct Found {
   int bin;
@@ -28,7 +31,10 @@ struct Counts {
 };
 
 struct alignas(16) SharedStorage {
-  uint32_t bins[kBins];              // how many of the block's scores
+  union {
+    uint32_t bins[kBins];        // how many of the block's scores
+    int32_t selected[kMaxTopk];  // tokens of the row
+  };
   float close[kMaxWarps * 32];       // scores of the bin in which the threshold is
   uint32_t warp_sums[2][kMaxWarps];  // of two turns
   uint32_t warp_lowest[kMaxWarps], warp_highest[kMaxWarps];

@@ -12,8 +12,9 @@ struct Output {
   const int32_t* table;
   int topk;
 
-  __device__ __forceinline__ void write(int place, int token) const {
-    indices[place] = table[token / 64] * 64 + token % 64;
+  // block: that of the token.
+  __device__ __forceinline__ void write(int place, int token, int block) const {
+    indices[place] = block * 64 + token % 64;
     positions[place] = token;
   }
   // All places from `count` on; every stride-th thread's.
@@ -28,13 +29,11 @@ __device__ __forceinline__ int selected_of(Counts counts, const Threshold& thres
 }
 
 // By all threads of the row's first block, which has all candidates. A thread takes a run of them.
-template <int kWarps>
 __device__ __forceinline__ void write_candidates(const Output& output, SharedStorage& smem,
                                                  const Candidates& candidates, int count,
                                                  const Threshold& threshold) {
-  constexpr int kThreads = kWarps * 32;
   static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
-  const int share = (count + kThreads - 1) / kThreads;
+  const int share = (count + num_threads() - 1) >> (__ffs(num_threads()) - 1);
   const int begin = min(static_cast<int>(threadIdx.x) * share, count);
   const int end = min(begin + share, count);
   uint32_t counts = 0;  // above, and equal << 16
@@ -43,20 +42,37 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
     counts += (score > threshold.score) + ((score == threshold.score) << 16);
   }
   const uint32_t up_to = inclusive_warp_sum(counts);
-  const uint2 sums = sum_warps<kWarps>(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
+  const uint2 sums = sum_warps(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
   const uint32_t before = sums.x + up_to - counts;
   Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
-#pragma unroll 2
   for (int i = begin; i < end; ++i) {
     const float score = candidates.scores[i];
     const bool is_above = score > threshold.score, is_equal = score == threshold.score;
     if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      output.write(selected_of(mine, threshold), candidates.tokens[i]);
+      smem.selected[selected_of(mine, threshold)] = candidates.tokens[i];
     }
     mine.above += is_above, mine.equal += is_equal;
   }
+  __syncthreads();
   const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
-  output.fill(selected_of(all, threshold), threadIdx.x, kThreads);
+  const int selected = selected_of(all, threshold);
+  constexpr int kAtOnce = 4;  // loads, which go out before the first one's stores
+#pragma unroll 1
+  for (int first = threadIdx.x; first < selected; first += kAtOnce * num_threads()) {
+    int token[kAtOnce], block[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * num_threads();
+      token[k] = i < selected ? smem.selected[i] : 0;
+      block[k] = i < selected ? output.table[token[k] / 64] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * num_threads();
+      if (i < selected) output.write(i, token[k], block[k]);
+    }
+  }
+  output.fill(selected, threadIdx.x, num_threads());
 }
 
 }  // namespace flashmla::sm90::index_topk
