@@ -73,7 +73,6 @@ LATENT_APPEND = {
     "projected of rank 2": ({"projected": zeros(b, columns)}, "projected must have shape"),
     "few columns": ({"projected": zeros(b, s_new, columns - 1)}, "projected must have at least"),
     "a wide row": ({"blocks": zeros(num_blocks, block_size, 1, d_qk - 8)}, "rows must end in"),
-    "two heads": ({"blocks": zeros(num_blocks, block_size, 2, d_qk)}, "blocks must"),
     "q_norm of rank 2": ({"q_norm": zeros(1, q_rank)}, r"q_norm must have shape \[q_rank\]"),
     "q_norm in f32": ({"q_norm": f32(q_rank)}, "q_norm must have the element type of kv_norm"),
     "short sin": ({"sin": f32(b, s_new, pairs - 1)}, "sin must have shape"),

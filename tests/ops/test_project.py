@@ -141,6 +141,13 @@ def test_equal_rows_in_any_batch_have_equal_bits(implementation: str) -> None:
     np.testing.assert_array_equal(np.asarray(many[7:8]), np.asarray(one))
 
 
+@pytest.mark.parametrize(("name", "expected"), [(None, False), ("kernel", True)])
+def test_a_cpu_leaves_it_to_xla_unless_asked(name: str | None, expected: bool) -> None:
+    with jax.default_device(jax.devices("cpu")[0]):
+        compiled = jitted(CASES[0], name).lower(**make_arrays(CASES[0])).compile()
+    assert ("flashmla_project" in compiled.as_text()) == expected
+
+
 @pytest.mark.parametrize("mapped", ["x", "w"])
 def test_vmap_is_one_call_each(mapped: str, implementation: str) -> None:
     case = CASES[1]
