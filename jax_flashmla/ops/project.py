@@ -44,8 +44,8 @@ def project(
         layout: which of the last rope columns make a pair, as for `latent_append`; "none" copies
             them.
         implementation: "kernel" insists on the handler; "xla" is the pure-JAX reference. None picks
-            the best: on Hopper GPUs the handler for 16-bit floats of at most 128 rows, whose extents
-            are multiples of 8.
+            the best: on Hopper GPUs the handler for 16-bit floats of at most 128 rows, with
+            extents that are multiples of 8.
 
     Returns:
         y: [rows, groups, n + rope] in x's dtype, n that of all weights.

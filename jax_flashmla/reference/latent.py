@@ -62,7 +62,7 @@ def rms_norm(
 
 
 def rotate(
-    x: Float[Array, "*b rope"], cos: Float32[Array, "*b pairs"], sin: Float32[Array, "*b pairs"],
+    x: Float[Array, "*b rope"], cos: Float32[Array, "*#b pairs"], sin: Float32[Array, "*#b pairs"],
     layout: str,
 ) -> Float[Array, "*b rope"]:  # fmt: skip
     """x turned by the angles' cos and sin, in float32; the layouts are RopeConfig's."""
