@@ -58,11 +58,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
       : "memory");
 }
 
-// Brings bytes (a multiple of 16, as the address is) to L2.
-__device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
 // Coordinates out of the map's bounds are written as zeros and count as loaded.
 __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map,
                                             uint32_t barrier, int c0, int c1, int c2, int c3,
