@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import BlockTable, PagedCache, Peers, all_reduce_sum, connect_peers
 from jax_flashmla.bench import document, environment
+from jax_flashmla.bench.command_buffers import compile_and_look
 from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig, YarnConfig, decode
 
 BLOCK_SIZE = 64
@@ -97,6 +98,15 @@ def time_runs(run: Callable[[], Any], runs: int) -> float:
         if sample >= 2:
             times.append((time.perf_counter() - start) / runs * 1e6)
     return statistics.median(times)
+
+
+def time_dispatch(run: Callable[[], Any]) -> float:
+    """Microseconds in which the host dispatches a run: no run takes less."""
+    start = time.perf_counter()
+    outs = [run() for _ in range(3)]
+    took = time.perf_counter() - start
+    jax.block_until_ready(outs)
+    return took / 3 * 1e6
 
 
 @functools.lru_cache(maxsize=1)
@@ -188,7 +198,10 @@ class Step:
             out_specs=(cache_specs, P(data)),
             check_vma=sums != "none",
         )
-        self._step = jax.jit(step, donate_argnums=1)
+        jitted: Any = jax.jit(step, donate_argnums=1)
+        self._step, self.capture = jitted, None
+        if jax.process_count() == 1:  # else processes would compile with different options
+            self._step, self.capture = compile_and_look(jitted, self.weights, self.cache, self.x)
 
     def __call__(self) -> jax.Array:
         self.cache, x = self._step(self.weights, self.cache, self.x)
@@ -209,6 +222,8 @@ def measure_tensor(mesh: Mesh, b: int, arguments: argparse.Namespace) -> dict[st
     for sums in ("none", "psum", "peers"):
         step = Step(mesh, arguments, b, heads="model", sums=sums, peers=peers)
         result[f"{sums}_us"] = time_runs(step, arguments.runs) / arguments.layers
+        result[f"{sums}_dispatch_us"] = time_dispatch(step) / arguments.layers
+        result[f"{sums}_graphs"] = step.capture and dataclasses.asdict(step.capture)
         outs[sums] = step()
         if sums == "peers":
             result["same_bits"] = same_bits(outs[sums])

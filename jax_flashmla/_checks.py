@@ -185,7 +185,10 @@ def as_int32(name: str, x: Any, dims: str, *, may_be_empty: bool = False) -> jax
     """
     limits = np.iinfo(np.int32)
     if isinstance(x, int | list | tuple) and not isinstance(x, bool):
-        x = np.asarray(x, None if np.size(x) else np.int32)
+        try:
+            x = np.asarray(x, None if np.size(x) else np.int32)
+        except ValueError:
+            raise ValueError(f"{name} must be {dims}, got lists of unequal lengths") from None
     refuse_foreign(name, x, dims)
     _refuse_deleted(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):

@@ -78,3 +78,65 @@ def check_index_format(format: Any) -> None:
         raise TypeError(f"format must be a CacheFormat, got {_checks.describe(format)}")
     if format.name != "fp8_index":
         raise ValueError(f"format must be fp8_index for an indexer's keys, got {format.name}")
+
+
+class Source(NamedTuple):
+    """What is selected from, checked. Without scores they are [1, 1, 1]; with them, q, weights and
+    blocks stand for none."""
+
+    q: jax.Array
+    weights: jax.Array
+    blocks: jax.Array
+    scores: jax.Array
+    block_table: jax.Array
+    cache_seqlens: jax.Array
+    first_block: jax.Array
+    layer_blocks: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row of the table."""
+        return self.block_table.shape[1] * INDEX_BLOCK_SIZE
+
+
+def check_source(
+    q: Any, weights: Any, blocks: Any, block_table: Any, cache_seqlens: Any, format: Any,
+    scores: Any, first_block: Any, layer_blocks: Any,
+) -> tuple[Source, bool]:  # fmt: skip
+    """index_topk's arguments, and whether scores are given."""
+    if scores is None:
+        b, _, _ = check_queries(q, weights)
+        layer = as_index_layer(blocks, format, first_block, layer_blocks)
+        block_table, cache_seqlens = as_index_table(block_table, cache_seqlens, b, "q")
+        scores = jnp.zeros((1, 1, 1), jnp.float32)
+        return Source(
+            q, weights, layer.blocks, scores, block_table, cache_seqlens, layer.first_block,
+            layer.layer_blocks,
+        ), False  # fmt: skip
+    for name, value in (("q", q), ("weights", weights), ("blocks", blocks)):
+        if value is not None:
+            raise ValueError(f"{name} must be None with scores, got a {type(value).__name__}")
+    if format is not None:
+        check_index_format(format)
+    b, s_q, tokens = _checks.check_array(
+        "scores", scores, "[b, s_q, max_blocks * 64]", (np.dtype(np.float32),)
+    )
+    block_table, cache_seqlens = as_index_table(block_table, cache_seqlens, b, "scores")
+    if tokens != block_table.shape[1] * INDEX_BLOCK_SIZE:
+        raise ValueError(
+            "scores must be of block_table's max_blocks * 64 = "
+            f"{block_table.shape[1] * INDEX_BLOCK_SIZE} tokens, got shape {scores.shape}"
+        )
+    if b * s_q > _limits.INT32_MAX:
+        raise ValueError(f"scores must have less than 2^31 rows b * s_q, got {b} * {s_q}")
+    first = _checks.as_first_block("first_block", first_block, MOST_BLOCKS)
+    if layer_blocks is None:
+        layer_blocks = MOST_BLOCKS
+    layer_blocks = _checks.check_int("layer_blocks", layer_blocks, 1, MOST_BLOCKS)
+    return Source(*no_keys(), scores, block_table, cache_seqlens, first, layer_blocks), True
+
+
+def no_keys() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What stands for q, weights and blocks where scores are given."""
+    blocks = jnp.zeros((1, CacheFormat(name="fp8_index").block_bytes), jnp.uint8)
+    return jnp.zeros((1, 1, 1, COLUMNS), jnp.bfloat16), jnp.zeros((1, 1, 1), jnp.float32), blocks

@@ -28,9 +28,13 @@ class DecodeSpecs(NamedTuple):
 
 
 def decode_specs(
-    *, batch: str | None = None, heads: str | None = None, shard_kv_heads: bool = False
+    *,
+    batch: str | None = None,
+    heads: str | None = None,
+    shard_kv_heads: bool = False,
+    context: str | None = None,
 ) -> DecodeSpecs:
-    """The specs for `dense_decode` under `jax.shard_map`, which needs no communication.
+    """The specs for `dense_decode` under `jax.shard_map`. Without context nothing is communicated.
 
     Decoding goes through shard_map because a custom call that XLA partitions by itself first
     gathers the cache on every device.
@@ -39,6 +43,9 @@ def decode_specs(
       on each of its devices; with shard_kv_heads its h_kv is split along with h_q instead.
     - `batch`: b, and with it the cache's num_blocks, is split over this mesh axis: a sequence's
       blocks are on the device that has the sequence, and block ids count from that device's first.
+    - `context`: the tokens of each sequence, and with them num_blocks, are shared out over this
+      mesh axis, for `jax_flashmla.context.dense_decode`. Each device has a table of its own:
+      block_table's columns are split. It may be the axis of heads too, which q is gathered over.
 
         specs = decode_specs(batch="data", heads="model")
         decode = jax.shard_map(
@@ -51,18 +58,25 @@ def decode_specs(
         batch: mesh axis that splits sequences, or None.
         heads: mesh axis that splits query heads, or None.
         shard_kv_heads: whether `heads` splits the cache's heads as well.
+        context: mesh axis that shares out each sequence's tokens, or None.
 
     Raises:
-        ValueError: shard_kv_heads without heads, or one axis named twice.
+        ValueError: shard_kv_heads without heads, or one axis named for what it cannot split twice.
     """
     if shard_kv_heads and heads is None:
         raise ValueError("heads must name a mesh axis where shard_kv_heads is True, got None")
     if batch is not None and batch == heads:
         raise ValueError(f"batch and heads must be different mesh axes, got {batch!r} for both")
+    if context is not None and (batch == context or (shard_kv_heads and heads == context)):
+        raise ValueError(
+            "context must be another mesh axis than batch, and than heads where the cache's heads "
+            f"are split, got {context!r}"
+        )
+    blocks = tuple(axis for axis in (batch, context) if axis is not None)
     return DecodeSpecs(
         q=PartitionSpec(batch, None, heads, None),
-        blocks=PartitionSpec(batch, None, heads if shard_kv_heads else None, None),
-        block_table=PartitionSpec(batch, None),
+        blocks=PartitionSpec(blocks or None, None, heads if shard_kv_heads else None, None),
+        block_table=PartitionSpec(batch, context),
         cache_seqlens=PartitionSpec(batch),
         out=PartitionSpec(batch, None, heads, None),
         lse=PartitionSpec(batch, None, heads),

@@ -86,7 +86,8 @@ REST, REST_OF_SEQUENCE = 40.0, 0.1
 KERNEL = 6.0  # an attention kernel with its merge, besides bytes or operations
 SELECT, SELECT_OF_TOKEN = 10.0, 6.7e-6
 # A sum over devices of one host: over peer memory, or XLA's.
-PEERS, PEERS_RATE, SECOND_ROUND = 4.0, 300e3, 720 * 1024
+PEERS, SECOND_ROUND, PEERS_RATE = 3.9, 1.6, 270e3
+ONE_ROUND_BYTES = 448 * 1024  # kSecondRoundBytes in csrc/sm90/all_reduce_sum/config.h
 PSUM, PSUM_RATE = 21.0, 115e3
 
 
@@ -96,10 +97,10 @@ def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
         return 0.0
     if kind == "psum":
         return PSUM + bytes / PSUM_RATE
-    sent = (devices - 1) * bytes
-    if (devices - 1) * (devices - 2) * bytes / devices <= SECOND_ROUND:
-        return PEERS + sent / PEERS_RATE
-    return PEERS + 2 + 2 * sent / devices / PEERS_RATE
+    one_round, two_rounds = (devices - 1) * bytes, 2 * (devices - 1) * bytes / devices
+    if one_round - two_rounds <= ONE_ROUND_BYTES:
+        return PEERS + one_round / PEERS_RATE
+    return PEERS + SECOND_ROUND + two_rounds / PEERS_RATE
 
 
 def attention_time(card: Card, model: Model, heads: int, b: float, tokens: float) -> float:
@@ -163,8 +164,11 @@ def best_layout(
         if layout.batch <= b
         and sum(memory(card, model, layout, b, tokens)) + spared <= 0.9 * card.memory
     ]
-    key = lambda layout: layer_time(card, model, layout, b, tokens)["layer"]  # noqa: E731
-    return min(found, key=key, default=None)
+
+    def layer_us(layout: Layout) -> float:
+        return layer_time(card, model, layout, b, tokens)["layer"]
+
+    return min(found, key=layer_us, default=None)
 
 
 def tokens_per_second(model: Model, layer_us: float, b: int) -> float:

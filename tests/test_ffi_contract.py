@@ -33,6 +33,7 @@ def dense_decode(**wrong):
         "blocks": zeros(num_blocks, block_size, h_kv, d_qk),
         "block_table": i32(b, max_blocks),
         "cache_seqlens": i32(b),
+        "seen": i32(b, 1),
         "cuts": np.array([[0, 0]] * num_parts + [[b, 0]], np.int32),  # all in the last part
         "kv_scale": np.float32(1),
     }
@@ -159,6 +160,11 @@ DENSE_DECODE = {
         {"cache_seqlens": i32(b + 1)},
         r"cache_seqlens must have shape \[b=2\], got \[3\]",
     ),
+    "what more queries see": (
+        {"seen": i32(b, s_q + 1)},
+        r"seen must have shape \[b=2, s_q or 1=1\], got \[2, 2\]",
+    ),
+    "what fewer sequences see": ({"seen": i32(b - 1, 1)}, r"seen must have shape \[b=2"),
     "cuts without a part": ({"cuts": i32(1, 2)}, "cuts must have shape"),
     "cuts of another schedule": (
         {"cuts": i32(num_parts + 2, 2)},
@@ -288,6 +294,7 @@ def test_a_table_beyond_31_bits_of_tokens_is_refused(device):
         q=zeros(1, s_q, h_q, 8),
         block_table=i32(1, 2**15),
         cache_seqlens=i32(1),
+        seen=i32(1, 1),
         out=result(1, s_q, h_q, 8, dtype=jnp.bfloat16),
         lse=result(1, s_q, h_q),
         out_accum=result(2 * num_parts, s_q, h_q, 8),

@@ -140,7 +140,7 @@ def test_modules_import_each_other_in_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one
 
 
-@pytest.mark.parametrize("name", ["allocator", "prefix", "scheduler"])
+@pytest.mark.parametrize("name", ["allocator", "context_allocator", "prefix", "scheduler"])
 def test_the_hosts_bookkeeping_needs_numpy_at_most(name):
     """And its own modules."""
     found = imports_of(PACKAGE / "cache" / f"{name}.py")

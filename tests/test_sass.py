@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(importlib.util.find_spec("jax_flashmla").origin).parent
 MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
 
-DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel")
+DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel", "fp8_decode_kernel")
 SPARSE_KERNELS = ("sparse_decode_kernel", "sparse_decode_small_kernel")
 KERNELS = (
     "make_schedule_kernel",
@@ -175,6 +175,23 @@ def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, ele
     # tile, wherever tiles are loaded.
     assert loads > 3
     assert (loads - 3) % (3 * boxes) == 0
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("format", ["Fp8Row", "V32"])
+def test_dense_decode_over_fp8_multiplies_codes_from_registers(instructions, format, rows):
+    (count,) = (
+        count
+        for kernel, count in instructions.items()
+        if re.search(rf"fp8_decode_kernel.*\d{format}ELi{rows}E", kernel)
+    )
+    # A side's half of the columns, and a value warpgroup's four tiles of 64 columns; of v32 these
+    # stand there again, for scales that are large.
+    assert count["HGMMA"] == 18 + 16 * (2 if format == "V32" else 1)
+    assert count["UTMALDG"] > 0
+    assert count["UTMAPF"] > 0
+    # f16 codes by conversion: of each product's 16 columns of a key, a lane has four pairs.
+    assert count["F2FP"] >= 4 * (18 if format == "Fp8Row" else 16)
 
 
 def test_no_kernel_has_a_stack(instructions, resources):

@@ -62,7 +62,9 @@ __global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_toke
                       float* lse) {
   const int row = blockIdx.x, rows = p.s_q * p.h_q, sequence = row / rows;
   const int head = row % p.h_q, query = row % rows / p.h_q, kv = head / (p.h_q / p.h_kv);
-  const int length = p.cache_seqlens[sequence] - (p.causal ? p.s_q - 1 - query : 0);
+  const int length = p.seen != nullptr
+                         ? p.seen[sequence * p.s_q + query]
+                         : p.cache_seqlens[sequence] - (p.causal ? p.s_q - 1 - query : 0);
   const T* q = static_cast<const T*>(p.q) + int64_t(row) * kDqk;
   float* s = scores + int64_t(row) * max_tokens;
   __shared__ float reduce[256];
@@ -128,8 +130,9 @@ struct Bench {
     int64_t tokens;
   };
 
-  // poison: NaN cache past the lengths, junk table entries.
-  Problem make(const Shape& shape, int layers, bool causal) {
+  // poison: NaN cache past the lengths, junk table entries. ranks: that share the tokens, of which
+  // the lengths are of one; then queries' ends are told one by one.
+  Problem make(const Shape& shape, int layers, bool causal, int ranks = 1) {
     Problem x;
     auto& p = x.params;
     p.b = shape.lengths.size(), p.s_q = shape.s_q, p.h_q = shape.h_q, p.h_kv = shape.h_kv,
@@ -170,6 +173,15 @@ struct Bench {
     fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
     p.cache_seqlens = upload(shape.lengths);
     x.allocations.push_back((void*)p.cache_seqlens);
+    if (ranks > 1) {
+      std::vector<int32_t> seen;
+      for (int i = 0; i < p.b; ++i) {
+        const int end = shape.lengths[i] * ranks + i % ranks;  // in tokens of all ranks
+        for (int j = 0; j < p.s_q; ++j) seen.push_back(std::max(end - (p.s_q - 1 - j), 0) / ranks);
+      }
+      p.seen = upload(seen);
+      x.allocations.push_back((void*)p.seen);
+    }
     p.cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
     p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
@@ -182,8 +194,8 @@ struct Bench {
     for (void* d : x.allocations) CHECK(cudaFree(d));
   }
 
-  bool check(const Shape& shape, bool causal) {
-    Problem x = make(shape, 1, causal);
+  bool check(const Shape& shape, bool causal, int ranks = 1) {
+    Problem x = make(shape, 1, causal, ranks);
     const auto& p = x.params;
     CHECK_STATUS(flashmla::sm90::run_make_schedule(x.schedule, 0));
     CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
@@ -222,10 +234,12 @@ struct Bench {
         worst_lse = std::isnan(got_lse[i]) ? 1e9 : worst_lse;
     const bool ok = bad == 0 && worst_lse < 1e-4 && differing == 0;
     std::printf(
-        "%s %-34s causal %d: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine %.1e, lse "
+        "%s %-34s causal %d, %d ranks: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine "
+        "%.1e, lse "
         "%.1e, reruns differing %d\n",
-        ok ? "ok  " : "FAIL", shape.label.c_str(), causal, worst, worst_at / kDv, worst_at % kDv,
-        bad, got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse, differing);
+        ok ? "ok  " : "FAIL", shape.label.c_str(), causal, ranks, worst, worst_at / kDv,
+        worst_at % kDv, bad, got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse,
+        differing);
     CHECK(cudaFree(scores));
     CHECK(cudaFree(out));
     CHECK(cudaFree(lse));
@@ -337,6 +351,8 @@ int main(int argc, char** argv) {
   };
   for (const Shape& shape : checks)
     for (bool causal : {false, true}) ok &= bench.check(shape, causal);
+  for (const Shape& shape : checks)
+    if (shape.s_q > 1) ok &= bench.check(shape, true, 3);
   if (!ok) std::printf("CHECKS FAILED\n");
 
   std::ifstream file(shapes_path);

@@ -64,6 +64,7 @@ int64_t query_index(const DenseDecodeParams& params, const PieceTask& task, int 
 // How many of the sequence's tokens, from its first on, the row attends to.
 int64_t visible_tokens(const DenseDecodeParams& params, const PieceTask& task, int row) {
   const int query = (task.row_begin + row) / (params.h_q / params.h_kv);
+  if (params.seen != nullptr) return params.seen[int64_t{task.sequence} * params.s_q + query];
   return int64_t{task.seqlen} - (params.causal ? params.s_q - 1 - query : 0);
 }
 

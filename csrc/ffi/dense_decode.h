@@ -23,6 +23,7 @@ auto bind_dense_decode(Binding context) {
       .template Arg<AnyBuffer>()  // blocks
       .template Arg<I32R2>()      // block_table
       .template Arg<I32R1>()      // cache_seqlens
+      .template Arg<I32R2>()      // seen
       .template Arg<I32R2>()      // cuts
       .template Arg<F32R0>()      // kv_scale
       .template Ret<AnyBuffer>()  // out
@@ -33,7 +34,7 @@ auto bind_dense_decode(Binding context) {
 }
 
 inline Status read_dense_decode(AnyBuffer q, AnyBuffer blocks, I32R2 block_table,
-                                I32R1 cache_seqlens, I32R2 cuts, F32R0 kv_scale,
+                                I32R1 cache_seqlens, I32R2 seen, I32R2 cuts, F32R0 kv_scale,
                                 Result<AnyBuffer> out, Result<F32R3> lse, Result<F32R4> out_accum,
                                 Result<F32R3> lse_accum, const DenseDecodeAttrs& attrs,
                                 DenseDecodeParams* params) {
@@ -65,6 +66,8 @@ inline Status read_dense_decode(AnyBuffer q, AnyBuffer blocks, I32R2 block_table
   }
   checks.expect("block_table", block_table.dimensions(), {{"b", b}, {"max_blocks", max_blocks}});
   checks.expect("cache_seqlens", cache_seqlens.dimensions(), {{"b", b}});
+  const bool has_seen = seen.dimensions()[1] != 1;
+  checks.expect("seen", seen.dimensions(), {{"b", b}, {"s_q or 1", has_seen ? s_q : 1}});
   checks.expect("out", out->dimensions(), {{"b", b}, {"s_q", s_q}, {"h_q", h_q}, {"d_v", d_v}});
   checks.expect("lse", lse->dimensions(), {{"b", b}, {"s_q", s_q}, {"h_q", h_q}});
   checks.expect("out_accum", out_accum->dimensions(),
@@ -99,6 +102,7 @@ inline Status read_dense_decode(AnyBuffer q, AnyBuffer blocks, I32R2 block_table
   params->blocks = blocks.untyped_data();
   params->block_table = block_table.typed_data();
   params->cache_seqlens = cache_seqlens.typed_data();
+  params->seen = has_seen ? seen.typed_data() : nullptr;
   params->cuts = cuts.typed_data();
   params->kv_scale = kv_scale.typed_data();
   params->out = out->untyped_data();

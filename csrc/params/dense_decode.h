@@ -28,8 +28,11 @@ struct DenseDecodeParams {
   const void* blocks;            // dense: [num_blocks, block_size, h_kv, row_stride]; else bytes
   const int32_t* block_table;    // [b, max_blocks] ids; outside [0, num_blocks) reads as zeros
   const int32_t* cache_seqlens;  // [b] tokens; clamped to [0, max_blocks * block_size]
-  const int32_t* cuts;           // [num_parts + 1, 2] from make_schedule
-  const float* kv_scale;         // [] factor of all codes; kFp8Row only
+  // Where a causal query's end is not told by its number, as every other token is elsewhere:
+  // [b, s_q] tokens that each query sees, at least the sequence's less s_q - 1; null elsewhere.
+  const int32_t* seen = nullptr;
+  const int32_t* cuts;    // [num_parts + 1, 2] from make_schedule
+  const float* kv_scale;  // [] factor of all codes; kFp8Row only
 
   void* out;   // [b, s_q, h_q, d_v]
   float* lse;  // [b, s_q, h_q] natural log; -inf where nothing is attended

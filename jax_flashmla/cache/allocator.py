@@ -39,8 +39,8 @@ class BlockAllocator:
     """
 
     def __init__(self, num_blocks: int, block_size: int):
-        self.num_blocks = _count("num_blocks", num_blocks)
-        self.block_size = _count("block_size", block_size)
+        self.num_blocks = check_count("num_blocks", num_blocks)
+        self.block_size = check_count("block_size", block_size)
         if self.num_blocks > np.iinfo(np.int32).max:
             raise ValueError(f"num_blocks must fit in int32, got {num_blocks}")
         if self.block_size == 0:
@@ -79,7 +79,7 @@ class BlockAllocator:
             ValueError: `num_tokens` is negative or less than `prefix` has, `seq` is in use, or
                 nobody holds a block of `prefix`.
         """
-        num_tokens = _count("num_tokens", num_tokens)
+        num_tokens = check_count("num_tokens", num_tokens)
         prefix = self._held("prefix", prefix)
         if len(prefix) * self.block_size > num_tokens:
             raise ValueError(
@@ -130,7 +130,7 @@ class BlockAllocator:
             ValueError: `seq` is unknown, or `num_new_tokens` is negative.
         """
         blocks = self._known(seq)
-        num_new_tokens = _count("num_new_tokens", num_new_tokens)
+        num_new_tokens = check_count("num_new_tokens", num_new_tokens)
         total = self._blocks_for(self._lengths[seq] + num_new_tokens)
         return total - len(blocks) + self._copies_last(seq, num_new_tokens)
 
@@ -146,7 +146,7 @@ class BlockAllocator:
             ValueError: `seq` is unknown, or `num_new_tokens` is negative.
         """
         blocks = self._known(seq)
-        num_new_tokens = _count("num_new_tokens", num_new_tokens)
+        num_new_tokens = check_count("num_new_tokens", num_new_tokens)
         length = self._lengths[seq]
         copies_last = self._copies_last(seq, num_new_tokens)
         needed = self.blocks_needed(seq, num_new_tokens)
@@ -189,7 +189,7 @@ class BlockAllocator:
             ValueError: `seq` is unknown, or `num_tokens` is negative or more than its length.
         """
         blocks = self._known(seq)
-        num_tokens = _count("num_tokens", num_tokens)
+        num_tokens = check_count("num_tokens", num_tokens)
         if num_tokens > self._lengths[seq]:
             raise ValueError(
                 f"num_tokens must be at most sequence {seq!r}'s length {self._lengths[seq]}, "
@@ -220,7 +220,7 @@ class BlockAllocator:
             ValueError: a sequence is unknown, or holds more than `max_blocks` blocks.
         """
         seqs = list(seqs)
-        table = np.full((len(seqs), _count("max_blocks", max_blocks)), -1, np.int32)
+        table = np.full((len(seqs), check_count("max_blocks", max_blocks)), -1, np.int32)
         for row, seq in enumerate(seqs):
             if seq is None:
                 continue
@@ -270,7 +270,7 @@ class BlockAllocator:
         source: dict[int, int] = {}  # dst: the block whose present content it ends up with
         for src, dst in pairs:
             source[dst] = source.get(src, src)
-        size = len(source) if size is None else _count("size", size)
+        size = len(source) if size is None else check_count("size", size)
         if size < len(source):
             raise ValueError(f"size must be at least {len(source)}, the copies to make, got {size}")
         plan = np.full((2, size), -1, np.int32)
@@ -294,7 +294,7 @@ class BlockAllocator:
         return writes_last and self._holders[self._blocks[seq][-1]] > 1
 
     def _held(self, name: str, blocks: Iterable[int]) -> list[int]:
-        held = [_count(name, block) for block in blocks]
+        held = [check_count(name, block) for block in blocks]
         for block in held:
             if block >= self.num_blocks or self._holders[block] == 0:
                 raise ValueError(f"{name} must be blocks that somebody holds, got {block}")
@@ -337,7 +337,7 @@ class BlockAllocator:
                 self._free.append(block)
 
 
-def _count(name: str, value: int) -> int:
+def check_count(name: str, value: int) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:

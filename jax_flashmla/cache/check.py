@@ -11,28 +11,32 @@ from jax_flashmla.cache.table import BlockTable
 def check_table(table: BlockTable, overflow: jax.Array, num_blocks: int) -> list[str]:
     """What is wrong, a sentence each: see `PagedCache.check`. num_blocks: of a layer.
 
-    Where the table is split over devices by sequences, block ids count from the device's own first
-    block, of which there are num_blocks / devices: each device's sequences are checked apart.
+    Where the table is split over devices, block ids count from the device's own first block, of
+    which there are num_blocks / devices: each device's sequences are checked apart. Where the
+    table's columns are split, so are each sequence's tokens: of the devices of one batch, the
+    r-th of n has every n-th from the r-th on.
     """
-    shards = _batch_slices(table.block_table)
+    batches, ranks = _slices(table.block_table, 0), _slices(table.block_table, 1)
     found = []
-    for rows in shards:
-        found += _check_shard(
-            np.asarray(table.block_table)[rows],
-            np.asarray(table.cache_seqlens)[rows],
-            np.asarray(overflow)[rows],
-            table.block_size,
-            num_blocks // len(shards),
-            rows.start,
-        )
+    for rows in batches:
+        for rank, columns in enumerate(ranks):
+            lengths = np.asarray(table.cache_seqlens)[rows].astype(np.int64)
+            found += _check_shard(
+                np.asarray(table.block_table)[rows, columns],
+                -((rank - lengths) // len(ranks)),
+                np.asarray(overflow)[rows] if rank == 0 else np.zeros(0, np.int32),
+                table.block_size,
+                num_blocks // (len(batches) * len(ranks)),
+                rows.start,
+            )
     return found
 
 
-def _batch_slices(block_table: jax.Array) -> list[slice]:
-    """The sequences of each shard of a table [b, max_blocks]."""
+def _slices(block_table: jax.Array, axis: int) -> list[slice]:
+    """Where the shards of a table [b, max_blocks] lie along an axis."""
     indices = block_table.sharding.devices_indices_map(block_table.shape).values()
-    b = block_table.shape[0]
-    return [slice(*x) for x in sorted({index[0].indices(b)[:2] for index in indices})]
+    size = block_table.shape[axis]
+    return [slice(*x) for x in sorted({index[axis].indices(size)[:2] for index in indices})]
 
 
 def _check_shard(

@@ -170,7 +170,9 @@ class PagedCache:
         table = BlockTable.create(block_table, cache_seqlens, block_size=self.table.block_size)
         return dataclasses.replace(self, table=table, overflow=overflow)
 
-    def advance(self, s_new: int = 1, num_new: ArrayLike | None = None) -> tuple[PagedCache, Slots]:
+    def advance(
+        self, s_new: int = 1, num_new: ArrayLike | None = None, *, context_axis: str | None = None
+    ) -> tuple[PagedCache, Slots]:
         """Makes room for a step's new tokens: once a step, before the layers write them.
 
         Lengths grow by the tokens that fit into the blocks that a sequence has; `overflow` grows by
@@ -180,11 +182,14 @@ class PagedCache:
             s_new: new tokens of each sequence, as many as the rows that `write` will bring.
             num_new: how many of them each sequence has [b], int32, clamped to [0, s_new]; s_new by
                 default. 0 leaves a sequence as it is.
+            context_axis: as for `BlockTable.advance`; `write` then stores this device's tokens.
 
         Returns:
             The cache with its new lengths, and the slots for `write`.
         """
-        table, slots, dropped = self.table.advance(self.num_blocks, s_new, num_new)
+        table, slots, dropped = self.table.advance(
+            self.num_blocks, s_new, num_new, context_axis=context_axis
+        )
         return dataclasses.replace(self, table=table, overflow=self.overflow + dropped), slots
 
     def write(
@@ -203,8 +208,7 @@ class PagedCache:
             slots: this step's slots.
             layer: which layer; may be left out if there is one. May be traced unless `blocks` is a
                 tuple.
-            kv_scale: as for `cache_append`.
-            implementation: as for `cache_append`.
+            kv_scale, implementation: as for `cache_append`.
 
         Raises:
             ValueError, TypeError: rows that do not fit the slots or the format, or a bad layer.
@@ -220,6 +224,7 @@ class PagedCache:
         rows: jax.Array,
         *,
         num_new: ArrayLike | None = None,
+        context_axis: str | None = None,
         kv_scale: ArrayLike | None = None,
         implementation: str | None = None,
     ) -> PagedCache:
@@ -227,24 +232,14 @@ class PagedCache:
 
         Args:
             rows: the new rows [layers, b, s_new, h_kv, d_qk]; for one layer, also without `layers`.
-            num_new: as for `advance`.
-            kv_scale: as for `cache_append`.
-            implementation: as for `cache_append`.
+            num_new, context_axis: as for `advance`.
+            kv_scale, implementation: as for `cache_append`.
 
         Raises:
             ValueError, TypeError: rows that do not fit the cache.
         """
-        _checks.refuse_foreign("rows", rows, "[layers, b, s_new, h_kv, d_qk]")
-        shape = rows.shape
-        if self.layers == 1 and len(shape) == 4:
-            rows, shape = rows[None], (1, *shape)
-        if len(shape) != 5 or shape[0] != self.layers:
-            raise ValueError(
-                f"rows must be [layers = {self.layers}, b, s_new, h_kv, d_qk], got shape {shape}"
-            )
-        _checks.check_array("rows", rows, "[layers, b, s_new, h_kv, d_qk]", _checks.CACHE_DTYPES)
-        rows = jnp.asarray(rows)
-        cache, slots = self.advance(shape[2], num_new)
+        rows = pool.as_rows_of_layers(rows, self.layers)
+        cache, slots = self.advance(rows.shape[2], num_new, context_axis=context_axis)
 
         def write(i: int | jax.Array, cache: PagedCache) -> PagedCache:
             return cache.write(
@@ -261,8 +256,7 @@ class PagedCache:
         """A layer as `dense_decode` takes it: `dense_decode(q, *cache.layer(i), d_v=format.d_v)`.
 
         Args:
-            layer: which layer; may be left out if there is one. May be traced unless `blocks` is a
-                tuple.
+            layer: as for `write`.
 
         Returns:
             blocks, block_table, cache_seqlens to unpack. Where all layers share an array, `blocks`
@@ -313,8 +307,7 @@ class PagedCache:
         """Copies blocks in all layers of both pools, as a fork asks for. Donates the blocks.
 
         Args:
-            src: ids of the blocks to read [n], int32.
-            dst: ids of the blocks to overwrite [n], int32.
+            src, dst: ids of the blocks to read, and to overwrite [n], int32.
 
         Raises:
             ValueError, TypeError: a rank, shape or dtype that does not fit.
@@ -359,25 +352,32 @@ class PagedCache:
         return move.insert_all(self, sequences, block_ids, shard)
 
     def specs(
-        self, *, batch: str | None = None, heads: str | None = None, shard_kv_heads: bool = False
+        self,
+        *,
+        batch: str | None = None,
+        heads: str | None = None,
+        shard_kv_heads: bool = False,
+        context: str | None = None,
     ) -> PagedCache:
         """The cache's PartitionSpecs for `jax.shard_map` and `jax.device_put`, as a PagedCache.
 
         Args:
-            batch: mesh axis that splits sequences and with them the blocks, or None. Block ids then
-                count from the device's first block.
+            batch: mesh axis that splits sequences and their blocks, or None. Ids count by device.
             heads: mesh axis that splits query heads, or None.
             shard_kv_heads: whether `heads` splits the cache's heads too (`dense` formats).
+            context: mesh axis that shares out each sequence's tokens, or None.
         """
-        kv_heads = decode_specs(batch=batch, heads=heads, shard_kv_heads=shard_kv_heads).blocks
+        dense = decode_specs(
+            batch=batch, heads=heads, shard_kv_heads=shard_kv_heads, context=context
+        ).blocks
 
         def spec(blocks: jax.Array) -> PartitionSpec:
-            return kv_heads if blocks.ndim == 4 else PartitionSpec(batch, None)
+            return dense if blocks.ndim == 4 else PartitionSpec(dense[0], None)
 
         return dataclasses.replace(
             self,
             blocks=jax.tree.map(spec, self.blocks),
-            table=self.table.specs(batch=batch),
+            table=self.table.specs(batch=batch, context=context),
             overflow=PartitionSpec(batch),  # type: ignore[arg-type]
             index_blocks=jax.tree.map(spec, self.index_blocks),
         )
@@ -395,6 +395,6 @@ class PagedCache:
 
         Lists lengths outside the table, block ids out of range within a length, blocks that two
         sequences would write next (a fork that was not extended), and rows dropped so far. Empty if
-        all is well. Not under jit. A cache split by sequences is checked device by device.
+        all is well. Not under jit. A cache split over devices is checked device by device.
         """
         return check_table(self.table, self.overflow, self.num_blocks)

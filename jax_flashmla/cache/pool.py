@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax_flashmla import _checks, _limits
 from jax_flashmla.cache.copy import copy_blocks
 from jax_flashmla.cache.format import CacheFormat
-from jax_flashmla.cache.table import BlockTable, Slots
+from jax_flashmla.cache.table import BlockTable, Share, Slots
 from jax_flashmla.ops.cache_append import cache_append
 
 if TYPE_CHECKING:
@@ -151,12 +151,15 @@ def write(
             f"{rows.shape}"
         )
     of = view(blocks, format, layers, table, layer)
+    new_tokens: Slots | Share = slots
+    if slots.share is not None:
+        new_tokens, rows = slots.share, slots.share.take(jnp.asarray(rows))
     new = cache_append(
         of.blocks,
         rows,
         of.block_table,
-        slots.positions,
-        num_new=slots.num_new,
+        new_tokens.positions,
+        num_new=new_tokens.num_new,
         format=of.format,
         kv_scale=kv_scale,
         implementation=implementation,
@@ -166,6 +169,21 @@ def write(
         assert isinstance(i, int)
         return (*blocks[:i], new, *blocks[i + 1 :])
     return new
+
+
+def as_rows_of_layers(rows: Any, layers: int) -> jax.Array:
+    """[layers, b, s_new, h_kv, d_qk]; those of one layer may come without `layers`."""
+    dims = "[layers, b, s_new, h_kv, d_qk]"
+    _checks.refuse_foreign("rows", rows, dims)
+    shape = rows.shape
+    if layers == 1 and len(shape) == 4:
+        rows, shape = rows[None], (1, *shape)
+    if len(shape) != 5 or shape[0] != layers:
+        raise ValueError(
+            f"rows must be [layers = {layers}, b, s_new, h_kv, d_qk], got shape {shape}"
+        )
+    _checks.check_array("rows", rows, dims, _checks.CACHE_DTYPES)
+    return jnp.asarray(rows)
 
 
 def copy(blocks: Blocks, layers: int, src: jax.Array, dst: jax.Array) -> Blocks:

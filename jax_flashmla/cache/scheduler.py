@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks
+from jax_flashmla.cache.allocator import BlockAllocator, OutOfBlocks, check_count
 from jax_flashmla.cache.prefix import PrefixCache, chain
 
 
@@ -96,14 +98,16 @@ class Scheduler:
         Raises:
             OutOfBlocks: too few blocks are free.
             ValueError: no token is given, `room` is negative, or `seq` is in use.
+            TypeError: tokens or `room` that are no integers, or a `salt` that is not bytes.
         """
-        if len(tokens) == 0:
+        tokens, room = _token_ids(tokens), check_count("room", room)
+        if not tokens:
             raise ValueError("tokens must have at least one token, got none")
-        if room < 0:
-            raise ValueError(f"room must not be negative, got {room}")
+        if not isinstance(salt, bytes):
+            raise TypeError(f"salt must be bytes, got {salt!r}")
         size = self.allocator.block_size
         shareable = (len(tokens) - 1) // size * size
-        new = _Sequence([int(token) for token in tokens[:shareable]], [], salt)
+        new = _Sequence(tokens[:shareable], [], salt)
         shared: list[int] = []
         if self._prefixes is not None:
             new.extend_hashes(size)
@@ -129,8 +133,7 @@ class Scheduler:
             ValueError: `seq` is unknown, or `num_new_tokens` is negative.
         """
         length = self.length(seq)
-        if num_new_tokens < 0:
-            raise ValueError(f"num_new_tokens must not be negative, got {num_new_tokens}")
+        num_new_tokens = check_count("num_new_tokens", num_new_tokens)
         missing = max(length + num_new_tokens - self._reserved(seq), 0)
         self._make_room(self.allocator.blocks_needed(seq, missing))
         self._copies += self.allocator.extend(seq, missing)
@@ -141,7 +144,7 @@ class Scheduler:
         Raises:
             ValueError: `seq` is unknown, or has no room for them.
         """
-        sequence, tokens = self._known(seq), [int(token) for token in tokens]
+        sequence, tokens = self._known(seq), _token_ids(tokens)
         room = self._reserved(seq) - len(sequence.tokens)
         if len(tokens) > room:
             raise ValueError(
@@ -165,8 +168,8 @@ class Scheduler:
         Raises:
             ValueError: `seq` is unknown, or `num_tokens` is negative or more than its length.
         """
-        sequence = self._known(seq)
-        if not 0 <= num_tokens <= len(sequence.tokens):
+        sequence, num_tokens = self._known(seq), check_count("num_tokens", num_tokens)
+        if num_tokens > len(sequence.tokens):
             raise ValueError(
                 f"num_tokens must be in [0, {len(sequence.tokens)}], the length of {seq!r}, got "
                 f"{num_tokens}"
@@ -282,3 +285,13 @@ class Scheduler:
         if self._prefixes is not None:
             cached = [block for block in blocks if block in self._prefixes]
             self._prefixes.leave([b for b in cached if self.allocator.holders(b) == 1])
+
+
+def _token_ids(tokens: Any) -> list[int]:
+    """Token ids, or an array of them, as Python's integers."""
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens must be token ids, such as [1, 2, 3], got {tokens!r}")
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise TypeError(f"tokens must be integers: {error}") from None

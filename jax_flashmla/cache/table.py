@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._context import context_of
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class BlockTable:
         block_table: block ids [b, max_blocks], int32. Token t of sequence i is in block
             `block_table[i, t // block_size]`. Entries past a sequence's blocks are -1, or any other
             id that the cache does not have.
-        cache_seqlens: tokens of each sequence that are in the cache [b], int32.
+        cache_seqlens: tokens of each sequence that are in the cache [b], int32; under context
+            parallelism of the whole sequence, of which block_table has the device's tokens.
         block_size: tokens of a block. Static.
     """
 
@@ -74,6 +76,7 @@ class BlockTable:
         s_q: int = 1,
         num_parts: int | None = None,
         batch_invariant: bool = False,
+        context: tuple[ArrayLike, int] | None = None,
         implementation: str | None = None,
     ) -> SplitSchedule:
         """The step's schedule: `make_schedule` of these lengths and this width."""
@@ -85,11 +88,17 @@ class BlockTable:
             max_seqlen=self.max_seqlen,
             num_parts=num_parts,
             batch_invariant=batch_invariant,
+            context=context,
             implementation=implementation,
         )
 
     def advance(
-        self, num_blocks: int, s_new: int = 1, num_new: ArrayLike | None = None
+        self,
+        num_blocks: int,
+        s_new: int = 1,
+        num_new: ArrayLike | None = None,
+        *,
+        context_axis: str | None = None,
     ) -> tuple[BlockTable, Slots, jax.Array]:
         """Makes room for a step's new tokens, of a pool of `num_blocks` blocks.
 
@@ -98,6 +107,9 @@ class BlockTable:
             s_new: new tokens of each sequence. Static.
             num_new: how many of them each sequence has [b], clamped to [0, s_new]; s_new by
                 default.
+            context_axis: inside `jax.shard_map`, the mesh axis that shares out the tokens of each
+                sequence: of token t its rank t mod n has room to make. One that a rank has none for
+                does not fit on any.
 
         Returns:
             The table with its new lengths, the slots for `write`, and the tokens of each sequence
@@ -109,15 +121,54 @@ class BlockTable:
             num_new = jnp.full(b, s_new, jnp.int32)
         num_new = jnp.clip(_checks.as_per_sequence("num_new", num_new, b), 0, s_new)
         capacity = self.capacity(num_blocks)
+        here = None if context_axis is None else context_of(context_axis)
+        if here is not None:
+            assert context_axis is not None
+            capacity = here.agree(capacity, context_axis)
         positions = jnp.clip(self.cache_seqlens, 0, capacity)
         fitting = jnp.minimum(num_new, capacity - positions)
         table = dataclasses.replace(self, cache_seqlens=positions + fitting)
-        return table, Slots(positions, fitting, s_new), num_new - fitting
+        share = None
+        if here is not None:
+            before = here.count(positions)
+            share = Share(
+                (here.rank - positions) % here.size,
+                before,
+                here.count(positions + fitting) - before,
+                here.size,
+            )
+        return table, Slots(positions, fitting, s_new, share), num_new - fitting
 
-    def specs(self, *, batch: str | None = None) -> BlockTable:
-        """The table's PartitionSpecs for `jax.shard_map`, as a BlockTable: `batch` splits b."""
-        table, seqlens = PartitionSpec(batch, None), PartitionSpec(batch)
+    def specs(self, *, batch: str | None = None, context: str | None = None) -> BlockTable:
+        """The table's PartitionSpecs for `jax.shard_map`, as a BlockTable: `batch` splits b, and
+        each device of `context` has columns of its own."""
+        table, seqlens = PartitionSpec(batch, context), PartitionSpec(batch)
         return BlockTable(table, seqlens, self.block_size)  # type: ignore[arg-type]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of a step's new tokens a rank stores, under context parallelism: every size-th.
+
+    Attributes:
+        first: which of a sequence's new tokens is the rank's first [b], int32.
+        positions: where it goes among the rank's own tokens of the sequence [b], int32.
+        num_new: how many are the rank's [b], int32.
+        size: how many ranks there are. Static.
+    """
+
+    first: jax.Array
+    positions: jax.Array
+    num_new: jax.Array
+    size: int = dataclasses.field(metadata={"static": True})
+
+    def take(self, rows: jax.Array) -> jax.Array:
+        """Of rows [b, s_new, ...] the rank's [b, ceil(s_new / size), ...], then any."""
+        s_new = rows.shape[1]
+        step = jnp.arange(-(-s_new // self.size), dtype=jnp.int32) * self.size
+        row = jnp.minimum(self.first[:, None] + step[None, :], s_new - 1)
+        return jnp.take_along_axis(rows, row.reshape(*row.shape, *[1] * (rows.ndim - 2)), axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -130,11 +181,13 @@ class Slots:
             embeddings of the new tokens start from.
         num_new: tokens to write [b], int32: those asked for that fit.
         s_new: rows that a call of `PagedCache.write` brings for each sequence. Static.
+        share: which of them this device stores, under context parallelism.
     """
 
     positions: jax.Array
     num_new: jax.Array
     s_new: int = dataclasses.field(metadata={"static": True})
+    share: Share | None = None
 
     def specs(self, *, batch: str | None = None) -> Slots:
         """The slots' PartitionSpecs for `jax.shard_map`, as Slots: `batch` splits b."""

@@ -49,6 +49,7 @@ class MLACalls:
         schedule: SplitSchedule | None = None,
         absorbed: AbsorbedWeights | None = None,
         selection: Selection | None = None,
+        context_axis: str | None = None,
         implementation: str | None = None,
     ) -> tuple[PagedCache, jax.Array]:
         """A few new tokens per sequence: see `jax_flashmla.layers.decode`."""
@@ -64,6 +65,7 @@ class MLACalls:
             selection=selection,
             heads_axis=manual_axis(self.heads_axis),
             peers=self.peers if manual_axis(self.heads_axis) else None,
+            context_axis=context_axis,
             implementation=implementation,
         )
 
@@ -76,6 +78,7 @@ class MLACalls:
         layer: int | jax.Array | None = None,
         prefix: bool = True,
         selection: Selection | None = None,
+        context_axis: str | None = None,
         implementation: str | None = None,
     ) -> tuple[PagedCache, jax.Array]:
         """A prompt or a chunk of it: see `jax_flashmla.layers.prefill`."""
@@ -89,6 +92,7 @@ class MLACalls:
             prefix=prefix,
             selection=selection,
             heads_axis=manual_axis(self.heads_axis),
+            context_axis=context_axis,
             implementation=implementation,
         )
 
@@ -100,6 +104,7 @@ class MLACalls:
         slots: Slots,
         layer: int | jax.Array | None = None,
         prefix: bool = True,
+        context_axis: str | None = None,
         implementation: str | None = None,
     ) -> tuple[PagedCache, Selection]:
         """The tokens that the new ones attend to: see `jax_flashmla.layers.select`."""
@@ -112,6 +117,7 @@ class MLACalls:
             layer=layer,
             prefix=prefix,
             heads_axis=manual_axis(self.heads_axis),
+            context_axis=context_axis,
             implementation=implementation,
         )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, dense_decode
+from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule
 from jax_flashmla.layers.absorb import AbsorbedWeights
+from jax_flashmla.layers.attend import attend_cached, attend_selected
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
@@ -22,7 +23,6 @@ from jax_flashmla.layers.project import (
     write_rows,
 )
 from jax_flashmla.layers.rope import rotate
-from jax_flashmla.layers.sparse import attend_selected
 
 
 def decode(
@@ -38,6 +38,7 @@ def decode(
     selection: Selection | None = None,
     heads_axis: str | None = None,
     peers: Peers | None = None,
+    context_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:
     """Attention of a few new tokens per sequence to all tokens up to themselves, or the selected.
@@ -55,7 +56,8 @@ def decode(
         layer: which layer of the cache; may be traced. May be left out if there is one.
         schedule: the step's schedule, of `make_schedule(cache.table.cache_seqlens, h_q=heads,
             s_q=s_q, max_seqlen=cache.table.max_seqlen)`; made here by default. It is of dense
-            attention, and not used where tokens are selected.
+            attention, and not used where tokens are selected. With context_axis it is given
+            context, and the heads of all its devices where heads_axis is the same.
         absorbed: precomputed products of weights, from `absorb`, to be used in place of params'.
         selection: what this layer or an earlier one has selected for these tokens, from `select`.
             By default the layer selects for itself, where the cache has an index pool with as many
@@ -63,6 +65,9 @@ def decode(
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
         peers: from `connect_peers(mesh, heads_axis)`: the sum is then made over peer memory where
             `all_reduce_sum` can, and else, as without them, by `jax.lax.psum`.
+        context_axis: inside `jax.shard_map`, the mesh axis that shares out each sequence's tokens,
+            to which `advance` was given it too. It may be the axis of heads; `peers` then exchange
+            what attention needs, too.
         implementation: as for `dense_decode`.
 
     Returns:
@@ -90,19 +95,22 @@ def decode(
     q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.format.dtype)
 
     cache, selection = selection_for(
-        selection, config, params, x, cache, slots, layer, heads_axis, implementation
+        selection, config, params, x, cache, slots, layer, heads_axis, context_axis, implementation
     )
     if selection.slots is not None:
-        out = attend_selected(config, q, cache, layer, selection, implementation)
+        out = attend_selected(
+            config, q, cache, layer, selection, heads_axis, context_axis, peers, implementation
+        )
     else:
         # dense_decode's last query is a sequence's last token: move the padding to the front.
         padding = slots.s_new - slots.num_new
-        out, _ = dense_decode(
+        out, _ = attend_cached(
+            config,
             roll_tokens(q, padding),
-            *cache.layer(layer),
-            format=cache.format,
-            d_v=config.kv_lora_rank,
-            sm_scale=config.sm_scale,
+            cache.layer(layer),
+            heads_axis,
+            context_axis,
+            peers,
             causal=True,
             schedule=schedule,
             implementation=implementation,

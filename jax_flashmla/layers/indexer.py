@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import CacheFormat, PagedCache, Slots, index_topk, quantise
+from jax_flashmla import CacheFormat, PagedCache, Slots, context, index_topk, quantise
 from jax_flashmla.layers.config import IndexerConfig, MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
@@ -43,6 +44,7 @@ def select(
     layer: int | jax.Array | None = None,
     prefix: bool = True,
     heads_axis: str | None = None,
+    context_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, Selection]:
     """Writes the new tokens' index keys, and selects the tokens that they attend to.
@@ -66,6 +68,8 @@ def select(
         prefix: as for `prefill`.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads. Each of its devices
             selects for itself: the same tokens, as the indexer's heads are not split.
+        context_axis: as for `decode`. Each device's slots are those that it has of the selected
+            tokens.
         implementation: as for `index_topk`.
 
     Returns:
@@ -88,6 +92,8 @@ def select(
     keys = keys.astype(format.dtype) if format.name == "dense" else _spread(indexer, keys)
     cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
     longest = cache.table.max_seqlen
+    if context_axis is not None:
+        longest *= jax.lax.axis_size(context_axis)
     longest = longest if prefix else min(longest, slots.s_new)
     if longest <= indexer.topk:
         return cache, ALL
@@ -97,8 +103,11 @@ def select(
     # The last query is a sequence's last token: move the padding to the front.
     padding = slots.s_new - slots.num_new
     q, weights = roll_tokens(q, padding), roll_tokens(weights, padding)
-    best = _select_best(indexer, q, weights, cache, layer, implementation)
-    return cache, Selection(roll_tokens(best, -padding), jnp.minimum(positions + 1, indexer.topk))
+    best = _select_best(indexer, q, weights, cache, layer, context_axis, implementation)
+    best = roll_tokens(best, -padding)
+    if context_axis is not None:
+        return cache, Selection(best, jnp.sum(best >= 0, axis=2, dtype=jnp.int32))
+    return cache, Selection(best, jnp.minimum(positions + 1, indexer.topk))
 
 
 def selection_for(
@@ -110,6 +119,7 @@ def selection_for(
     slots: Slots,
     layer: int | jax.Array | None,
     heads_axis: str | None,
+    context_axis: str | None,
     implementation: str | None,
     *,
     prefix: bool = True,
@@ -140,7 +150,7 @@ def selection_for(
         )
     return select(
         config, params, x, cache, slots=slots, layer=layer, prefix=prefix, heads_axis=heads_axis,
-        implementation=implementation,
+        context_axis=context_axis, implementation=implementation,
     )  # fmt: skip
 
 
@@ -166,13 +176,17 @@ def _select_best(
     weights: jax.Array,
     cache: PagedCache,
     layer: int | jax.Array | None,
+    context_axis: str | None,
     implementation: str | None,
 ) -> jax.Array:
     """Slots [b, s, topk] for index queries [b, s, heads, head_dim] at the sequences' ends."""
     pool = cache.index_layer(layer)
     table, lengths = cache.table.block_table, cache.table.cache_seqlens
+    topk = index_topk
+    if context_axis is not None:
+        topk = functools.partial(context.index_topk, axis=context_axis)
     if pool.format.name == "dense":
-        best = index_topk(
+        best = topk(
             None,
             None,
             None,
@@ -187,7 +201,7 @@ def _select_best(
         assert isinstance(best, jax.Array)
         return best
     codes, scales = _quantise(pool.format, _spread(indexer, q))
-    best = index_topk(
+    best = topk(
         codes,
         weights * scales,
         pool.blocks,

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from flax import linen as nn
+
+try:
+    from flax import linen as nn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "jax_flashmla.layers.linen needs the package flax: pip install 'jax-flashmla[flax]'"
+    ) from error
 
 from jax_flashmla import Peers
 from jax_flashmla.layers.calls import MLACalls

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from flax import nnx
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "jax_flashmla.layers.nnx needs the package flax: pip install 'jax-flashmla[flax]'"
+    ) from error
 
 from jax_flashmla import Peers
 from jax_flashmla.layers.calls import MLACalls

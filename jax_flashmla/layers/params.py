@@ -69,8 +69,11 @@ class MLAParams:
             config: the layer.
             key: a key of `jax.random`.
             dtype: of the arrays.
+
+        Raises:
+            TypeError: a config that is none, or a dtype that is not floating.
         """
-        _check_config(config)
+        _check_call(config, dtype)
         return _init(config, key, jnp.dtype(dtype))
 
     @staticmethod
@@ -228,16 +231,16 @@ def _from_fields(
     weights: Any,
     dtype: DTypeLike,
 ) -> MLAParams:
-    _check_config(config)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating, got {dtype}")
+    _check_call(config, dtype)
     fields = read(config, weights)
     return MLAParams(**{name: x.astype(stored_dtype(name, dtype)) for name, x in fields.items()})
 
 
-def _check_config(config: Any) -> None:
+def _check_call(config: Any, dtype: DTypeLike) -> None:
     if not isinstance(config, MLAConfig):
         raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating, got {dtype}")
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import PagedCache, Slots, dense_decode, merge_lse
+from jax_flashmla import PagedCache, Slots, merge_lse
+from jax_flashmla.layers.attend import attend_cached, attend_selected
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import absorb_queries, unabsorb_values
 from jax_flashmla.layers.indexer import Selection, selection_for
@@ -20,7 +22,6 @@ from jax_flashmla.layers.project import (
     project_rows,
     write_rows,
 )
-from jax_flashmla.layers.sparse import attend_selected
 
 
 def prefill(
@@ -34,6 +35,7 @@ def prefill(
     prefix: bool = True,
     selection: Selection | None = None,
     heads_axis: str | None = None,
+    context_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:
     """Attention of a prompt, or a chunk of it, to all tokens up to themselves.
@@ -55,6 +57,7 @@ def prefill(
             wrong where one has: `slots.positions` must be 0.
         selection: as for `decode`; its `select` must have been given the same prefix.
         heads_axis: inside `jax.shard_map`, the mesh axis that splits heads; y is summed over it.
+        context_axis: as for `decode`; each of its devices is given all tokens.
         implementation: as for `dense_decode` and `cache_append`.
 
     Returns:
@@ -72,11 +75,14 @@ def prefill(
     q_nope, q_rope = project_queries(config, params, x, positions)
 
     cache, selection = selection_for(
-        selection, config, params, x, cache, slots, layer, heads_axis, implementation, prefix=prefix
-    )
+        selection, config, params, x, cache, slots, layer, heads_axis, context_axis, implementation,
+        prefix=prefix,
+    )  # fmt: skip
     if selection.slots is not None:
         q = jnp.concatenate([absorb_queries(params, q_nope), q_rope], axis=-1)
-        out = attend_selected(config, q, cache, layer, selection, implementation)
+        out = attend_selected(
+            config, q, cache, layer, selection, heads_axis, context_axis, None, implementation
+        )
         attended = unabsorb_values(params, out.astype(x.dtype))
         return cache, project_output(params, attended, heads_axis)
 
@@ -91,15 +97,14 @@ def prefill(
 
     chunk, chunk_lse = _attend_with_lse(q, k, values, config.sm_scale)
     q_latent = jnp.concatenate([absorb_queries(params, q_nope), q_rope], axis=-1)
-    blocks, block_table, _ = cache.layer(layer)
-    earlier, earlier_lse = dense_decode(
+    rows = dataclasses.replace(cache.layer(layer), cache_seqlens=slots.positions)
+    earlier, earlier_lse = attend_cached(  # to the tokens before the chunk
+        config,
         q_latent.astype(cache.format.dtype),
-        blocks,
-        block_table,
-        slots.positions,  # tokens before the chunk
-        format=cache.format,
-        d_v=config.kv_lora_rank,
-        sm_scale=config.sm_scale,
+        rows,
+        heads_axis,
+        context_axis,
+        None,
         implementation=implementation,
     )
     earlier = unabsorb_values(params, earlier.astype(x.dtype))

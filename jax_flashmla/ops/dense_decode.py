@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._context import Context, as_context
 from jax_flashmla._decode_refusal import sm90_refusal
 from jax_flashmla._num_parts import default_split
 from jax_flashmla._windows import Windows, make_windows, window_tokens
@@ -41,6 +42,7 @@ def dense_decode(
     max_q_len: int | None = None,
     format: CacheFormat | None = None,
     kv_scale: ArrayLike | None = None,
+    context: tuple[ArrayLike, int] | None = None,
     schedule: SplitSchedule | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -77,9 +79,13 @@ def dense_decode(
             by default dense, as the array is.
         kv_scale: [] float32, what the codes of an "fp8_row" cache are multiplied with; by default
             1.
-        schedule: the step's schedule from `make_schedule`, which for packed queries is given
-            cu_q_lens, max_q_len and causal too; made here by default (and once only in a jitted
-            step: XLA merges equal ones).
+        context: (rank, size) where only the tokens rank, rank + size, rank + 2 size ... of each
+            sequence are here, and token j of block_table's has position j * size + rank; size is
+            static. cache_seqlens and causal are of whole sequences, the results of the tokens that
+            are here: `jax_flashmla.context` merges those of all ranks.
+        schedule: the step's schedule from `make_schedule`, which is given context too, and for
+            packed queries cu_q_lens, max_q_len and causal; made here by default (and once only in a
+            jitted step: XLA merges equal ones).
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX, which can be differentiated.
 
@@ -130,6 +136,7 @@ def dense_decode(
     if sm_scale is not None:
         _checks.check_scale(sm_scale)
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
+    here = as_context(context)
     _checks.check_implementation(implementation)
     params: dict[str, Any] = {
         "kv_scale": kv_scale,
@@ -137,6 +144,7 @@ def dense_decode(
         "d_v": d_v,
         "sm_scale": float(d_qk**-0.5 if sm_scale is None else sm_scale),
         "causal": bool(causal),
+        "context": here,
         "schedule": schedule,
         "implementation": implementation,
     }
@@ -157,6 +165,7 @@ def decode_packed(
     format: CacheFormat,
     max_q_len: int,
     causal: bool,
+    context: Context | None = None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """dense_decode of packed queries, past the checks on arguments.
@@ -166,13 +175,17 @@ def decode_packed(
     """
     check_unsharded("dense_decode", tuple(map(jax.typeof, (q, cu_q_lens, cache_seqlens))))
     num_tokens, h_q, _ = q.shape
+    capacity = block_table.shape[1] * format.block_size
+    if context is not None:
+        cache_seqlens = context.clamp(cache_seqlens, capacity)
+        capacity = _limits.INT32_MAX
     windows = make_windows(
         cu_q_lens,
         cache_seqlens,
         num_tokens=num_tokens,
         s_q=window_tokens(h_q, format.h_kv, max_q_len),
         max_q_len=max_q_len,
-        capacity=block_table.shape[1] * format.block_size,
+        capacity=capacity,
         causal=causal,
     )
     q, block_table = _unpack(windows, q, block_table)
@@ -183,6 +196,7 @@ def decode_packed(
         windows.cache_seqlens,
         format=format,
         causal=causal,
+        context=context,
         made_for=f"q's T = {num_tokens} packed tokens (cu_q_lens, num_tokens, max_q_len)",
         **params,
     )
@@ -197,19 +211,38 @@ def _decode(
     *,
     kv_scale: jax.Array,
     format: CacheFormat,
+    causal: bool,
+    context: Context | None,
     schedule: SplitSchedule | None,
     implementation: str | None,
     made_for: str | None = None,
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     b, s_q, h_q, _ = q.shape
+    capacity = block_table.shape[1] * format.block_size
+    if context is not None:
+        lengths = context.clamp(cache_seqlens, capacity)
+        cache_seqlens = context.count(lengths)
+    if context is None or not causal or s_q == 1:
+        seen = cache_seqlens[:, None]  # causal tells it
+    elif format.name == "dense":
+        seen = context.seen(lengths, s_q)
+    else:  # whose kernels take no `seen`: each query token is a sequence
+        lengths = context.seen(lengths, s_q).reshape(b * s_q)
+        each = q.reshape(b * s_q, 1, *q.shape[2:])
+        out, lse = _decode(
+            each, blocks, jnp.repeat(block_table, s_q, axis=0), lengths, kv_scale=kv_scale,
+            format=format, causal=False, context=None, schedule=None,
+            implementation=implementation, **params,
+        )  # fmt: skip
+        return out.reshape(b, s_q, *out.shape[2:]), lse.reshape(b, s_q, -1)
     if schedule is None:
         schedule = schedule_of_lengths(
             cache_seqlens,
             h_q=h_q,
             h_kv=format.h_kv,
             s_q=s_q,
-            max_seqlen=block_table.shape[1] * format.block_size,
+            max_seqlen=capacity,
             implementation=implementation,
         )
     schedule = check_schedule(schedule, b, made_for)
@@ -218,9 +251,11 @@ def _decode(
         blocks,
         block_table,
         cache_seqlens,
+        seen,
         schedule.cuts,
         kv_scale,
         format=format,
+        causal=causal,
         tile_rows=schedule.tile_rows,
         implementation=implementation,
         **params,
@@ -246,10 +281,8 @@ def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str |
     return sm90_refusal(q.shape[-1], d_v, q.dtype, format)
 
 
-def _results(
-    q: Any, _blocks: Any, _table: Any, _seqlens: Any, cuts: Any, _scale: Any, *, d_v: int, **_: Any
-) -> list[tuple[tuple[int, ...], Any]]:
-    rows = q.shape[:-1]
+def _results(q: Any, *operands: Any, d_v: int, **_: Any) -> list[tuple[tuple[int, ...], Any]]:
+    rows, cuts = q.shape[:-1], operands[4]
     pieces = (2 * (cuts.shape[0] - 1), *rows[1:])
     return [
         ((*rows, d_v), q.dtype),
@@ -264,6 +297,7 @@ def _reference(
     blocks: jax.Array,
     block_table: jax.Array,
     cache_seqlens: jax.Array,
+    seen: jax.Array,
     cuts: jax.Array,
     kv_scale: jax.Array,
     *,
@@ -271,7 +305,7 @@ def _reference(
     **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     del cuts, tile_rows  # how work is divided changes nothing
-    return reference(q, blocks, block_table, cache_seqlens, kv_scale, **params)
+    return reference(q, blocks, block_table, cache_seqlens, seen, kv_scale, **params)
 
 
 def _batch(
@@ -283,8 +317,8 @@ def _batch(
     implementation: str | None,
     **params: Any,
 ) -> tuple[list[jax.Array], list[int | None]]:
-    q, blocks, block_table, cache_seqlens, cuts, kv_scale = operands
-    q_dim, blocks_dim, table_dim, seqlens_dim, cuts_dim, scale_dim = dims
+    q, blocks, block_table, cache_seqlens, seen, cuts, kv_scale = operands
+    q_dim, blocks_dim, table_dim, seqlens_dim, seen_dim, cuts_dim, scale_dim = dims
     params = {"format": format, "implementation": implementation, **params}
     if scale_dim is not None:
         raise NotImplementedError(
@@ -292,16 +326,17 @@ def _batch(
             "index: map over the caller's own loop instead"
         )
     n = vmap.mapped_size(operands, dims)
-    if all(d is None for d in dims[:4]):  # no schedule changes what is computed
+    if all(d is None for d in dims[:5]):  # no schedule changes what is computed
         assert cuts_dim is not None
         cuts = jax.lax.index_in_dim(cuts, 0, cuts_dim, keepdims=False)
-        results = decode_op.bind(*operands[:4], cuts, kv_scale, tile_rows=tile_rows, **params)
+        results = decode_op.bind(*operands[:5], cuts, kv_scale, tile_rows=tile_rows, **params)
         return results, [None] * 4
     q, block_table, cache_seqlens = (
         vmap.fold(q, q_dim, n),
         vmap.fold(block_table, table_dim, n),
         vmap.fold(cache_seqlens, seqlens_dim, n),
     )
+    seen = vmap.fold(seen, seen_dim, n)
     b = q.shape[0] // n
     vmap.check_folded("dense_decode", n, b)
     if blocks_dim is not None:
@@ -318,7 +353,7 @@ def _batch(
     )
     (cuts,) = schedule_op.bind(cache_seqlens, num_parts=num_parts, implementation=implementation)
     out, lse, *workspace = decode_op.bind(
-        q, blocks, block_table, cache_seqlens, cuts, kv_scale, tile_rows=tile_rows, **params
+        q, blocks, block_table, cache_seqlens, seen, cuts, kv_scale, tile_rows=tile_rows, **params
     )
     return [vmap.unfold(out, n), vmap.unfold(lse, n), *workspace], [0, 0, None, None]
 

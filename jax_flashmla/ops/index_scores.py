@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks
+from jax_flashmla._context import as_context
 from jax_flashmla._index_source import as_index_layer, as_index_table, check_queries
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.operation import Operation
@@ -32,6 +33,7 @@ def index_scores(
     causal: bool = True,
     first_block: ArrayLike = 0,
     layer_blocks: int | None = None,
+    context: tuple[ArrayLike, int] | None = None,
     schedule: SplitSchedule | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -57,6 +59,7 @@ def index_scores(
             int, or a traced integer, which is clamped to the array.
         layer_blocks: blocks of the layer, by default all of the array. layer_blocks * 64 is at most
             2^31 - 1.
+        context: (rank, size) as in `dense_decode`: scores are then by local token.
         schedule: from `make_schedule` for these sequences; made here by default, with a part for
             each multiprocessor.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
@@ -70,11 +73,17 @@ def index_scores(
         NotImplementedError: implementation is "kernel" and there is none for this platform or
             device; or the kernel is differentiated.
     """
-    b, _, _ = check_queries(q, weights)
+    b, s_q, _ = check_queries(q, weights)
     layer = as_index_layer(blocks, format, first_block, layer_blocks)
     block_table, cache_seqlens = as_index_table(block_table, cache_seqlens, b, "q")
     _checks.check_bool("causal", causal)
     _checks.check_implementation(implementation)
+    seen, here = None, as_context(context)
+    if here is not None:
+        lengths = here.clamp(cache_seqlens, block_table.shape[1] * INDEX_BLOCK_SIZE)
+        cache_seqlens = here.count(lengths)
+        seen = here.seen(lengths, s_q) if causal and s_q > 1 else None
+        causal = False
     (scores,) = scores_op(
         q,
         weights,
@@ -87,6 +96,9 @@ def index_scores(
         causal=bool(causal),
         implementation=implementation,
     )
+    if seen is not None:
+        token = jnp.arange(scores.shape[2], dtype=jnp.int32)
+        scores = jnp.where(token[None, None, :] < seen[:, :, None], scores, -jnp.inf)
     return scores
 
 

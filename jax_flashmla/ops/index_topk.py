@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,20 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
-from jax_flashmla._index_source import (
-    COLUMNS,
-    MOST_BLOCKS,
-    IndexLayer,
-    as_index_layer,
-    as_index_table,
-    check_index_format,
-    check_queries,
-)
+from jax_flashmla._context import Context, as_context
+from jax_flashmla._index_source import Source, check_source, no_keys
 from jax_flashmla._xla import vmap
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.cache.format import INDEX_BLOCK_SIZE, CacheFormat
-from jax_flashmla.ops.index_scores import index_cuts
-from jax_flashmla.ops.make_schedule import SplitSchedule
+from jax_flashmla.ops.index_scores import index_cuts, scores_op
+from jax_flashmla.ops.make_schedule import SplitSchedule, uncut
 from jax_flashmla.reference import indexer as reference
 
 if TYPE_CHECKING:
@@ -43,6 +37,7 @@ def index_topk(
     return_positions: bool = False,
     first_block: ArrayLike = 0,
     layer_blocks: int | None = None,
+    context: tuple[ArrayLike, int] | None = None,
     schedule: SplitSchedule | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -87,6 +82,9 @@ def index_topk(
             cache_seqlens, causal and layer_blocks (any by default) decide what is visible; scores
             of other tokens may be anything.
         return_positions: whether to return the tokens' positions too.
+        context: (rank, size) as in `dense_decode`: the best of the tokens that are here, and
+            scores by local token. `jax_flashmla.context.index_topk` selects from those of all
+            ranks.
         schedule: from `make_schedule` for these sequences; made here by default, with a part for
             each multiprocessor.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
@@ -104,49 +102,34 @@ def index_topk(
     """
     topk = _checks.check_int("topk", topk, 1, _limits.MAX_TOPK)
     _checks.check_bool("causal", causal)
+    source, has_scores = check_source(
+        q, weights, blocks, block_table, cache_seqlens, format, scores, first_block, layer_blocks
+    )
     _checks.check_bool("return_positions", return_positions)
     _checks.check_implementation(implementation)
-    has_scores = scores is not None
-    if scores is None:
-        b, _, _ = check_queries(q, weights)
-        assert q is not None
-        assert weights is not None
-        layer = as_index_layer(blocks, format, first_block, layer_blocks)
-        block_table, cache_seqlens = as_index_table(block_table, cache_seqlens, b, "q")
-        scores = jnp.zeros((1, 1, 1), jnp.float32)
+    here, s_q = as_context(context), (source.scores if has_scores else source.q).shape[1]
+    if here is not None and causal and s_q > 1:
+        indices, positions, _ = select_here(
+            source, here, topk=topk, causal=True, has_scores=has_scores,
+            implementation=implementation,
+        )  # fmt: skip
     else:
-        for name, value in (("q", q), ("weights", weights), ("blocks", blocks)):
-            if value is not None:
-                raise ValueError(f"{name} must be None with scores, got a {type(value).__name__}")
-        if format is not None:
-            check_index_format(format)
-        b, s_q, tokens = _checks.check_array(
-            "scores", scores, "[b, s_q, max_blocks * 64]", (np.dtype(np.float32),)
+        lengths = source.cache_seqlens
+        if here is not None:
+            lengths = here.local_lengths(lengths, source.capacity)
+        indices, positions = topk_op(
+            *source[:5],
+            lengths,
+            source.first_block,
+            index_cuts(lengths, schedule, implementation),
+            layer_blocks=source.layer_blocks,
+            causal=bool(causal),
+            topk=topk,
+            has_scores=has_scores,
+            implementation=implementation,
         )
-        block_table, cache_seqlens = as_index_table(block_table, cache_seqlens, b, "scores")
-        if tokens != block_table.shape[1] * INDEX_BLOCK_SIZE:
-            raise ValueError(
-                "scores must be of block_table's max_blocks * 64 = "
-                f"{block_table.shape[1] * INDEX_BLOCK_SIZE} tokens, got shape {scores.shape}"
-            )
-        if b * s_q > _limits.INT32_MAX:
-            raise ValueError(f"scores must have less than 2^31 rows b * s_q, got {b} * {s_q}")
-        q, weights, layer = _no_keys(first_block, layer_blocks)
-    indices, positions = topk_op(
-        q,
-        weights,
-        layer.blocks,
-        scores,
-        block_table,
-        cache_seqlens,
-        layer.first_block,
-        index_cuts(cache_seqlens, schedule, implementation),
-        layer_blocks=layer.layer_blocks,
-        causal=bool(causal),
-        topk=topk,
-        has_scores=has_scores,
-        implementation=implementation,
-    )
+    if here is not None:
+        positions = here.positions(positions)
     return (indices, positions) if return_positions else indices
 
 
@@ -162,17 +145,75 @@ def workspace_bytes(*, b: int, s_q: int, max_blocks: int) -> int:
     return min(s_q, max(8, _SCORE_BYTES // query_bytes // 8 * 8)) * query_bytes
 
 
-def _no_keys(
-    first_block: ArrayLike, layer_blocks: int | None
-) -> tuple[jax.Array, jax.Array, IndexLayer]:
-    """What stands for q, weights and the layer where scores are given."""
-    first = _checks.as_first_block("first_block", first_block, MOST_BLOCKS)
-    if layer_blocks is None:
-        layer_blocks = MOST_BLOCKS
-    layer_blocks = _checks.check_int("layer_blocks", layer_blocks, 1, MOST_BLOCKS)
-    blocks = jnp.zeros((1, CacheFormat(name="fp8_index").block_bytes), jnp.uint8)
-    q, weights = jnp.zeros((1, 1, 1, COLUMNS), jnp.bfloat16), jnp.zeros((1, 1, 1), jnp.float32)
-    return q, weights, IndexLayer(blocks, first, layer_blocks)
+def select_here(
+    source: Source,
+    here: Context,
+    *,
+    topk: int,
+    causal: bool,
+    has_scores: bool,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best of a rank's tokens, whatever each query sees of them, with their scores.
+
+    Each query token is selected for as a sequence of its own. Scores are made of so many query
+    tokens at a time as fit index_topk's workspace.
+
+    Returns:
+        indices, positions, scores: [b, s_q, topk]; positions are local tokens', scores of -1 any.
+    """
+    b, s_q = (source.scores if has_scores else source.q).shape[:2]
+    lengths = here.clamp(source.cache_seqlens, source.capacity)
+    seen = here.seen(lengths, s_q)  # [b, s_q]
+    if not causal:
+        seen = jnp.broadcast_to(seen[:, -1:], seen.shape)
+    max_blocks = source.block_table.shape[1]
+
+    def select(inputs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        seen, *given = inputs
+        n = b * seen.shape[1]
+        if has_scores:
+            (scores,) = given
+        else:
+            longest = seen.max(axis=1)
+            cuts = index_cuts(longest, None, implementation)
+            (scores,) = scores_op(
+                *given, source.blocks, source.block_table, longest, source.first_block, cuts,
+                layer_blocks=source.layer_blocks, causal=False, implementation=implementation,
+            )  # fmt: skip
+        table = jnp.repeat(source.block_table, seen.shape[1], axis=0)
+        indices, positions = topk_op(
+            *no_keys(),
+            scores.reshape(n, 1, -1),
+            table,
+            seen.reshape(n),
+            source.first_block,
+            uncut(n, 1),  # not used
+            layer_blocks=source.layer_blocks,
+            causal=False,
+            topk=topk,
+            has_scores=True,
+            implementation=implementation,
+        )
+        indices, positions = (x.reshape(*seen.shape, topk) for x in (indices, positions))
+        return indices, positions, jnp.take_along_axis(scores, jnp.maximum(positions, 0), axis=2)
+
+    inputs = (seen, source.scores) if has_scores else (seen, source.q, source.weights)
+    at_once = workspace_bytes(b=b, s_q=s_q, max_blocks=max_blocks) // (b * source.capacity * 4)
+    if has_scores or at_once == s_q:
+        indices, positions, scores = select(inputs)
+        return indices, positions, scores
+    groups = -(-s_q // at_once)
+
+    def split(x: jax.Array) -> jax.Array:  # [groups, b, at_once, ...]
+        x = jnp.pad(x, [(0, 0), (0, groups * at_once - s_q), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(b, groups, at_once, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(b, -1, topk)[:, :s_q]
+
+    indices, positions, scores = map(join, jax.lax.map(select, tuple(map(split, inputs))))
+    return indices, positions, scores
 
 
 def _results(

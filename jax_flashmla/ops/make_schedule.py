@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import _checks, _limits
+from jax_flashmla._context import as_context
 from jax_flashmla._num_parts import default_split
 from jax_flashmla._windows import make_windows, window_tokens
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.reference.schedule import make_schedule as reference
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +59,7 @@ def make_schedule(
     num_tokens: int | None = None,
     max_q_len: int | None = None,
     causal: bool = False,
+    context: tuple[ArrayLike, int] | None = None,
     implementation: str | None = None,
 ) -> SplitSchedule:
     """Splits a ragged batch over the device's multiprocessors, on the device.
@@ -84,6 +89,7 @@ def make_schedule(
         num_tokens: with cu_q_lens, T: how many packed tokens q has, padding included (static).
         max_q_len: with cu_q_lens, as in `dense_decode`.
         causal: with cu_q_lens, as in `dense_decode`.
+        context: as in `dense_decode`; max_seqlen is then of the tokens that are here.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
             pure JAX.
 
@@ -101,6 +107,9 @@ def make_schedule(
     _checks.check_bool("batch_invariant", batch_invariant)
     _checks.check_bool("causal", causal)
     _checks.check_implementation(implementation)
+    here = as_context(context)
+    if here is not None:
+        cache_seqlens = here.clamp(cache_seqlens, max_seqlen)
     if num_parts is not None:
         _checks.check_int("num_parts", num_parts, 1, _limits.MAX_PARTS)
     if cu_q_lens is not None:
@@ -117,13 +126,15 @@ def make_schedule(
             num_tokens=num_tokens,
             s_q=s_q,
             max_q_len=max_q_len,
-            capacity=_limits.INT32_MAX if max_seqlen is None else max_seqlen,
+            capacity=_limits.INT32_MAX if max_seqlen is None or here else max_seqlen,
             causal=bool(causal),
         ).cache_seqlens
     else:
         for name, value in (("num_tokens", num_tokens), ("max_q_len", max_q_len)):
             if value is not None:
                 raise ValueError(f"{name} must be None without cu_q_lens, got {value}")
+    if here is not None:
+        cache_seqlens = here.count(cache_seqlens)
     return schedule_of_lengths(
         cache_seqlens,
         h_q=h_q,

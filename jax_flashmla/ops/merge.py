@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ def merge_lse(
             f"{outs.shape[:-1]}, got {lses.shape}"
         )
 
+    return _merge(outs, lses)
+
+
+@functools.partial(jax.jit, inline=True)  # one kernel, not one an operation, also outside of jit
+def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     empty = lses == -jnp.inf
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0, keepdims=True))
     weights = jnp.exp(lses - jnp.where(top == -jnp.inf, 0.0, top))

@@ -19,6 +19,7 @@ def dense_decode(
     blocks: Num[Array, "num_blocks ..."],
     block_table: Int32[Array, "b max_blocks"],
     cache_seqlens: Int32[Array, "b"],
+    seen: Int32[Array, "b seen"],
     kv_scale: Float32[Array, ""],
     *,
     format: CacheFormat,
@@ -38,10 +39,11 @@ def dense_decode(
         preferred_element_type=jnp.float32,
     )
     # Query i sees keys below seen[b, i]; a causal query ends s_q - 1 - i keys before the last.
-    before_last = (
-        jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
-    )
-    seen = jnp.clip(cache_seqlens, 0, tokens)[:, None] - before_last[None, :]
+    if seen.shape[1] == 1:  # causal tells it
+        before_last = (
+            jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32) if causal else jnp.zeros(1, jnp.int32)
+        )
+        seen = jnp.clip(cache_seqlens, 0, tokens)[:, None] - before_last[None, :]
     mask = jnp.arange(tokens, dtype=jnp.int32)[None, None, :] < seen[:, :, None]
     scores = jnp.where(mask[:, None, None], scores * sm_scale, -jnp.inf)
 

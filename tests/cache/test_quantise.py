@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 KV_SCALE = 0.37
 # As users compile it, whatever the other tests leave out: here every bit counts.
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):  # in conftest.py
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 
 def e4m3(x: np.ndarray) -> np.ndarray:

@@ -188,6 +188,8 @@ def test_every_wrong_array_is_named():
         ("from_maxtext(V3, {'wq_a': {'kernel': [[1.0]]}})", TypeError, r"wq_a.kernel .*\[24, 10\]"),
         ("from_maxtext({}, {})", TypeError, "config must be an MLAConfig, got dict"),
         ("from_maxtext(V3, {}, dtype=int)", TypeError, "dtype must be floating"),
+        ("init({}, jax.random.key(0))", TypeError, "config must be an MLAConfig, got dict"),
+        ("init(V3, jax.random.key(0), int)", TypeError, "dtype must be floating"),
         ("from_jax_llm_examples(V3, 7)", TypeError, "AttentionLayer .* got int"),
         ("from_jax_llm_examples(INDEXED, {})", ValueError, "no indexer"),
         ("from_jax_llm_examples(LITE, {})", ValueError, "q_lora_rank"),

@@ -80,28 +80,42 @@ def test_bits_are_those_of_a_sum_in_order(mesh: Mesh, shape: tuple[int, ...], dt
     assert not peers.failed()
 
 
-def test_many_sums_of_changing_sizes(mesh: Mesh) -> None:
-    """In one function, each on the result of the one before, as layers do; and in a loop."""
+SIZES = (5, 40_000, 1, 8192, 70_000, 3)
+
+
+def check_turns(mesh: Mesh, turns: int, repeat) -> None:
+    """Each turn adds 1 to the mean over devices of so many leading elements, for each of SIZES."""
     peers = connect_peers(mesh, "model")
-    size = mesh.shape["model"]
-    sizes = (5, 40_000, 1, 8192, 70_000, 3)
+    size = np.float32(mesh.shape["model"])
 
-    def body(x):
-        def turn(_, x):
-            for n in sizes:
-                y = all_reduce_sum(x[:n], "model", peers=peers) / jnp.float32(size)
-                x = x.at[:n].set(jax.lax.pcast(y, "model", to="varying") + 1)
-            return x
+    def turn(x):
+        for n in SIZES:
+            mean = all_reduce_sum(x[:n], "model", peers=peers) / size
+            x = x.at[:n].set(jax.lax.pcast(mean, "model", to="varying") + 1)
+        return x
 
-        return jax.lax.pmax(jax.lax.fori_loop(0, 20, turn, x), "model")
-
+    step = jax.jit(
+        jax.shard_map(
+            lambda x: repeat(turn, x[0, 0])[None, None],
+            mesh=mesh, in_specs=P("data", "model"), out_specs=P("data", "model"),
+        )
+    )  # fmt: skip
     x = np.zeros((*mesh.shape.values(), 70_000), np.float32)
-    got = np.asarray(mapped(mesh, body)(jax.device_put(x, NamedSharding(mesh, P("data", "model")))))
+    got = np.asarray(step(jax.device_put(x, NamedSharding(mesh, P("data", "model")))))
     expected = np.zeros(70_000, np.float32)
-    for n in sizes:
-        expected[:n] += 20
+    for n in SIZES:
+        expected[:n] += turns
     np.testing.assert_array_equal(got, np.broadcast_to(expected, got.shape))
     assert not peers.failed()
+
+
+def test_many_sums_of_changing_sizes(mesh: Mesh) -> None:
+    """In one function, each on the result of the one before, as layers do."""
+    check_turns(mesh, 4, lambda turn, x: functools.reduce(lambda x, _: turn(x), range(4), x))
+
+
+def test_sums_in_a_loop(cpu_mesh: Mesh) -> None:
+    check_turns(cpu_mesh, 20, lambda turn, x: jax.lax.fori_loop(0, 20, lambda _, x: turn(x), x))
 
 
 def test_nan_and_infinity_pass_through(mesh: Mesh) -> None:

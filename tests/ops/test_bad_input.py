@@ -85,6 +85,7 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     # q
     (decode, {"q": zeros(2, 6, 24)}, ValueError, "q must have rank 4 [b, s_q, h_q, d_qk], got shape (2, 6, 24)"),
     (decode, {"q": [[1.0]]}, TypeError, "q must be an array [b, s_q, h_q, d_qk], got [[1.0]] of type list"),
+    (decode, {"block_table": [[0, 1, 2], [3]]}, ValueError, "block_table must be [b, max_blocks], got lists of unequal lengths"),
     (decode, {"q": None}, TypeError, "q must be an array [b, s_q, h_q, d_qk], got None of type NoneType"),
     (decode, {"q": zeros(2, 1, 6, 24, dtype=np.float64)}, TypeError, "q must have dtype bfloat16, float16 or float32, got float64"),
     (decode, {"q": zeros(2, 1, 6, 24, dtype=np.int8)}, TypeError, "q must have dtype bfloat16, float16 or float32, got int8"),

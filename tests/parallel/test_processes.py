@@ -52,4 +52,4 @@ def test_layers_over_two_processes(platform: str) -> None:
             worker.kill()
     for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output
-        assert output.rstrip().endswith("passed"), output
+        assert "passed" in output.splitlines(), output

@@ -2,7 +2,7 @@
 
     worker.py PLATFORM RANK PROCESSES ADDRESS
 
-Prints "passed" at its end.
+Prints a line "passed" at its end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import jax
+import numpy as np
 
 from jax_flashmla import connect_peers
 from parallel import check_layers, make_mesh
@@ -21,17 +22,17 @@ def main(platform: str, rank: int, processes: int, address: str) -> None:
         jax.distributed.initialize(address, processes, rank)
     else:
         jax.distributed.initialize(address, processes, rank, local_device_ids=[rank])
-    devices = jax.devices()
-    assert len({device.process_index for device in devices}) == processes
-    mesh = make_mesh(devices)
+    # Heads over processes, sequences over the devices of each.
+    by_rank = np.array(jax.devices()).reshape(processes, -1)
+    assert [row[0].process_index for row in by_rank] == list(range(processes))
+    mesh = make_mesh(list(by_rank.T.flat), data=by_rank.shape[1])
     peers = connect_peers(mesh, "model")
     assert (peers.refusal is None) == (platform == "cuda"), peers.refusal
     check_layers(mesh, peers)
     if peers.refusal is None:
         assert not peers.failed()
         check_layers(mesh, None)
-    else:
-        check_layers(make_mesh(devices, data=processes), None)
+    jax.distributed.shutdown()  # together: the first to leave would be reported as lost
     print("passed", flush=True)
 
 

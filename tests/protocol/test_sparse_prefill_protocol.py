@@ -1,7 +1,8 @@
 """The sparse prefill kernel's ring: csrc/sm90/sparse_prefill/{scores,values,gather}.cuh.
 
 Two of the score warps and one of each value warpgroup stand for all; where one lane arrives for its
-warp, the warp does. Each value warp copies its half of a load.
+warp, the warp does. Each value warp copies its half of a load. The two barriers of a load's columns
+are used alike; one stands for them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def of(load: int, *names: str) -> list[tuple]:
     return [(name, load % STAGES) for name in names]
 
 
-def score_warp(name: str, loads: Loads, drop: set) -> Role:
+def score_warp(name: str, loads: Loads, drop: set, ready: bool) -> Role:
+    """ready: the next tile is always seen to be there before its turn."""
     warp = Role(name, drop)
     finished = 0
     heads = [("heads", other) for other in SCORES]
@@ -79,31 +81,34 @@ def score_warp(name: str, loads: Loads, drop: set) -> Role:
         end(query)
         warp.end(("heads", name))
         warp.meet(("named", "scores"))
-        warp.arrive(*of(query, "scores_done", "probabilities_stored", "values_go", "load_done"))
+        warp.arrive(("scores_done",), *of(query, "probabilities_stored", "values_go"))
         for load in tiles:
             if load == tiles.start:
                 start(load)
                 warp.read(taken, *heads)
             end(load)
             warp.end(*heads)
-            warp.arrive(*of(load, "scores_done"))
+            warp.arrive(("scores_done",))
             attended = [("attended", other) for other in VALUES]
             warp.read(sum(t % STAGES == load % STAGES for t in loads.tiles if t <= load),
                       *of_slot(load, attended))  # fmt: skip
             warp.end(*of_slot(load, attended))
             warp.write(("rescale", name, load % STAGES))
-            warp.wait(("scores_done", load % STAGES), load // STAGES)
+            warp.wait(("scores_done",), load)
             warp.write(("rope", name, load % STAGES))
             if load == tiles.stop - 1:
                 warp.write(("out_factor", name, finished % 2))
                 warp.end(("out_factor", name, finished % 2))
                 finished += 1
             warp.end(("rescale", name, load % STAGES), ("rope", name, load % STAGES))
-            warp.arrive(*of(load, "probabilities_stored", "load_done"))
+            warp.arrive(*of(load, "probabilities_stored"))
+            if not ready:
+                warp.arrive(*of(load, "values_go"))
             if load + 1 < tiles.stop:
                 start(load + 1)
                 warp.read(taken, *heads)
-            warp.arrive(*of(load, "values_go"))
+            if ready:
+                warp.arrive(*of(load, "values_go"))
     return warp
 
 
@@ -124,29 +129,27 @@ def value_warp(name: str, loads: Loads, drop: set) -> Role:
         warp.arrive(*of(issued, "full"), ("issued", name, issued % STAGES))
         issued += 1
 
-    def refill(load: int) -> None:
-        warp.arrive(*of(load, "load_done"))
-        warp.wait(("load_done", load % STAGES), load // STAGES)
-        load_next()
-
     for _ in range(STAGES):
         load_next()
     for query, tiles in loads.queries:
         if not tiles:
             continue
-        refill(query)
+        warp.wait(("probabilities_stored", query % STAGES), query // STAGES)
+        warp.arrive(*of(query, "load_done"))
+        load_next()
         for load in tiles:
             slot, round = load % STAGES, load // STAGES
             warp.wait(("probabilities_stored", slot), round)
             powers[slot] = powers.get(slot, 0) + 1
             rescale = [("rescale", score, slot) for score in SCORES]
             warp.read(powers[slot], *rescale)
-            warp.wait(("full", slot), round)
             warp.wait(("values_go", slot), round)
             loads.read(warp, load, "p", ROPE)
             loads.read(warp, load, "latent", LATENT)
             warp.end(*of_slot(load, [*LATENT, *ROPE]), *rescale)
-            refill(load)
+            warp.arrive(*of(load, "load_done"))
+            warp.wait(("load_done", slot), round)
+            load_next()
         factors = [("out_factor", score, finished % 2) for score in SCORES]
         warp.read(finished // 2 + 1, *factors)
         warp.end(*factors)
@@ -172,23 +175,27 @@ ARRIVALS = {
     "scores_done": len(SCORES),
     "probabilities_stored": len(SCORES),
     "values_go": len(SCORES),
-    "load_done": len(SCORES) + len(VALUES),
+    "load_done": len(VALUES),
 }
 
 
-def check(queries: list[int], drop: set = frozenset()) -> int:
+def check(queries: list[int], drop: set = frozenset(), ready: bool = True) -> int:
     loads = Loads(queries)
     roles = [
-        *(score_warp(name, loads, drop) for name in SCORES),
+        *(score_warp(name, loads, drop, ready) for name in SCORES),
         *(value_warp(name, loads, drop) for name in VALUES),
         *(copies(name, slot, loads) for name in VALUES for slot in range(STAGES)),
     ]
     return explore(roles, lambda name: ARRIVALS.get(name[0], 1))
 
 
-@pytest.mark.parametrize("queries", [[1], [4], [2, 1], [1, 1, 1], [0, 3]], ids=str)
+@pytest.mark.parametrize("queries", [[4], [1, 1, 1], [0, 3]], ids=str)
 def test_every_interleaving_is_safe(queries):
     assert check(queries) > 100
+
+
+def test_late_tiles_are_safe():
+    assert check([2, 1], ready=False) > 100
 
 
 @pytest.mark.parametrize(

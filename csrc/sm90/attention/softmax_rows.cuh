@@ -36,7 +36,7 @@ __device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows
                                                  SoftmaxRows& rows, float scale_log2) {
   int power[2] = {0, 0};
   if (__any_sync(~0u, outgrows(peak[0], scale_log2, rows.reference[0]) ||
-                          outgrows(peak[1], scale_log2, rows.reference[1]))) {
+                          outgrows(peak[1], scale_log2, rows.reference[1]))) [[unlikely]] {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll

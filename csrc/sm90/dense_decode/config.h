@@ -66,6 +66,7 @@ struct KernelArgs {
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;
+  const int32_t* seen;  // [b, s_q] what each query token sees, of kernels that are given it
 
 #ifdef __CUDACC__
   __device__ __forceinline__ int clamp_seqlen(int seqlen) const {

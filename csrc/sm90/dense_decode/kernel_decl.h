@@ -1,4 +1,6 @@
-// The kernels' instantiations, without the kernels: a kernel_<dtype>.cu each.
+// The kernels' instantiations, without the kernels: a kernel_<name>.cu each. Those that are given
+// what query tokens see are kernels of their own: a branch in the others costs small problems up to
+// a tenth of their time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,5 +18,7 @@ struct Variant {
 
 Status launch_bf16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
 Status launch_f16(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
+Status launch_bf16_given(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
+Status launch_f16_given(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream);
 
 }  // namespace flashmla::sm90::dense_decode

@@ -7,26 +7,26 @@
 
 namespace flashmla::sm90::dense_decode {
 
-template <typename T, int kBoxes>
+template <typename T, int kBoxes, bool kGiven>
 Status launch_rows(const KernelArgs& args, int tile_rows, dim3 grid, cudaStream_t stream) {
   if (tile_rows <= kLeastRows) {
-    return narrow::launch_kernel<T, kLeastRows, kBoxes>(args, grid, stream);
+    return narrow::launch_kernel<T, kLeastRows, kBoxes, kGiven>(args, grid, stream);
   }
   if (tile_rows <= kNarrowRows) {
-    return narrow::launch_kernel<T, kNarrowRows, kBoxes>(args, grid, stream);
+    return narrow::launch_kernel<T, kNarrowRows, kBoxes, kGiven>(args, grid, stream);
   }
-  return wide::launch_kernel<T, kBoxes>(args, grid, stream);
+  return wide::launch_kernel<T, kBoxes, kGiven>(args, grid, stream);
 }
 
-template <typename T>
+template <typename T, bool kGiven>
 Status launch_variant(const KernelArgs& args, Variant variant, dim3 grid, cudaStream_t stream) {
   switch (variant.boxes) {
     case 1:
-      return launch_rows<T, 1>(args, variant.tile_rows, grid, stream);
+      return launch_rows<T, 1, kGiven>(args, variant.tile_rows, grid, stream);
     case 2:
-      return launch_rows<T, 2>(args, variant.tile_rows, grid, stream);
+      return launch_rows<T, 2, kGiven>(args, variant.tile_rows, grid, stream);
     default:
-      return launch_rows<T, kMaxBoxes>(args, variant.tile_rows, grid, stream);
+      return launch_rows<T, kMaxBoxes, kGiven>(args, variant.tile_rows, grid, stream);
   }
 }
 

@@ -84,6 +84,10 @@ Status check_supported(const DenseDecodeParams& params) {
         "the Hopper dense_decode kernel takes tile_rows = 16 or 64, got " +
         std::to_string(params.tile_rows));
   }
+  if (is_fp8(params) && params.seen != nullptr) {
+    return Status::InvalidArgument(
+        "the Hopper dense_decode kernel is not given what query tokens see over fp8 caches");
+  }
   if (Status s = is_fp8(params) ? fp8::check_supported(params) : check_dense(params); !s.ok()) {
     return s;
   }
@@ -112,6 +116,7 @@ Status launch_dense(const DenseDecodeParams& params, int tile_rows, int row_tile
   if (!s.ok()) return s;
   args.block_table = params.block_table;
   args.cache_seqlens = params.cache_seqlens;
+  args.seen = params.seen;
   args.cuts = params.cuts;
   args.out = params.out;
   args.lse = params.lse;
@@ -132,7 +137,10 @@ Status launch_dense(const DenseDecodeParams& params, int tile_rows, int row_tile
   // A tile that several blocks read must stay in L2 until the last has read it.
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.h_kv, params.num_parts);
-  const auto launch_kernel = params.dtype == DType::kBFloat16 ? launch_bf16 : launch_f16;
+  const bool given = params.seen != nullptr;
+  const auto launch_kernel = params.dtype == DType::kBFloat16
+                                 ? (given ? launch_bf16_given : launch_bf16)
+                                 : (given ? launch_f16_given : launch_f16);
   return launch_kernel(args, {tile_rows, boxes}, grid, stream);
 }
 

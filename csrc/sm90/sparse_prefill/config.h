@@ -52,7 +52,9 @@ struct KernelArgs {
   float* max_logits;
   int s_q, h_q, topk;
   uint32_t s_kv;
-  int query_box;  // a multiple of eight
+  int query_box;     // a multiple of eight
+  int query_stride;  // from one of a block's query tokens to its next: grid.y
+  bool prefetches;   // whether rows are asked of L2 a tile ahead of their loads
   float sm_scale, scale_log2;
 
 #ifdef __CUDACC__

@@ -12,8 +12,8 @@ namespace flashmla::sm90::sparse_prefill {
 // The loads of a block in order, as one value warp sees them: of each query token that has tiles
 // its heads, then the tiles, of which the warp gathers one group of eight tokens.
 //
-// A lane copies 16 bytes of each chunk of two tokens. All that can be is computed beforehand, while
-// value products run: these wait for what the warp does between them.
+// A lane copies 16 bytes of each chunk of two tokens. Products wait for what the warp does between
+// them, so its place is kept in registers and indices are fetched two tiles ahead.
 template <int kHeadDim>
 class LoadStream {
  public:
@@ -21,12 +21,13 @@ class LoadStream {
     const int lane = thread % 32, group = thread / 32 - kWarpgroupWarps;
     token_ = group * kTokenGroup + lane % kTokenGroup;
     target_ = swizzled_offset(lane / 8, lane % 8);
-    query_ = blockIdx.y - gridDim.y;
+    query_ = blockIdx.y - args.query_stride;
     enter_next(args);
   }
 
   // Finds the rows of the next load.
   __device__ __forceinline__ void prepare() {
+    asm volatile("" : "+r"(row_));  // not before: it may still be on its way
     const int lane = thread_ % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
@@ -40,10 +41,21 @@ class LoadStream {
       load_heads(args, smem, slot);
     else
       load_tile(args, smem, slot);
-    if (++tile_ * kTileTokens >= length_) enter_next(args);
-    const int i = tile_ * kTileTokens + token_;
-    row_ = -1;
-    if (tile_ >= 0 && i < length_) row_ = __ldg(args.indices + int64_t{query_} * args.topk + i);
+    const bool first = tile_ < 0;
+    ++tile_;
+    if (tile_ * kTileTokens >= length_) {
+      enter_next(args);
+    } else if (first) {
+      row_ = fetch(args, 0);
+      row_after_ = fetch(args, 1);
+    } else {
+      row_ = row_after_;
+      if (args.prefetches && thread_ % 32 < kTokenGroup &&
+          static_cast<uint32_t>(row_) < args.s_kv) {
+        prefetch_bulk(args.kv + uint64_t{static_cast<uint32_t>(row_)} * kRowBytes, kRowBytes);
+      }
+      row_after_ = fetch(args, tile_ + 1);
+    }
   }
 
  private:
@@ -54,13 +66,19 @@ class LoadStream {
   int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
   int length_;              // indices of the query token that count
   int token_;               // that this lane looks up, of each tile
-  int row_;                 // of that token of the next tile; -1: none
+  int row_, row_after_;     // of that token of the next tile and the one after; -1: none
   uint32_t target_;         // of this lane's copies of the first four tokens, within their group
   uint32_t source_row_[2];  // that this lane copies from
 
+  // What this lane looks up of a tile of the query token; -1: nothing.
+  __device__ __forceinline__ int fetch(const KernelArgs& args, int tile) const {
+    const int i = tile * kTileTokens + token_;
+    return i < length_ ? __ldg(args.indices + int64_t{query_} * args.topk + i) : -1;
+  }
+
   __device__ __forceinline__ void enter_next(const KernelArgs& args) {
     length_ = 0;
-    for (query_ += gridDim.y; query_ < args.s_q; query_ += gridDim.y) {
+    for (query_ += args.query_stride; query_ < args.s_q; query_ += args.query_stride) {
       length_ = args.length_of(query_);
       if (length_ > 0) break;
     }

@@ -1,12 +1,14 @@
-// The sparse prefill kernel: up to 64 heads of one query token after another against the rows that
-// its indices name.
+// The sparse prefill kernel: up to 64 heads of one query token after another
+// against the rows that its indices name.
 //
-// Three warpgroups: one computes scores and softmax, two multiply probabilities with the left and
-// the right half of the value columns, and gather rows into a ring of three tiles in shared memory,
-// which runs on from query token to query token. Tile t's journey:
+// Three warpgroups: one computes scores and softmax, two multiply probabilities
+// with the left and the right half of the value columns, and gather rows into a
+// ring of three tiles in shared memory, which runs on from query token to query
+// token. Tile t's journey:
 //
-//   score  | S = Q K^T (t)  | softmax (t) -> P | S (t+1)      | softmax (t+1) ...
-//   values |                                   ... | O += P V (t)             | gather t+3
+//   score  | S = Q K^T (t)  | softmax (t) -> P | S (t+1)      | softmax (t+1)
+//   ... values |                                   ... | O += P V (t) | gather
+//   t+3
 #pragma once
 
 #include "sm90/host/launch.h"
@@ -29,7 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.query_half_map);
     prefetch_tensor_map(&args.query_rope_map);
     for (int i = 0; i < kStages; ++i) {
-      // Of each gathering thread its copies; left: of each warp which tokens are attended.
+      // Of each gathering thread its copies; left: of each warp which tokens
+      // are attended.
       mbarrier_init(smem_address(&smem.left_full[i]), 2 * kWarpgroupThreads + kGatherWarps);
       mbarrier_init(smem_address(&smem.right_full[i]), 2 * kWarpgroupThreads);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);

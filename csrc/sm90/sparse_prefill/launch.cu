@@ -15,6 +15,9 @@ namespace {
 
 using namespace sparse_prefill;
 
+// More rows than L2 keeps, half of 50 MB near each multiprocessor, are asked of it beforehand.
+constexpr int64_t kPrefetchedBytes = 16 << 20;
+
 Status check_supported(const SparsePrefillParams& params) {
   if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper sparse_prefill kernel takes 16-bit rows");
@@ -65,6 +68,7 @@ Status run_sparse_prefill(const SparsePrefillParams& params, cudaStream_t stream
                   .topk = params.topk,
                   .s_kv = static_cast<uint32_t>(params.s_kv),
                   .query_box = (std::min(params.h_q, kTileRows) + 7) / 8 * 8,
+                  .prefetches = int64_t{params.s_kv} * params.d_qk * 2 > kPrefetchedBytes,
                   .sm_scale = params.sm_scale,
                   .scale_log2 = params.sm_scale * 1.4426950408889634f};
   Status status = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map);
@@ -72,6 +76,7 @@ Status run_sparse_prefill(const SparsePrefillParams& params, cudaStream_t stream
   if (!status.ok()) return status;
   const int head_tiles = (params.h_q + kTileRows - 1) / kTileRows;
   const dim3 grid(head_tiles, std::clamp(multiprocessors / head_tiles, 1, params.s_q));
+  args.query_stride = grid.y;
   if (params.dtype == DType::kBFloat16) {
     return launch_head_dim<__nv_bfloat16>(args, params.d_qk, grid, stream);
   }

@@ -1,5 +1,5 @@
-// A query token's heads: 496 latent columns as wgmma A fragments in registers, the last 16 and the
-// rope columns in shared memory.
+// A query token's heads: 496 latent columns as wgmma A fragments in registers,
+// the last 16 and the rope columns in shared memory.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
@@ -10,8 +10,9 @@ namespace flashmla::sm90::sparse_prefill {
 
 using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
-// Takes the heads out of the ring: chunks of `box` rows. Rows past the box are whatever is there;
-// their results are not stored. Called by the score warpgroup with no wgmma in flight.
+// Takes the heads out of the ring: chunks of `box` rows. Rows past the box are
+// whatever is there; their results are not stored. Called by the score
+// warpgroup with no wgmma in flight.
 template <bool kRope>
 __device__ __forceinline__ void take_query(SharedStorage& smem, Ring ring, int box,
                                            QueryFragments& fragments) {

@@ -1,5 +1,5 @@
-// The score warpgroup: S = Q K^T, whose rows are heads and whose columns are a tile's tokens; the
-// online softmax; probabilities for the value warpgroups.
+// The score warpgroup: S = Q K^T, whose rows are heads and whose columns are a
+// tile's tokens; the online softmax; probabilities for the value warpgroups.
 #pragma once
 
 #include "sm90/attention/softmax_rows.cuh"
@@ -8,18 +8,24 @@
 
 namespace flashmla::sm90::sparse_prefill {
 
-// Starts the products of a tile as it arrives.
+// Whether a tile is there, without waiting.
+__device__ __forceinline__ bool test_tile(const SharedStorage& smem, Ring ring) {
+  return mbarrier_test(smem_address(&smem.left_full[ring.slot]), ring.parity) &&
+         mbarrier_test(smem_address(&smem.right_full[ring.slot]), ring.parity);
+}
+
+__device__ __forceinline__ void wait_for_tile(const SharedStorage& smem, Ring ring) {
+  mbarrier_wait(smem_address(&smem.left_full[ring.slot]), ring.parity);
+  mbarrier_wait(smem_address(&smem.right_full[ring.slot]), ring.parity);
+}
+
+// Starts the products of a tile that is there, after a proxy fence.
 template <typename T, bool kRope>
 __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragments& q,
                                              const SharedStorage& smem, Ring ring) {
+  wgmma_fence();
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
-    if (c % kHalfChunks == 0) {
-      mbarrier_wait(smem_address(c == 0 ? &smem.left_full[ring.slot] : &smem.right_full[ring.slot]),
-                    ring.parity);
-      fence_async_proxy();  // the tile was written by cp.async
-      wgmma_fence();
-    }
     const uint64_t keys = k_major_desc(
         smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
         kTokenGroupBytes);
@@ -47,7 +53,8 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragment
 // Scores of tokens that are not attended become -inf.
 __device__ __forceinline__ void mask_scores(float (&s)[32], const uint8_t (&attended)[8]) {
   const uint2 words = *reinterpret_cast<const uint2*>(attended);
-  if ((words.x & words.y) == ~0u) return;
+  if ((words.x & words.y) == ~0u) [[likely]]
+    return;
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
@@ -60,8 +67,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], const uint8_t (&atte
   }
 }
 
-// What a query token's rows come to: their sums, what the value warpgroups are to multiply with,
-// and the results but out.
+// What a query token's rows come to: their sums, what the value warpgroups are
+// to multiply with, and the results but out.
 __device__ __forceinline__ void finish_rows(const KernelArgs& args, int query,
                                             float (&out_factor)[kTileRows], SoftmaxRows& rows,
                                             const float (&peak)[2]) {
@@ -78,7 +85,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, int query,
       out_factor[row + 8 * r] *=
           reciprocal_approx(1.0f + exp2_approx((__ldg(args.attn_sink + head) - lse) * kLog2e));
     }
-    const int64_t result = int64_t{query} * args.h_q + head;
+    const uint32_t result = result_row(args, query, row + 8 * r);
     args.lse[result] = lse;
     args.max_logits[result] = largest * args.sm_scale;
   }
@@ -92,11 +99,12 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   Ring ring;
   uint8_t& odd = smem.odd_query[threadIdx.x / 32];
 
-  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
+  for (int query = blockIdx.y; query < args.s_q; query += args.query_stride) {
     int tiles = num_tiles(args.length_of(query));
     if (tiles == 0) {
-      if (static_cast<int>(threadIdx.x) < count_heads(args)) {
-        const int64_t result = int64_t{query} * args.h_q + first_head() + threadIdx.x;
+      const int head = reread_thread();
+      if (head < count_heads(args)) {
+        const uint32_t result = result_row(args, query, head);
         args.lse[result] = args.max_logits[result] = -INFINITY;
       }
       continue;
@@ -105,44 +113,51 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     float peak[2] = {-INFINITY, -INFINITY};
     take_query<kRope>(smem, ring, args.query_box, q);
     if (leader) {
-      // Nobody waits for the first and the last here: arriving keeps their parity aligned with the
-      // ring.
+      // Nobody waits for the first and the last here: arriving keeps their
+      // parity aligned with the ring.
       mbarrier_arrive(smem_address(&smem.scores_done));
       mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
     }
     ring.advance();
+    wait_for_tile(smem, ring);
+    fence_async_proxy();  // the tile was written by cp.async
     start_scores<T, kRope>(s, q, smem, ring);
     wgmma_wait<0>();
 
     for (; tiles > 0; --tiles) {
       pin_registers(s);
-      const uint32_t scores_done = smem_address(&smem.scores_done);
-      if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.attended[ring.slot]);
+      if (leader) mbarrier_arrive(smem_address(&smem.scores_done));
+      const bool last = tiles == 1;
+      const Ring tile = ring;
+      ring.advance();
+      // Whether the next scores can start at once: told beforehand, as the answer takes its time.
+      const bool ready = !last && test_tile(smem, ring);
+      mask_scores(s, smem.attended[tile.slot]);
       float tile_peak[2];
       find_peaks(s, tile_peak);
 #pragma unroll
       for (int r = 0; r < 2; ++r) peak[r] = fmaxf(peak[r], tile_peak[r]);
-      raise_references(smem.rescale[ring.slot], tile_peak, rows, args.scale_log2);
-      store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
-                                    scores_done, parity_of(ring));
-      const bool last = tiles == 1;
-      if (last) finish_rows(args, query, smem.out_factor[odd], rows, peak);
-      fence_async_proxy();
+      raise_references(smem.rescale[tile.slot], tile_peak, rows, args.scale_log2);
+      store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[tile.slot]),
+                                    smem_address(&smem.scores_done), parity_of(tile));
+      if (last) [[unlikely]]
+        finish_rows(args, query, smem.out_factor[odd], rows, peak);
+      fence_async_proxy();  // probabilities were stored, and the next tile was written by cp.async
       __syncwarp();
-      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[ring.slot]));
+      if (leader) mbarrier_arrive(smem_address(&smem.probabilities_stored[tile.slot]));
 
       // The next scores go first on the tensor cores, if their tile is there: then these have the
       // value products to do while this warpgroup computes the next softmax.
-      const uint32_t values_go = smem_address(&smem.values_go[ring.slot]);
-      ring.advance();
-      const bool ready =
-          !last && mbarrier_test(smem_address(&smem.right_full[ring.slot]), ring.parity);
-      if (leader && !ready) mbarrier_arrive(values_go);
-      if (!last) {
-        start_scores<T, kRope>(s, q, smem, ring);
+      const uint32_t values_go = smem_address(&smem.values_go[tile.slot]);
+      if (!ready) [[unlikely]] {
+        if (leader) mbarrier_arrive(values_go);
+        if (!last) {
+          wait_for_tile(smem, ring);
+          fence_async_proxy();
+        }
       }
+      if (!last) start_scores<T, kRope>(s, q, smem, ring);
       if (leader && ready) mbarrier_arrive(values_go);
       wgmma_wait<0>();
     }

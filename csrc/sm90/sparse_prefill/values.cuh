@@ -1,47 +1,13 @@
-// A value warpgroup: O[64 x 256] = P V for one half of the value columns, and the output. Its warps
-// load the ring too, while the score products run.
+// A value warpgroup: O[64 x 256] = P V for one half of the value columns, and
+// the output. Its warps load the ring too, while the score products run.
 #pragma once
 
 #include "sm90/attention/softmax.cuh"
-#include "sm90/attention/store_rows.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_prefill/gather.cuh"
+#include "sm90/sparse_prefill/output.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
-
-// The head, of the block's, in o's row r of this thread.
-__device__ __forceinline__ int output_row(int r) {
-  const int thread = reread_thread() % kWarpgroupThreads;
-  return thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-}
-
-__device__ __forceinline__ int value_half() { return reread_thread() / kWarpgroupThreads - 1; }
-
-template <typename T>
-__device__ __forceinline__ void store_rows(const KernelArgs& args, const float (&o)[128], int query,
-                                           const float (&out_factor)[kTileRows]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = output_row(r);
-    const bool valid = row < count_heads(args);
-    if (!__any_sync(~0u, valid)) break;
-    const int64_t result = int64_t{query} * args.h_q + first_head() + row;
-    store_half_row<T>(
-        static_cast<T*>(args.out) + result * kValueDim + value_half() * (kValueDim / 2), o, r,
-        out_factor[row], valid);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
-#pragma unroll 1
-  for (int r = 0; r < 2; ++r) {
-    const int row = output_row(r);
-    const int64_t result = int64_t{query} * args.h_q + first_head() + row;
-    store_zero_half_row(reinterpret_cast<uint4*>(static_cast<T*>(args.out) + result * kValueDim),
-                        /*partial=*/false, value_half(), row < count_heads(args));
-  }
-}
 
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
@@ -49,7 +15,6 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   const bool leader = thread % 32 == 0;
   const int first_row = thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4;
   const int half = thread / kWarpgroupThreads - 1;
-  float o[128];
   Ring ring;
   bool odd = false;  // counting query tokens that are not empty
   LoadStream<kHeadDim> stream(args, thread);
@@ -59,7 +24,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
     stream.load(args, smem, slot);
   }
 
-  for (int query = blockIdx.y; query < args.s_q; query += gridDim.y) {
+  for (int query = blockIdx.y; query < args.s_q; query += args.query_stride) {
     int tiles = num_tiles(args.length_of(query));
     if (tiles == 0) {
       store_zeros<T>(args, query);
@@ -72,12 +37,15 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
     stream.load(args, smem, ring.slot);
     __syncwarp();
     ring.advance();
-    bool fresh = true;  // nothing accumulated yet
+    // Zeros rather than products that overwrite: so no registers are kept for it between.
+    float o[128];
+#pragma unroll
+    for (float& x : o) x = 0.0f;
     for (; tiles > 0; --tiles) {
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
       const int power0 = smem.rescale[ring.slot][first_row];
       const int power1 = smem.rescale[ring.slot][first_row + 8];
-      if (!fresh && __any_sync(~0u, (power0 | power1) != 0)) {
+      if (__any_sync(~0u, (power0 | power1) != 0)) {
         const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
@@ -87,17 +55,17 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
           mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
-      // The score warpgroup has seen that the tile is there, and ordered its copies before wgmma.
+      // The score warpgroup has seen that the tile is there, and ordered its
+      // copies before wgmma.
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
-        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
-                            k > 0 || !fresh);
+        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k, 1);
       }
       wgmma_commit();
-      stream.prepare();
       wgmma_wait<0>();
       pin_registers(o);
+      stream.prepare();
       __syncwarp();
       const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
       if (leader) mbarrier_arrive(load_done);
@@ -106,9 +74,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
       // Keeps lanes together: without this, the next wgmma can wait for ever.
       __syncwarp();
       ring.advance();
-      fresh = false;
     }
-    store_rows<T>(args, o, query, smem.out_factor[odd]);
+    store_output<T>(args, o, query, smem.out_factor[odd]);
     odd ^= true;
   }
 }

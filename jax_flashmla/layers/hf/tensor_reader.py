@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
+
+try:
+    import safetensors
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "reading checkpoints needs the package safetensors: pip install 'jax-flashmla[hf]'"
+    ) from error
 
 from jax_flashmla import _limits
 from jax_flashmla.layers.hf.config import download_first, unwrap

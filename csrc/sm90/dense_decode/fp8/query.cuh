@@ -6,6 +6,7 @@
 #include "sm90/dense_decode/fp8/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
@@ -39,36 +40,53 @@ __device__ __forceinline__ void take_query(const KernelArgs& args,
   const int thread = reread_thread(), count = smem.row_tile.count;
   const auto* const q = reinterpret_cast<const uint4*>(
       args.q + (int64_t{sequence} * args.rows + smem.row_tile.first) * (kHeadDim * 2));
+  constexpr int kTurns = (kRows * kUnits + kRoleThreads - 1) / kRoleThreads;
+  constexpr int kKept = kTurns < 6 ? kTurns : 6;                       // as many as registers hold
+  if (thread == 0 && owns_work(smem.begin, smem.end, sequence + 1)) {  // the next ones to L2
+    prefetch_bulk(q + int64_t{args.rows} * (2 * kUnits), count * (kHeadDim * 2));
+  }
+  const auto load_half = [&](int turn, int half) {
+    const int i = turn * kRoleThreads + thread;
+    return i < count * kUnits ? q[2 * i + half] : uint4{};
+  };
+  uint4 v[kKept][2];  // all at once: they come from far
   uint32_t peak = 0;
-#pragma unroll 4
-  for (int i = thread; i < count * kUnits * 2; i += kRoleThreads) {
-    const uint4 v = q[i];
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t magnitude = words[j] & 0x7fff7fff;
-      peak = __vmaxu2(peak, magnitude & __vcmpltu2(magnitude, 0x7f807f80));
+  for (int turn = 0; turn < kKept; ++turn) {
+    v[turn][0] = load_half(turn, 0);
+    v[turn][1] = load_half(turn, 1);
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 some = turn < kKept ? v[turn % kKept][half] : load_half(turn, half);
+      const uint32_t words[4] = {some.x, some.y, some.z, some.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t magnitude = words[j] & 0x7fff7fff;
+        peak = __vmaxu2(peak, magnitude & __vcmpltu2(magnitude, 0x7f807f80));
+      }
     }
   }
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) {
     peak = __vmaxu2(peak, __shfl_xor_sync(~0u, peak, lane));
   }
-  if (thread % 32 == 0) smem.query_peak[thread / 32] = peak;
+  if (reread_thread() % 32 == 0) smem.query_peak[reread_thread() / 32] = peak;
   named_barrier_sync(kPairBarrier, kRoleThreads);
 #pragma unroll
   for (int warp = 0; warp < kRoleWarps; ++warp) peak = __vmaxu2(peak, smem.query_peak[warp]);
   int exponent = int(max(peak & 0xffff, peak >> 16) >> 7) - 127;
   exponent = min(max(exponent - 14, -100), 112);
   const float factor = power_of_two(-exponent);
-#pragma unroll 3
-  for (int i = thread; i < kRows * kUnits; i += kRoleThreads) {
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = turn * kRoleThreads + reread_thread();
+    if (i >= kRows * kUnits) break;
     const int unit = i % kUnits, row = i / kUnits ^ side_of_unit(unit) * (kRows / kSides);
-    uint4 low = {}, high = {};
-    if (i < count * kUnits) {
-      low = q[2 * i];
-      high = q[2 * i + 1];
-    }
+    const uint4 low = turn < kKept ? v[turn % kKept][0] : load_half(turn, 0);
+    const uint4 high = turn < kKept ? v[turn % kKept][1] : load_half(turn, 1);
     const bool rope = Format::kScales && unit >= kValueDim / 16;
     uint4 first, second;
     if (rope) {
@@ -84,7 +102,7 @@ __device__ __forceinline__ void take_query(const KernelArgs& args,
     store_shared(target + swizzled_offset(row, unit % 4 * 2), first);
     store_shared(target + swizzled_offset(row, unit % 4 * 2 + 1), second);
   }
-  if (thread == 0) {
+  if (reread_thread() == 0) {
     float scale = args.scale_log2 * power_of_two(exponent);
     if constexpr (!Format::kScales) scale *= *args.kv_scale;
     smem.score_scale = scale;

@@ -118,7 +118,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
   Position<kRows> at;
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
-    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     int tiles = piece.tile_end - piece.tile_begin;
     if (tiles <= 0) {
@@ -143,16 +143,16 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
 
     for (; tiles > 0; --tiles) {
       const int left = smem.last_left + (tiles - 1) * kTileTokens;
-      mbarrier_wait(smem_address(&smem.full[at.stage]), at.ring_parity());
+      mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
       TokenExponents exponents{};
       if constexpr (Format::kScales) {
-        exponents = find_exponents<Format>(smem_address(smem.ring[at.stage]));
+        exponents = find_exponents<Format>(smem_address(smem.ring[at.stage()]));
       }
       const int slot = at.buffer();
       float own[kRows / kSides / 2];
       {
         float s[kRows / 2];
-        compute_scores<Format, kRows>(s, smem, at.stage, exponents);
+        compute_scores<Format, kRows>(s, smem, at.stage(), exponents);
         // Of the buffer's last round; passes at once in the first.
         mbarrier_wait(smem_address(&smem.probabilities_empty[slot]), at.buffer_parity() ^ 1);
         const uint32_t one = smem_address(smem.exchange);
@@ -160,7 +160,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
         const bool side = reread_side() != 0;
         exchange_sums<kRows>(s, own, side ? two : one, side ? one : two);
       }
-      finish_tile(args, smem, own, sum, exponents, at.stage, slot, left, first);
+      finish_tile(args, smem, own, sum, exponents, at.stage(), slot, left, first);
       first = false;
       at.next_tile();
     }

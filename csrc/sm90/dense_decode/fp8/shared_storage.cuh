@@ -60,28 +60,26 @@ struct alignas(1024) SharedStorage {
 
 constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;
 
-// Where a role is: its stage of the ring, and parities in one register, of which roles have few.
+// Where a role is, in one register: two bits of its turn at the buffers of two, the ring's parity,
+// the sums' parity, its stage of the ring.
 template <int kRows>
 class Position {
  public:
-  int stage = 0;
-
+  __device__ __forceinline__ int stage() const { return bits_ >> 4; }
   __device__ __forceinline__ uint32_t ring_parity() const { return bits_ >> 2 & 1; }
   __device__ __forceinline__ int buffer() const { return bits_ & 1; }
   __device__ __forceinline__ uint32_t buffer_parity() const { return bits_ >> 1 & 1; }
-  __device__ __forceinline__ uint32_t sums_parity() const { return bits_ >> 3; }
+  __device__ __forceinline__ uint32_t sums_parity() const { return bits_ >> 3 & 1; }
 
   __device__ __forceinline__ void next_tile() {
     bits_ = (bits_ & ~3u) | ((bits_ + 1) & 3);
-    if (++stage == kStages<kRows>) {
-      stage = 0;
-      bits_ ^= 4;
-    }
+    bits_ += 16;
+    if (stage() == kStages<kRows>) bits_ = (bits_ & 15) ^ 4;
   }
   __device__ __forceinline__ void next_piece() { bits_ ^= 8; }
 
  private:
-  uint32_t bits_ = 0;  // two of the buffer's turns; the ring's parity; the sums'
+  uint32_t bits_ = 0;
 };
 
 // threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
@@ -89,6 +87,12 @@ __device__ __forceinline__ int reread_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+
+// Keeps the compiler from carrying addresses that follow from x, instead of x, through a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Which of its role's two warpgroups a thread is in.

@@ -72,12 +72,11 @@ constexpr int kValueGroup = kRows == 64 ? 1 : 2;
 template <int kRows>
 constexpr int kValueBuffers = kRows == 64 ? 2 : 3;  // of such groups
 
-// Adds a tile's products. raw: of the tile's first 32 tokens and the warp's first columns; rows:
-// where they are. Frees the ring's stage as soon as its bytes are in registers.
+// Adds a tile's products. rows: where the lane's token and the warp's first columns are. Frees the
+// ring's stage as soon as its bytes are in registers.
 template <typename Format, int kRows, bool kLargeScales>
 __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, int stage,
-                                             int slot, uint32_t rows, uint32_t (&raw)[4],
-                                             Output<kRows>& o) {
+                                             int slot, uint32_t rows, Output<kRows>& o) {
   using T = typename Format::Value;
   constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
@@ -85,6 +84,9 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
   const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
   uint32_t a[kBuffers][4 * kGroup];
+  constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
+  uint32_t raw[kRaw][4];  // of 32 tokens
+  load_values(raw[0], rows);
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
@@ -92,6 +94,13 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
     // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
     const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
     uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
+    const int ahead = fragment / 2 + 1;  // the next 32 tokens, loaded once there is room for them
+    const auto load_ahead = [&] {
+      if (ahead == 2 * kValueTiles) return;
+      load_values(raw[ahead % kRaw],
+                  rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 64);
+    };
+    if (kRaw == 2 && fragment % 2 == 0) load_ahead();
     if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
 #pragma unroll
     for (int k = fragment; k < fragment + kGroup; ++k) {
@@ -101,23 +110,20 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
         const uint2 factor =
             load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
         const uint32_t factors[2] = {factor.x, factor.y};
-        convert_values(value, raw + k % 2 * 2, factors);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors);
         if constexpr (kLargeScales) {
           multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
                                              (tokens + lane % 4 * 2) * Format::kPitch +
                                              Format::kScaleOffset + (half * 2 + m / 2) * 4);
         }
       } else {
-        convert_values(value, raw + k % 2 * 2);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2);
       }
     }
-    const int next = fragment + kGroup;
-    if (next == 4 * kValueTiles) {
+    if (kRaw == 1 && (fragment + kGroup) % 2 == 0) load_ahead();
+    if (fragment + kGroup == 4 * kValueTiles) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
-    } else if (next % 2 == 0) {
-      load_values(
-          raw, rows + next / 2 / kValueTiles * 32 * Format::kPitch + next / 2 % kValueTiles * 64);
     }
     wgmma_fence();
 #pragma unroll
@@ -137,22 +143,20 @@ template <typename Format, int kRows>
 __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
                                          int valid_tokens, Output<kRows>& o) {
   const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
-  const uint32_t tile = smem_address(smem.ring[at.stage]);
+  const uint32_t tile = smem_address(smem.ring[at.stage()]);
   const uint32_t rows =
       tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
-  uint32_t raw[4];
-  mbarrier_wait(smem_address(&smem.full[at.stage]), at.ring_parity());
+  mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
-  load_values(raw, rows);
   const uint2 flags = *reinterpret_cast<const uint2*>(smem.flags[slot]);
   if ((flags.x | flags.y) & kRescaled) rescale_output<kRows>(o, smem.rescale[slot]);
   if ((flags.x | flags.y) & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
-      add_products<Format, kRows, true>(smem, at.stage, slot, rows, raw, o);
+      add_products<Format, kRows, true>(smem, at.stage(), slot, rows, o);
     }
   } else {
-    add_products<Format, kRows, false>(smem, at.stage, slot, rows, raw, o);
+    add_products<Format, kRows, false>(smem, at.stage(), slot, rows, o);
   }
   if (lane == 0) mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
   __syncwarp();
@@ -164,7 +168,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
   if (is_loader()) start_loads(args, smem);
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
-    const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
+    const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const bool empty = piece.tile_begin >= piece.tile_end;
     Output<kRows> o = {};

@@ -25,7 +25,8 @@ template <int kRows>
 constexpr int kRegisters = kRows == kLeastRows ? 88 : 128;
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
-template <typename T, int kRows, int kBoxes>
+// kGiven: what query tokens see is read, not told by causal.
+template <typename T, int kRows, int kBoxes, bool kGiven>
 __global__ void __maxnreg__(kRegisters<kRows>)
     narrow_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -60,7 +61,7 @@ __global__ void __maxnreg__(kRegisters<kRows>)
             end = load_cut(args.cuts, blockIdx.z + 1, args.b);
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
-    run_scores<T>(args, smem, begin, end);
+    run_scores<T, kGiven>(args, smem, begin, end);
   } else if (warpgroup < 3) {
     run_values<T>(args, smem, begin, end, warpgroup - 1);
   } else if (threadIdx.x == kLoadingThread) {
@@ -69,9 +70,9 @@ __global__ void __maxnreg__(kRegisters<kRows>)
 }
 
 // With most_shared the merge's blocks find room beside 16 rows; beside 32 the registers have none.
-template <typename T, int kRows, int kBoxes>
+template <typename T, int kRows, int kBoxes, bool kGiven>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch(narrow_decode_kernel<T, kRows, kBoxes>,
+  return launch(narrow_decode_kernel<T, kRows, kBoxes, kGiven>,
                 {grid, kThreads, sizeof(SharedStorage<kRows>), /*dependent=*/true,
                  /*most_shared=*/true},
                 stream, "dense_decode", args);

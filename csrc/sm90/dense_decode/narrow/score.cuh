@@ -72,14 +72,21 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
 }
 
 // Sets scores of keys that a row may not see to -inf.
-template <int kRows>
+template <int kRows, bool kGiven>
 __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
-                                          float (&s)[kRows / 2], int tile, int seqlen) {
+                                          float (&s)[kRows / 2], int tile, int sequence,
+                                          int seqlen) {
   const int token = tile * kTileTokens + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < thread_rows(kRows); ++i) {
     const uint32_t row = first_row + query_row(i);
-    const int seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+    int seen;
+    if constexpr (kGiven) {
+      const int32_t* limits = args.seen + int64_t{sequence} * args.s_q;
+      seen = given_tokens(limits, seqlen, row, args.h_q, args.s_q);
+    } else {
+      seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+    }
     if (token >= seen) s[element(i, 0)] = -INFINITY;
     if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
   }
@@ -151,7 +158,7 @@ __device__ __forceinline__ void store_lse(const KernelArgs& args, RowTile tile,
   }
 }
 
-template <typename T, int kRows>
+template <typename T, bool kGiven, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, Cut begin, Cut end) {
   constexpr int kThreadRows = thread_rows(kRows);
   const bool warp_leader = threadIdx.x % 32 == 0;
@@ -178,7 +185,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<kRows>& smem, C
       const int slot = ring.slot;
       float s[kRows / 2], peak[kThreadRows];
       compute_scores<T>(s, smem, ring);
-      if (tile >= unmasked_tiles) mask_tile<kRows>(args, smem.row_tile.first, s, tile, seqlen);
+      if (tile >= unmasked_tiles)
+        mask_tile<kRows, kGiven>(args, smem.row_tile.first, s, tile, sequence, seqlen);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
       bool raise = true;  // past a sequence's first tiles it is seldom

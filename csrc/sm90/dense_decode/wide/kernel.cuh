@@ -17,7 +17,7 @@
 namespace flashmla::sm90::dense_decode::wide {
 
 // Grid: (row tiles, h_kv, num_parts): blocks that read the same tokens are neighbours.
-template <typename T, int kBoxes>
+template <typename T, int kBoxes, bool kGiven>
 __global__ void __launch_bounds__(kThreads, 1)
     wide_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ SharedStorage shared_storage[];
@@ -57,16 +57,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     raise_registers<kScoreRegisters>();
-    run_scores<T>(args, smem);
+    run_scores<T, kGiven>(args, smem);
   } else {
     lower_registers<kValueRegisters>();
     run_values<T, kBoxes>(args, smem, warpgroup - 1);
   }
 }
 
-template <typename T, int kBoxes>
+template <typename T, int kBoxes, bool kGiven>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  return launch(wide_decode_kernel<T, kBoxes>,
+  return launch(wide_decode_kernel<T, kBoxes, kGiven>,
                 {grid, kThreads, sizeof(SharedStorage), /*dependent=*/true}, stream, "dense_decode",
                 args);
 }

@@ -51,14 +51,22 @@ __device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& 
 }
 
 // Sets scores of keys that a row may not see to -inf.
+template <bool kGiven>
 __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row, float (&s)[32],
-                                          int tile, int seqlen) {
+                                          int tile, int sequence) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int first = tile * kTileTokens + thread % 4 * 2;
+  const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const uint32_t row = first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-    const int seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+    int seen;
+    if constexpr (kGiven) {
+      const int32_t* limits = args.seen + int64_t{sequence} * args.s_q;
+      seen = given_tokens(limits, seqlen, row, args.h_q, args.s_q);
+    } else {
+      seen = seen_tokens(seqlen, row, args.h_q, args.s_q, args.causal);
+    }
 #pragma unroll
     for (int i = 0; i < 32; i += 4) {
       if (first + 2 * i >= seen) s[i + 2 * r] = -INFINITY;
@@ -67,7 +75,7 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
   }
 }
 
-template <typename T>
+template <typename T, bool kGiven>
 __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const bool warp_leader = thread % 32 == 0;
@@ -102,9 +110,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[ring.slot]);
       if (warp_leader) mbarrier_arrive(scores_done);
-      if (tile >= unmasked_tiles)
-        mask_tile(args, smem.row_tile.first, s, tile,
-                  args.clamp_seqlen(args.cache_seqlens[sequence]));
+      if (tile >= unmasked_tiles) mask_tile<kGiven>(args, smem.row_tile.first, s, tile, sequence);
       update_references(smem.rescale[ring.slot], s, rows, args.scale_log2);
       store_probabilities<T, false>(s, rows, args.scale_log2, smem_address(smem.rope[ring.slot]),
                                     scores_done, ring.parity);

@@ -1,0 +1,82 @@
+// The output of a value warpgroup: 64 heads by 256 of the 512 value columns.
+#pragma once
+
+#include "sm90/ptx/matrix.cuh"
+#include "sm90/sparse_prefill/shared_storage.cuh"
+
+namespace flashmla::sm90::sparse_prefill {
+
+// The head, of the block's, in o's row r of this thread.
+__device__ __forceinline__ int output_row(int r) {
+  const int thread = reread_thread() % kWarpgroupThreads;
+  return thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+}
+
+// The first of this warpgroup's columns of a result row.
+template <typename T>
+__device__ __forceinline__ T* output_columns(const KernelArgs& args, int query, int row) {
+  const int half = reread_thread() / kWarpgroupThreads - 1;
+  return static_cast<T*>(args.out) + uint64_t{result_row(args, query, row)} * kValueDim +
+         half * (kValueDim / 2);
+}
+
+// One of the two steps in which the four lanes of a quad transpose 4x4 words: lane i's v[j] becomes
+// lane j's v[i]. kStep: 1, then 2.
+template <int kStep>
+__device__ __forceinline__ void transpose_step(uint32_t (&v)[4]) {
+  const bool second = threadIdx.x & kStep;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = kStep == 1 ? 2 * i : i;
+    const uint32_t other = __shfl_xor_sync(~0u, second ? v[j] : v[j + kStep], kStep);
+    if (second)
+      v[j] = other;
+    else
+      v[j + kStep] = other;
+  }
+}
+
+// Writes the normalised rows in 16 bit. A lane holds two neighbours of each 8 columns; quads
+// exchange them so that a lane stores 8 at once. All rows go through each step together: packed
+// they leave registers for that, and the next step waits for nothing.
+template <typename T>
+__device__ __forceinline__ void store_output(const KernelArgs& args, const float (&o)[128],
+                                             int query, const float (&out_factor)[kTileRows]) {
+  uint32_t v[2][8][4];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float factor = out_factor[output_row(r)];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      v[r][i / 4][i % 4] = pack<T>(o[4 * i + 2 * r] * factor, o[4 * i + 2 * r + 1] * factor);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) transpose_step<1>(v[i / 8][i % 8]);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) transpose_step<2>(v[i / 8][i % 8]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = output_row(r);
+    if (row >= count_heads(args)) break;
+    auto* target = reinterpret_cast<uint4*>(output_columns<T>(args, query, row));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      target[i * 4 + threadIdx.x % 4] = uint4{v[r][i][0], v[r][i][1], v[r][i][2], v[r][i][3]};
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_zeros(const KernelArgs& args, int query) {
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    const int row = output_row(r);
+    if (row >= count_heads(args)) break;
+    auto* target = reinterpret_cast<uint4*>(output_columns<T>(args, query, row));
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) target[i * 4 + threadIdx.x % 4] = uint4{};
+  }
+}
+
+}  // namespace flashmla::sm90::sparse_prefill

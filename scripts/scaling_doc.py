@@ -1,0 +1,203 @@
+"""Rewrites the tables of docs/scaling.md from scripts/scaling_model.py and measured results.
+
+    python scripts/scaling_doc.py            # after new constants or results
+    python scripts/scaling_doc.py --check    # exit status 1 if the page is not what it would be
+
+A table stands between two comments, `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its path
+
+from performance_doc import RESULTS, ROOT, markdown, number, tokens
+from scaling_model import (
+    CARDS,
+    H100,
+    H200,
+    V3,
+    V32,
+    Card,
+    Layout,
+    Model,
+    best_layout,
+    layer_time,
+    memory,
+    sum_time,
+    tokens_per_second,
+)
+
+PAGE = ROOT / "docs" / "scaling.md"
+TABLE = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EXPERTS = 656e9  # bytes of DeepSeek V3.2's experts in fp8, over all devices
+OTHER = 6e9  # embeddings, dense layers, XLA's workspace, on each
+
+
+def runs(part: str) -> Iterator[tuple[Card, dict[str, Any], dict[str, Any]]]:
+    """Measured by benchmarks/bench_parallel.py: the card, the document, a result."""
+    for path in sorted(RESULTS.glob("*/parallel/*.json")):
+        document = json.loads(path.read_text())
+        name = document["hardware"]["device"]
+        card = next(card for card in CARDS.values() if card.name in name)
+        for result in document["results"]:
+            if result["part"] == part:
+                yield card, document, result
+
+
+def constants() -> str:
+    fields = {
+        "weights": ("read weights", "TB/s", 1e6),
+        "cache": ("`dense_decode` reads the cache", "TB/s", 1e6),
+        "gather": ("`sparse_decode` gathers rows", "TB/s", 1e6),
+        "keys": ("`index_scores` reads keys", "TB/s", 1e6),
+        "dense": ("`dense_decode` multiplies", "TFLOP/s", 1e6),
+        "sparse": ("`sparse_decode` multiplies", "TFLOP/s", 1e6),
+    }
+    lines = [
+        [what, unit, *(number(getattr(card, name) / scale) for card in CARDS.values())]
+        for name, (what, unit, scale) in fields.items()
+    ]
+    return markdown(["", "unit", *CARDS], lines)
+
+
+def sums() -> str:
+    """Sums alone, measured in one function, and by the model."""
+    lines = []
+    for card, document, result in runs("sums"):
+        bytes, devices = result["b"] * V3.hidden * 2, result["devices"]
+        lines.append(
+            [
+                card.name,
+                str(document["processes"]),
+                str(devices),
+                str(result["b"]),
+                number(result["psum_us"]),
+                number(result["peers_us"]),
+                number(sum_time(bytes, devices)),
+            ]
+        )
+    header = ["card", "processes", "devices", "b", "`psum`", "over peers", "model of the kernel"]
+    return markdown(header, lines)
+
+
+def check() -> str:
+    """Layers over heads: measured, and by the model."""
+    lines = []
+    for card, document, result in runs("tensor"):
+        layout, b = Layout(heads=result["devices"]), result["b"]
+        line = [card.name, str(document["processes"]), str(result["devices"]), str(b)]
+        for kind in ("none", "psum", "peers"):
+            model = layer_time(card, V3, layout, b, document["tokens"], kind)["layer"]
+            line += [number(result[f"{kind}_us"]), number(model)]
+        added = result["psum_us"] - result["none_us"], result["peers_us"] - result["none_us"]
+        lines.append([*line, *(number(us) for us in added)])
+    header = ["card", "processes", "devices", "b"]
+    for kind in ("without a sum", "with `psum`", "over peers"):
+        header += [kind, "model"]
+    return markdown([*header, "`psum` adds", "peers add"], lines)
+
+
+def data() -> str:
+    lines = [
+        [
+            card.name,
+            str(document["processes"]),
+            str(result["devices"]),
+            str(result["b"]),
+            number(result["alone_us"]),
+            number(layer_time(card, V3, Layout(), result["b"], document["tokens"])["layer"]),
+            number(result["together_us"]),
+            number(result["of_linear"]),
+        ]
+        for card, document, result in runs("data")
+    ]
+    header = "card, processes, devices, b of each, one alone, model, all together, of linear"
+    return markdown(header.split(", "), lines)
+
+
+WORKLOADS = (
+    (V3, 1, 131072),
+    (V3, 32, 4096),
+    (V3, 256, 4096),
+    (V3, 8192, 4096),
+    (V32, 64, 131072),
+    (V32, 4096, 32768),
+)
+
+
+def devices() -> str:
+    """The fastest layout on how many H100s: us a layer, and tokens/s of a device."""
+    lines = []
+    for count in (1, 2, 4, 8, 16, 64, 256, 1024):
+        line = [str(count)]
+        for model, b, length in WORKLOADS:
+            layout = best_layout(H100, model, count, b, length)
+            if layout is None:
+                line.append("-")
+                continue
+            us = layer_time(H100, model, layout, b, length)["layer"]
+            rate = tokens_per_second(model, us, b) / count
+            line.append(f"{layout}: {number(us)} us, {number(rate)}/s")
+        lines.append(line)
+    titles = [f"{m.name}, b {b:,}, {tokens(length)}" for m, b, length in WORKLOADS]
+    return markdown(["GPUs", *titles], lines)
+
+
+def v32_on_two_nodes() -> str:
+    """DeepSeek V3.2 on 16 H200s: each way to split heads within a node."""
+    lines = []
+    for b in (16, 64, 256, 1024, 2048):
+        for length in (8192, 32768, 131072):
+            line = [str(b), tokens(length)]
+            fit = {}
+            for heads in (8, 4, 2, 1):
+                layout = Layout(heads, 16 // heads)
+                us = layer_time(H200, V32, layout, b, length)["layer"]
+                needed = sum(memory(H200, V32, layout, b, length)) + EXPERTS / 16 + OTHER
+                line.append(f"{number(us)} us, {needed / 1e9:.0f} GB")
+                if needed <= 0.95 * H200.memory and layout.batch <= b:
+                    fit[us] = layout
+            best = fit[min(fit)] if fit else None
+            rate = tokens_per_second(V32, min(fit), b) if fit else None
+            lines.append([*line, str(best or "none fits"), number(rate)])
+    header = ["b", "tokens", *(f"{h} x {16 // h} x 1" for h in (8, 4, 2, 1))]
+    return markdown([*header, "choose", "tokens/s, attention alone"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (constants, sums, check, data, devices, v32_on_two_nodes)
+}
+
+
+def rewrite(page: str) -> str:
+    """The page with its tables made anew."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match['name']]()}\n{match[3]}", page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    page = PAGE.read_text()
+    new = rewrite(page)
+    if not arguments.check:
+        PAGE.write_text(new)
+    elif new != page:
+        print(f"{PAGE} is not what this script makes of the model and the results")
+        return 1
+    return 0
+
+
+__all__ = ["PAGE", "TABLES", "Model", "rewrite"]
+
+if __name__ == "__main__":
+    sys.exit(main())

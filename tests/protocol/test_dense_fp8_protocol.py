@@ -1,0 +1,149 @@
+"""The fp8 kernel of dense decode: csrc/sm90/dense_decode/fp8/{scores,query,values,load}.cuh.
+
+Two score sides, which exchange halves of their sums; value warps, the first of which loads. A warp
+stands for each side. Side 1 leaves its sums where the tile's probabilities will be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from protocol import Role, Violation, explore
+
+BUFFERS = 2  # of probabilities
+SIDES = range(2)
+
+
+@dataclass(frozen=True)
+class Model:
+    pieces: list[int]  # their tiles; empty ones have no part in the protocol
+    stages: int = 3
+    value_warps: int = 2
+    drop: frozenset = frozenset()
+
+    def side(self, side: int) -> Role:
+        warp = Role(f"score{side}", self.drop)
+        queries = [("query", other) for other in SIDES]
+        tile = 0
+        for n, tiles in enumerate(self.pieces):
+            warp.meet(("pair",))  # the queries' largest value
+            warp.write(("query", side))
+            warp.end(("query", side))
+            warp.meet(("pair",))
+            for _ in range(tiles):
+                stage, buffer = tile % self.stages, tile % BUFFERS
+                halves = [("p", other, buffer) for other in SIDES]
+                warp.wait(("full", stage), tile // self.stages)
+                warp.read(tile // self.stages + 1, ("ring", stage))
+                warp.read(n + 1, *queries)
+                warp.end(*queries)
+                warp.wait(("probabilities_empty", buffer), tile // BUFFERS - 1)
+                mine = halves if side else [("exchange",)]
+                warp.write(*mine)
+                warp.end(*mine)
+                warp.meet(("pair",))
+                theirs = [("exchange",)] if side else halves
+                warp.read(tile + 1 if side else 2 * (tile // BUFFERS) + 1, *theirs)
+                warp.end(*theirs)
+                warp.meet(("vote",))  # whether references rise
+                stored = [("p", side, buffer), ("rescale", side, buffer)]
+                warp.write(*stored)
+                warp.end(*stored, ("ring", stage))
+                warp.arrive(("probabilities_full", buffer))
+                tile += 1
+            warp.wait(("sums_empty",), n - 1)
+            warp.write(("inverse_sum", side))
+            warp.end(("inverse_sum", side))
+            warp.arrive(("sums_full",))
+        return warp
+
+    def value_warp(self, name: str, loads: bool) -> Role:
+        warp = Role(name, self.drop)
+        tile, room, filled, total = 0, self.stages - 1, 0, sum(self.pieces)
+        for n, tiles in enumerate(self.pieces):
+            for _ in range(tiles):
+                stage, buffer = tile % self.stages, tile % BUFFERS
+                if loads and filled < total:
+                    room += 1
+                    while room > 0 and filled < total:
+                        room -= 1
+                        at = filled % self.stages
+                        warp.wait(("empty", at), filled // self.stages - 1)
+                        warp.arrive(("issued", at))
+                        filled += 1
+                warp.wait(("full", stage), tile // self.stages)
+                warp.wait(("probabilities_full", buffer), tile // BUFFERS)
+                warp.read(tile // self.stages + 1, ("ring", stage))
+                warp.read(2 * (tile // BUFFERS + 1), *(("p", side, buffer) for side in SIDES))
+                warp.read(tile // BUFFERS + 1, *(("rescale", side, buffer) for side in SIDES))
+                warp.end(("ring", stage))  # as soon as its bytes are in registers
+                warp.arrive(("empty", stage))
+                warp.end(*((what, side, buffer) for what in ("p", "rescale") for side in SIDES))
+                warp.arrive(("probabilities_empty", buffer))
+                tile += 1
+            warp.wait(("sums_full",), n)
+            warp.read(n + 1, *(("inverse_sum", side) for side in SIDES))
+            warp.end(*(("inverse_sum", side) for side in SIDES))
+            warp.arrive(("sums_empty",))
+        return warp
+
+    def engine(self, stage: int) -> Role:
+        copies = Role("tma", self.drop)
+        for round in range(len(range(stage, sum(self.pieces), self.stages))):
+            copies.wait(("issued", stage), round)
+            copies.write(("ring", stage))
+            copies.end(("ring", stage))
+            copies.arrive(("full", stage))
+        return copies
+
+    def explore(self) -> int:
+        arrivals = {
+            "pair": 2,
+            "vote": 2,
+            "probabilities_full": 2,
+            "probabilities_empty": self.value_warps,
+            "empty": self.value_warps,
+            "sums_full": 2,
+            "sums_empty": self.value_warps,
+        }
+        roles = [
+            *map(self.side, SIDES),
+            *(self.value_warp(f"value{n}", n == 0) for n in range(self.value_warps)),
+            *map(self.engine, range(self.stages)),
+        ]
+        return explore(roles, lambda name: arrivals.get(name[0], 1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model([1]),
+        Model([5]),
+        Model([2, 1, 1]),
+        Model([6], stages=4, value_warps=1),
+    ],
+    ids=str,
+)
+def test_every_interleaving_is_safe(model: Model) -> None:
+    assert model.explore() > 30
+
+
+@pytest.mark.parametrize(
+    "dropped",
+    [
+        ("score", "full"),
+        ("score", "pair"),
+        ("score", "vote"),
+        ("score", "probabilities_empty"),
+        ("score", "sums_empty"),
+        ("value", "probabilities_full"),
+        ("value", "sums_full"),
+        ("value", "empty"),
+    ],
+    ids="-".join,
+)
+def test_what_each_wait_is_for(dropped: tuple[str, str]) -> None:
+    with pytest.raises(Violation):
+        Model([3, 2], drop=frozenset({dropped})).explore()
