@@ -77,7 +77,7 @@ def decode(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    num_heads = check_call(config, params, x, cache, slots, heads_axis)
+    num_heads = check_call(config, params, x, cache, slots, heads_axis, context_axis)
     x = jnp.asarray(x)
     positions = positions_of(slots)
     latent, k_rope = project_rows(config, params, x, positions)

@@ -79,7 +79,7 @@ def select(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    check_call(config, params, x, cache, slots, heads_axis)
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
     indexer = config.indexer
     if indexer is None:
         raise ValueError("config must have an indexer to select tokens, got None")
