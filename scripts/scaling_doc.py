@@ -154,7 +154,7 @@ def devices() -> str:
 def v32_on_two_nodes() -> str:
     """DeepSeek V3.2 on 16 H200s: each way to split heads within a node."""
     lines = []
-    for b in (16, 64, 256, 1024, 2048):
+    for b in (16, 64, 128, 256, 512, 1024, 2048):
         for length in (8192, 32768, 131072):
             line = [str(b), tokens(length)]
             fit = {}

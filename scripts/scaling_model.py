@@ -86,7 +86,8 @@ REST, REST_OF_SEQUENCE = 40.0, 0.1
 KERNEL = 6.0  # an attention kernel with its merge, besides bytes or operations
 SELECT, SELECT_OF_TOKEN = 10.0, 6.7e-6
 # A sum over devices of one host: over peer memory, or XLA's.
-PEERS, SECOND_ROUND, PEERS_RATE = 3.9, 1.6, 270e3
+PEERS, PEERS_OF_DEVICE, SECOND_ROUND, PEERS_RATE = 1.3, 0.65, 1.6, 270e3
+SKEW = 2.0  # and how far apart devices come to it, within a step
 ONE_ROUND_BYTES = 448 * 1024  # kSecondRoundBytes in csrc/sm90/all_reduce_sum/config.h
 PSUM, PSUM_RATE = 21.0, 115e3
 
@@ -97,10 +98,17 @@ def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
         return 0.0
     if kind == "psum":
         return PSUM + bytes / PSUM_RATE
+    start = PEERS + PEERS_OF_DEVICE * devices
     one_round, two_rounds = (devices - 1) * bytes, 2 * (devices - 1) * bytes / devices
     if one_round - two_rounds <= ONE_ROUND_BYTES:
-        return PEERS + one_round / PEERS_RATE
-    return PEERS + SECOND_ROUND + two_rounds / PEERS_RATE
+        return start + one_round / PEERS_RATE
+    return start + SECOND_ROUND + two_rounds / PEERS_RATE
+
+
+def exchange_time(bytes: float, devices: int, kind: str) -> float:
+    """A sum within a step, which devices do not reach at the same time."""
+    alone = sum_time(bytes, devices, kind)
+    return alone + SKEW if alone and kind == "peers" else alone
 
 
 def attention_time(card: Card, model: Model, heads: int, b: float, tokens: float) -> float:
@@ -129,9 +137,9 @@ def layer_time(
         "weights": model.weights(layout.heads) / card.weights,
         "rest": REST + REST_OF_SEQUENCE * mine,
         "attention": attention_time(card, model, heads, mine, tokens / layout.context),
-        "heads": sum_time(mine * model.hidden * ITEMSIZE, layout.heads, sums),
+        "heads": exchange_time(mine * model.hidden * ITEMSIZE, layout.heads, sums),
         # Every device's results of its tokens to the others, with an lse each.
-        "context": sum_time(mine * heads * (512 * ITEMSIZE + 4), layout.context, sums),
+        "context": exchange_time(mine * heads * (512 * ITEMSIZE + 4), layout.context, sums),
     }
     return parts | {"layer": sum(parts.values())}
 

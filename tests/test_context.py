@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cases
@@ -86,6 +86,37 @@ def test_dense_decode_is_that_of_one_device(
     results = [naive.dense(*x, d_v=D_V, causal=True) for x in zip(q, keys, LENGTHS, strict=True)]
     expected = [np.stack(x) for x in zip(*results, strict=True)]
     tolerances.assert_decoded(got, expected, **tolerances.F32_DECODE)
+
+
+def test_packed_queries_on_an_explicit_mesh() -> None:
+    """Heads split over the same axis, exchanged over peers."""
+    rng = np.random.default_rng(cases.SEED)
+    lengths, q_lens = np.array([150, 70, 40, 3], np.int32), (1, 0, 17, 5)
+    cu = np.cumsum([0, *q_lens]).astype(np.int32)
+    keys = cases.normal(rng, (4, 150, 1, 24), "float32")
+    q = cases.normal(rng, (cu[-1] + 2, 8, 24), "float32", 2.0)
+    blocks, tables = context_cases.share_out(keys, lengths, 8, 8)
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Explicit,), devices=jax.devices("cpu"))
+
+    def local(q: jax.Array, blocks: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return context.dense_decode(
+            q, blocks, table, lengths, axis="t", heads_split=True, d_v=D_V, causal=True,
+            cu_q_lens=cu, max_q_len=17, peers=connect_peers(mesh, "t"),
+        )  # fmt: skip
+
+    specs = P(None, "t"), P("t"), P(None, "t")
+    arguments = q, np.concatenate(blocks), np.concatenate(tables, axis=1)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arguments, specs, strict=True)
+    ]
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, "t"))
+    out, lse = (np.asarray(x) for x in jax.jit(sharded)(*placed))
+    for i in (0, 2, 3):
+        mine = slice(cu[i], cu[i + 1])
+        expected = naive.dense(q[mine], keys[i], int(lengths[i]), d_v=D_V, causal=True)
+        tolerances.assert_decoded((out[mine], lse[mine]), expected, **tolerances.F32_DECODE)
+    assert np.isneginf(lse[cu[-1] :]).all()
 
 
 def test_sparse_decode_is_that_of_one_device() -> None:

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,37 +12,42 @@
 #include <random>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "graph_time.cuh"
 #include "naive_sparse_decode.cuh"
 #include "sm90/make_schedule/launch.h"
 #include "sm90/sparse_decode/launch.h"
-
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
-#define CHECK_STATUS(call)                                    \
-  do {                                                        \
-    const flashmla::Status status = (call);                   \
-    if (!status.ok()) {                                       \
-      std::printf("%s: %s\n", #call, status.message.c_str()); \
-      std::exit(1);                                           \
-    }                                                         \
-  } while (0)
 
 struct Shape {
   std::string label;
   int b, s_q, h_q, topk;
   int num_parts = 0;  // 0: chosen
   double peer_us = 0, limit_us = 0;
+  Format format = Format::kV32;
+  int d_qk = 576, extra_topk = 0;
+
+  Format extra_format() const { return format == Format::kV41 ? Format::kV41Fp4 : format; }
+  int64_t row_bytes() const {
+    return format == Format::kDense ? d_qk * 2 : flashmla::bytes_per_token(format);
+  }
+  int tiles() const { return b * s_q * ((topk + 63) / 64 + (extra_topk + 63) / 64); }
 };
+
+// A row file's names. Of v41 the extra cache is v41_fp4, of others as the main one.
+bool find_format(const std::string& name, Shape* x) {
+  const struct {
+    const char* name;
+    Format format;
+    int d_qk;
+  } formats[] = {{"v32", Format::kV32, 576},        {"v32_nope", Format::kV32Nope, 512},
+                 {"v4", Format::kV4, 512},          {"v41", Format::kV41, 512},
+                 {"fp8_row", Format::kFp8Row, 576}, {"dense_576", Format::kDense, 576},
+                 {"dense_512", Format::kDense, 512}};
+  for (const auto& f : formats)
+    if (name == f.name) return x->format = f.format, x->d_qk = f.d_qk, true;
+  return false;
+}
 
 struct Hostility {
   int block_size = 64;
@@ -60,15 +64,16 @@ struct Hostility {
 int choose_parts(const Shape& x) {
   if (x.num_parts > 0) return x.num_parts;
   const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
-  const int tokens = x.b * x.s_q * ((x.topk + 63) / 64);
-  if (tokens * tiles(16) <= 2 * 132) return 132 / tiles(16);
-  if (tokens * tiles(32) <= 8 * 132) return 132 / tiles(32);
+  if (x.format == Format::kV32 && x.extra_topk == 0) {
+    if (x.tiles() * tiles(16) <= 2 * 132) return 132 / tiles(16);
+    if (x.tiles() * tiles(32) <= 8 * 132) return 132 / tiles(32);
+  }
   return std::max(1, 132 / tiles(64));
 }
 
 struct Bench {
   uint8_t* pool;
-  int64_t pool_rows;
+  int64_t pool_bytes;
   std::mt19937 random{7};
   std::vector<void*> allocations;
 
@@ -94,17 +99,18 @@ struct Bench {
 
   int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
+  // lengths: tiles' worth of tokens of each query token.
   SparseDecodeParams make(const Shape& x, const std::vector<int>& lengths, float query_scale) {
     SparseDecodeParams p{};
-    p.b = x.b, p.s_q = x.s_q, p.h_q = x.h_q, p.d_qk = kDqk, p.d_v = kDv;
+    p.b = x.b, p.s_q = x.s_q, p.h_q = x.h_q, p.d_qk = x.d_qk, p.d_v = kDv;
     p.num_parts = choose_parts(x), p.dtype = flashmla::DType::kBFloat16;
     p.sm_scale = 1 / std::sqrt(576.0f);
     const size_t rows = size_t(x.b) * x.s_q * x.h_q, slots = size_t(2) * p.num_parts * x.h_q;
-    p.q = alloc(rows * kDqk * 2);
-    fill_queries<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
+    p.q = alloc(rows * x.d_qk * 2);
+    fill_queries<<<256, 256>>>((T*)p.q, rows * x.d_qk, 99, query_scale);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
     p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
-    p.main.format = flashmla::Format::kV32, p.main.topk = x.topk;
+    if (x.format == Format::kFp8Row) p.kv_scale = upload(std::vector<float>{0.75f});
     int32_t* cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.cuts = cuts;
     CHECK_STATUS(
@@ -112,24 +118,32 @@ struct Bench {
     return p;
   }
 
-  bool check(const Shape& x, const Hostility& h, float query_scale = 10) {
+  static SparseSource source_of(const Shape& x, Format format, int topk, int block_size) {
+    SparseSource m{};
+    m.format = format, m.topk = topk, m.block_size = block_size;
+    m.row_stride = format == Format::kDense ? x.d_qk : 0;
+    m.block_bytes = format == Format::kDense ? int64_t{block_size} * x.d_qk * 2
+                                             : flashmla::bytes_per_block(format, block_size);
+    return m;
+  }
+
+  // A cache of which every other slot is NaN and not named. lengths: adds each query token's tiles.
+  SparseSource make_source(const Shape& x, const Hostility& h, Format format, int topk,
+                           int block_size, std::vector<int>* lengths) {
+    SparseSource m = source_of(x, format, topk, block_size);
     const int n = x.b * x.s_q;
-    std::vector<int> lengths(n, x.topk);
+    std::vector<int> given(n, topk);
     if (h.lengths)
-      for (int& l : lengths) l = uniform(0, 3) ? uniform(-3, x.topk + 3) : uniform(0, 1) * 65;
-    std::vector<int> clamped = lengths;
-    for (int& l : clamped) l = std::min(std::max(l, 0), x.topk);
-    SparseDecodeParams p = make(x, clamped, query_scale);
-    const int64_t layer_blocks = std::max(3, 4 * x.topk / h.block_size), first = h.layer ? 5 : 0;
-    const int64_t layer_rows = layer_blocks * h.block_size;
-    p.main.block_size = h.block_size, p.main.block_bytes = int64_t(h.block_size) * kRowBytes;
-    p.main.layer_blocks = layer_blocks, p.main.num_blocks = layer_blocks + (h.layer ? 9 : 0);
-    p.main.blocks = alloc(p.main.num_blocks * p.main.block_bytes);
-    if (h.layer) p.main.first_block = upload(std::vector<int32_t>{int32_t(first)});
-    // Even slots are used, odd ones are NaN.
+      for (int& l : given) l = uniform(0, 3) ? uniform(-3, topk + 3) : uniform(0, 1) * 65;
+    const int64_t first = h.layer ? 5 : 0;
+    m.layer_blocks = std::max(3, 4 * topk / block_size);
+    m.num_blocks = m.layer_blocks + (h.layer ? 9 : 0);
+    m.blocks = alloc(m.num_blocks * m.block_bytes);
+    if (h.layer) m.first_block = upload(std::vector<int32_t>{int32_t(first)});
+    const int64_t layer_rows = m.layer_blocks * block_size;
     std::vector<int64_t> used;
-    for (int64_t i = 0; i < layer_rows; i += 2) used.push_back(i + first * h.block_size);
-    fill_rows<<<1024, 128>>>((uint8_t*)p.main.blocks, upload(used), used.size(), 3, h.spread);
+    for (int64_t i = 0; i < layer_rows; i += 2) used.push_back(i + first * block_size);
+    fill_rows<<<1024, 128>>>(m, x.d_qk, upload(used), used.size(), 3, h.spread);
     const int32_t fillers[] = {-1,
                                INT32_MIN,
                                -123456,
@@ -137,16 +151,30 @@ struct Bench {
                                INT32_MAX,
                                2147480000,
                                int32_t(layer_rows) + 77};
-    std::vector<int32_t> indices(size_t(n) * x.topk);
-    for (int i = 0; i < n; ++i)
-      for (int t = 0; t < x.topk; ++t) {
-        int32_t& index = indices[size_t(i) * x.topk + t];
+    std::vector<int32_t> indices(size_t(n) * topk);
+    for (int i = 0; i < n; ++i) {
+      const int length = std::min(std::max(given[i], 0), topk);
+      (*lengths)[i] += (length + 63) / 64 * 64;
+      for (int t = 0; t < topk; ++t) {
+        int32_t& index = indices[size_t(i) * topk + t];
         index = uniform(0, int(used.size()) - 1) * 2;
-        if (t >= clamped[i]) index = uniform(0, 1) ? index + 1 : fillers[uniform(0, 6)];
+        if (t >= length) index = uniform(0, 1) ? index + 1 : fillers[uniform(0, 6)];
         if (h.none_valid || (h.fillers && uniform(0, 2) == 0)) index = fillers[uniform(0, 6)];
       }
-    p.main.indices = upload(indices);
-    if (h.lengths) p.main.topk_length = upload(lengths);
+    }
+    m.indices = upload(indices);
+    if (h.lengths) m.topk_length = upload(given);
+    return m;
+  }
+
+  bool check(const Shape& x, const Hostility& h, float query_scale = 10) {
+    std::vector<int> lengths(x.b * x.s_q);
+    const SparseSource main = make_source(x, h, x.format, x.topk, h.block_size, &lengths);
+    SparseSource extra{};
+    if (x.extra_topk > 0)
+      extra = make_source(x, h, x.extra_format(), x.extra_topk, h.block_size / 2 + 1, &lengths);
+    SparseDecodeParams p = make(x, lengths, query_scale);
+    p.main = main, p.extra = extra;
     if (h.sinks) {
       std::vector<float> sinks(x.h_q);
       for (float& s : sinks) {
@@ -162,7 +190,7 @@ struct Bench {
     CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, 0));
     CHECK(cudaDeviceSynchronize());
     const size_t rows = size_t(p.b) * p.s_q * p.h_q;
-    double* scores = (double*)alloc(rows * x.topk * 8);
+    double* scores = (double*)alloc(rows * (x.topk + x.extra_topk) * 8);
     float *out = (float*)alloc(rows * kDv * 4), *lse = (float*)alloc(rows * 4);
     naive<<<rows, 256>>>(p, scores, out, lse);
     CHECK(cudaDeviceSynchronize());
@@ -208,51 +236,36 @@ struct Bench {
     return ok;
   }
 
+  void fill_pool(const Shape& x) {
+    SparseSource m = source_of(x, x.format, 0, 64);
+    m.blocks = pool;
+    fill_rows<<<4096, 128>>>(m, x.d_qk, nullptr, pool_bytes / m.block_bytes * 64, 1, 0);
+    CHECK(cudaDeviceSynchronize());
+  }
+
   // Microseconds a call: calls in a graph, over indices of their own, that read 256 MB together.
   double time(const Shape& x) {
-    const int64_t n = x.b * x.s_q, rows = n * x.topk;
-    const int calls = std::clamp<int64_t>((int64_t{256} << 20) / (rows * kRowBytes) + 1, 2, 128);
-    SparseDecodeParams p = make(x, std::vector<int>(n, x.topk), 10);
-    p.main.block_size = 64, p.main.block_bytes = 64 * kRowBytes;
-    p.main.num_blocks = p.main.layer_blocks = pool_rows / 64;
+    const int64_t n = x.b * x.s_q, rows = n * (x.topk + x.extra_topk);
+    const int calls =
+        std::clamp<int64_t>((int64_t{256} << 20) / (rows * x.row_bytes()) + 1, 2, 128);
+    SparseDecodeParams p = make(x, std::vector<int>(n, x.tiles() / n * 64), 10);
+    p.main = source_of(x, x.format, x.topk, 64);
+    p.main.num_blocks = p.main.layer_blocks = pool_bytes / p.main.block_bytes;
     p.main.blocks = pool;
+    p.extra = p.main, p.extra.topk = x.extra_topk;
+    if (x.extra_topk == 0) p.extra = {};
     std::vector<const int32_t*> indices;
     for (int call = 0; call < calls; ++call) {
       std::vector<int32_t> v(rows);
       for (int32_t& i : v) i = random() % (p.main.num_blocks * 64);
       indices.push_back(upload(v));
     }
-    cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    CHECK(cudaStreamCreate(&stream));
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    for (int call = 0; call < calls; ++call) {
-      p.main.indices = indices[call];
+    const double us = time_calls(calls, [&](int call, cudaStream_t stream) {
+      p.main.indices = indices[call], p.extra.indices = indices[call] + n * x.topk;
       CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, stream));
-    }
-    CHECK(cudaStreamEndCapture(stream, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t start, stop;
-    CHECK(cudaEventCreate(&start));
-    CHECK(cudaEventCreate(&stop));
-    std::vector<float> times;
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    for (int i = 0; i < 12; ++i) {
-      CHECK(cudaEventRecord(start, stream));
-      CHECK(cudaGraphLaunch(exec, stream));
-      CHECK(cudaEventRecord(stop, stream));
-      CHECK(cudaStreamSynchronize(stream));
-      float ms;
-      CHECK(cudaEventElapsedTime(&ms, start, stop));
-      if (i >= 3) times.push_back(ms * 1000 / calls);
-    }
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(stream));
+    });
     release();
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    return us;
   }
 };
 
@@ -281,6 +294,18 @@ bool run_checks(Bench& bench, bool small) {
                            h_q, topk, spread == 100 ? 1 : 0},
                           {64, true, false, false, false, spread}, 1);
   }
+  for (const char* name : {"v32", "v32_nope", "v4", "v41", "fp8_row", "dense_576", "dense_512"})
+    for (int h_q : {16, 64, 128, 192})
+      for (int extra : {0, 130}) {
+        Shape x{std::string(name) + " h" + std::to_string(h_q), 40, 1, h_q, 300};
+        find_format(name, &x);
+        if (extra > 0 && (x.format == Format::kV32Nope || x.format == Format::kFp8Row)) continue;
+        if (extra > 0 && x.format == Format::kV32) continue;
+        x.extra_topk = extra;
+        ok &= bench.check(x, all);
+        x.b = 5, x.num_parts = 1;
+        ok &= bench.check(x, {64, true, false, false, false, x.format == Format::kV4 ? 8 : 0});
+      }
   ok &= bench.check({"b321 h64 topk 64", 321, 1, 64, 64}, all);
   ok &= bench.check({"b321 s3 h128 topk 64", 321, 3, 128, 64}, {69, true, true});
   return ok;
@@ -294,23 +319,27 @@ int main(int argc, char** argv) {
   if (argc <= 2 || std::strcmp(argv[2], "time") != 0) ok = run_checks(bench, small);
   if (!ok) std::printf("CHECKS FAILED\n");
   if (rows_path.empty() || small) return ok ? 0 : 1;
-  bench.pool_rows = 13000000 / 64 * 64;  // 8.5 GB
-  CHECK(cudaMalloc(&bench.pool, bench.pool_rows * kRowBytes));
-  fill_rows<<<4096, 128>>>(bench.pool, nullptr, bench.pool_rows, 1, 0);
-  CHECK(cudaDeviceSynchronize());
+  bench.pool_bytes = int64_t{8528} << 20;
+  CHECK(cudaMalloc(&bench.pool, bench.pool_bytes));
 
   std::ifstream file(rows_path);
   std::string line;
   double log_ratio = 0, log_limit = 0;
   int count = 0, compared = 0;
+  std::string filled;
   while (std::getline(file, line)) {
     std::istringstream in(line);
     Shape x;
     in >> x.label >> x.b >> x.s_q >> x.h_q >> x.topk >> x.num_parts >> x.peer_us >> x.limit_us;
-    const double us = bench.time(x), rows = double(x.b) * x.s_q * x.topk;
+    std::string format = "v32";
+    in >> format >> x.extra_topk;
+    if (in.fail()) x.extra_topk = 0;
+    if (!find_format(format, &x)) return std::printf("no format %s\n", format.c_str()), 1;
+    if (format != filled) bench.fill_pool(x), filled = format;
+    const double us = bench.time(x), rows = double(x.b) * x.s_q * (x.topk + x.extra_topk);
     std::printf("%-26s %8.2f us  limit %7.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", x.label.c_str(), us,
-                x.limit_us, us / x.limit_us, rows * x.h_q * 2 * (kDqk + kDv) / us * 1e-6,
-                rows * kRowBytes / us * 1e-3);
+                x.limit_us, us / x.limit_us, rows * x.h_q * 2 * (x.d_qk + kDv) / us * 1e-6,
+                rows * x.row_bytes() / us * 1e-3);
     if (x.limit_us > 0) log_limit += std::log(us / x.limit_us), ++count;
     if (x.peer_us > 0) {
       std::printf("  peer %8.2f, speed x%.3f", x.peer_us, x.peer_us / us);

@@ -8,6 +8,16 @@
 
 namespace flashmla::ffi {
 
+// Scores [b, s_q, max_blocks * 64], given or made.
+template <typename Dimensions>
+void expect_index_scores(ExtentChecks& checks, const Dimensions& dimensions, int64_t b, int64_t s_q,
+                         const IndexKeys& keys) {
+  checks.expect("scores", dimensions,
+                {{"b", b},
+                 {"s_q", s_q},
+                 {"max_blocks * block_size", int64_t{keys.max_blocks} * kIndexBlockSize}});
+}
+
 struct IndexQueryExtents {
   int64_t b = 0, s_q = 0, heads = 0;
   bool fp8 = false;

@@ -40,10 +40,7 @@ inline Status read_index_scores(AnyBuffer q, F32R3 weights, AnyBuffer blocks, I3
   read_index_table(checks, block_table, cache_seqlens, queries.b, keys);
   check_layer_slots(checks, keys.layer_blocks);
   read_index_blocks(checks, blocks, first_block, keys.layer_blocks, keys);
-  checks.expect("scores", scores->dimensions(),
-                {{"b", queries.b},
-                 {"s_q", queries.s_q},
-                 {"max_blocks * block_size", int64_t{keys.max_blocks} * kIndexBlockSize}});
+  expect_index_scores(checks, scores->dimensions(), queries.b, queries.s_q, keys);
 
   *params = {.b = checks.int32("b", queries.b),
              .s_q = checks.int32("s_q", queries.s_q),

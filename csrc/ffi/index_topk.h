@@ -47,10 +47,7 @@ inline Status read_index_topk(AnyBuffer q, F32R3 weights, AnyBuffer blocks, F32R
   check_layer_slots(checks, keys.layer_blocks);
   IndexQueryExtents queries = {.b = b, .s_q = s_q};
   if (attrs.has_scores) {
-    checks.expect("scores", scores.dimensions(),
-                  {{"b", b},
-                   {"s_q", s_q},
-                   {"max_blocks * block_size", int64_t{keys.max_blocks} * kIndexBlockSize}});
+    expect_index_scores(checks, scores.dimensions(), b, s_q, keys);
   } else {
     queries = read_index_queries(checks, q, weights);
     read_index_blocks(checks, blocks, first_block, keys.layer_blocks, keys);

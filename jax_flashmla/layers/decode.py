@@ -68,7 +68,7 @@ def decode(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    num_heads = check_call(config, params, x, cache, slots, heads_axis)
+    num_heads = check_call(config, params, x, cache, slots, heads_axis, context_axis)
     x = jnp.asarray(x)
     cache, down = project_down(config, params, x, cache, slots, layer, implementation)
     if absorbed is None:

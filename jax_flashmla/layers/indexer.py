@@ -80,7 +80,7 @@ def select(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    check_call(config, params, x, cache, slots, heads_axis)
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
     return select_projected(
         None, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
     )
@@ -174,7 +174,7 @@ def selection_for(
             "selection must be given, from select(), where the index pool does not have the "
             f"cache's {cache.layers} layers but {cache.index_layers}, got None"
         )
-    check_call(config, params, x, cache, slots, heads_axis)
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
     return select_projected(
         down, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
     )

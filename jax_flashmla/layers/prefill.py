@@ -67,7 +67,7 @@ def prefill(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    check_call(config, params, x, cache, slots, heads_axis)
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
     x = jnp.asarray(x)
     positions = positions_of(slots)
     latent, k_rope = project_rows(config, params, x, positions)

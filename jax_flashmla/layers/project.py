@@ -19,6 +19,7 @@ def check_call(
     cache: PagedCache,
     slots: Slots,
     heads_axis: str | None,
+    context_axis: str | None,
 ) -> int:
     """Checks what a layer is called with; the number of its heads on this device."""
     if not isinstance(config, MLAConfig):
@@ -39,6 +40,13 @@ def check_call(
         raise ValueError(
             f"cache must have config.cache_format()'s d_qk = {config.d_qk}, d_v = "
             f"{config.kv_lora_rank} and h_kv = 1, got {cache.format}"
+        )
+    ranks = 1 if context_axis is None else jax.lax.axis_size(context_axis)
+    shared = 1 if slots.share is None else slots.share.size
+    if ranks != shared:
+        raise ValueError(
+            f"context_axis must be that of cache.advance(), whose slots are of {shared} ranks, got "
+            f"{context_axis!r} of {ranks}"
         )
     _checks.refuse_foreign("x", x, "[b, s, hidden_size]")
     b = cache.table.block_table.shape[0]

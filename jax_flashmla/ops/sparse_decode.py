@@ -84,7 +84,7 @@ def sparse_decode(
             (ceil(topk_length / 64) + ceil(extra_topk_length / 64)) tokens; made here by default.
             Above 16384 query tokens the one made here cuts none of them.
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
-            pure JAX, which can be differentiated. The Hopper kernel takes "v32" alone, bfloat16
+            pure JAX, which can be differentiated. The Hopper kernel takes 16-bit queries
             and d_v = 512.
 
     Returns:
@@ -197,9 +197,9 @@ def sm90_refusal(
 
 
 def is_narrow(dtype: DTypeLike, format: CacheFormat, extra_format: CacheFormat | None) -> bool:
-    """Whether the Hopper kernel has tiles of 16 and 32 heads too.
+    """Whether the Hopper kernels have tiles of 16 and 32 heads too.
 
-    `is_narrow` in csrc/sm90/sparse_decode/launch.cu says the same.
+    These are the narrow kernel's, as `is_narrow` in csrc/sm90/sparse_decode/launch.cu says.
     """
     return (format.name, extra_format) == ("v32", None) and dtype == jnp.bfloat16
 

@@ -17,6 +17,7 @@ import layer_cases
 import sparse_layers
 import tolerances
 from jax_flashmla import BlockTable, PagedCache
+from jax_flashmla.cache.table import Share
 from jax_flashmla.context import ContextAllocator
 from jax_flashmla.layers import IndexerConfig, MLAConfig, MLAParams, decode, prefill
 from layer_cases import V3
@@ -117,3 +118,12 @@ def test_steps_are_those_of_one_device(
     np.testing.assert_array_equal(many.table.cache_seqlens, LENGTHS)
     np.testing.assert_array_equal(many.overflow, 0)
     assert many.check() == []
+
+
+def test_an_axis_other_than_that_of_the_slots_is_refused() -> None:
+    params, cache = layer_cases.make_params(V3), layer_cases.make_cache(V3, [9])
+    cache, slots = cache.advance()
+    x = jnp.zeros((1, 1, V3.hidden_size))
+    share = Share(slots.positions, slots.positions, slots.num_new, 2)
+    with pytest.raises(ValueError, match=r"context_axis must be that of .* of 2 ranks, got None"):
+        decode(V3, params, x, cache, slots=dataclasses.replace(slots, share=share))

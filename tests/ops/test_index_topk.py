@@ -75,6 +75,38 @@ def test_hopper_selects_what_a_stable_sort_does(case: IndexCase) -> None:
         check_problem(index_cases.make_problem(case), "kernel")
 
 
+# On Hopper a sample of the row says where to look: what it makes of rows that are like no sample.
+ROWS = {
+    "normal": lambda i, z: z,
+    "rising": lambda i, z: i,
+    "falling": lambda i, z: -i,
+    "equal": lambda i, z: 0 * z,
+    "sampled are low": lambda i, z: z - 100 * (i % 16 == 0),
+    "sampled are high": lambda i, z: z + 100 * (i % 16 == 0),
+    "far out": lambda i, z: np.where(i % 1000 == 0, 3e38 * np.sign(z), z),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(
+    ("b", "tokens", "topk"),
+    [(1, 4096, 2048), (150, 8192, 512), (3, 32768, 2048), (2, 131072, 4096)],
+)
+def test_hopper_selects_from_rows_of_any_kind(b: int, tokens: int, topk: int, kind: str) -> None:
+    z = np.random.default_rng(b).standard_normal((b, 1, tokens), np.float32)
+    scores = ROWS[kind](np.arange(tokens), z).astype(np.float32) + np.zeros_like(z)
+    table = np.arange(b * tokens // 64, dtype=np.int32).reshape(b, -1)
+    expected = np.sort(np.argsort(-scores, axis=2, kind="stable")[:, :, :topk], axis=2)
+    options: dict[str, Any] = {"format": None, "scores": scores, "topk": topk}
+    with jax.default_device(jax.devices("cuda")[0]):
+        indices, positions = index_topk(
+            None, None, None, table, np.full(b, tokens, np.int32), return_positions=True, **options
+        )
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(indices, table[:, :1, None] * 64 + expected)
+
+
 def test_indices_alone_are_returned_by_default(implementation: str) -> None:
     options = {"topk": 5, "implementation": implementation}
     indices = index_topk(**small().arguments, **options)

@@ -1,200 +1,313 @@
-"""The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/{scores,values,convert,plan}.cuh.
+"""The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/.
 
-Two of the score warps stand for all, and one of each other warpgroup. The value products of a tile
-wait for the next scores to be issued where their keys are there already: `eager` is the order where
-they are not; what happens lies between the two.
+Rows reach the buffers in one of three ways (`Feed`): from rings that each converting warp has for
+itself, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
+a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
+cluster one does, two quarters for four, and queries are there. One warp stands for each other
+warpgroup. The value products of a tile wait for the next scores to be issued where their keys are
+there already: `eager` is the order where they are not; what happens lies between the two.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import pytest
 
 from protocol import Role, Violation, explore
 
-BUFFERS, PLANS, AHEAD, SUMS = 2, 8, 4, 3
-SCORES = ("score0", "score1")
-VALUES = ("left", "right")
-ARRIVALS = {
-    "planned": len(SCORES),
-    "keys_empty": len(VALUES),
-    "scores_done": len(SCORES),
-    "probabilities_stored": len(SCORES),
-    "values_go": len(SCORES),
-}
-QUERY = ("query",)
+NO_DROPS: frozenset[tuple[str, str]] = frozenset()
 
 
-def keys(tile: int, half: int) -> tuple:
-    """The latent columns of half of a tile's tokens."""
-    return "keys", half, tile % BUFFERS
+@dataclass
+class Feed:
+    name: str
+    blocks: int = 1
+    quarters: int = 4  # of a tile
+    buffers: int = 2
+    slots: int = 0  # units in the ring
+    in_rope: bool = True  # probabilities take the place of rope columns
+    plans: int = 4
+    sums: int = 3
 
 
-def rope(tile: int) -> list[tuple]:
-    """A tile's rope columns, then each score warp's probabilities."""
-    return [("rope", name, tile % BUFFERS) for name in SCORES]
+RING = Feed("ring", buffers=1, slots=7, in_rope=False)
+PEERS = Feed("peers", blocks=2, quarters=2)
+LONG_RING = replace(RING, slots=10)
+COPY = Feed("copy")
 
 
-def plan(tile: int) -> list[tuple]:
-    return [("plan", name, tile % PLANS) for name in SCORES]
+@dataclass
+class Model:
+    feed: Feed
+    pieces: list[int]  # their tiles; empty pieces have no part in the protocol
+    eager: bool = True
+    drop: frozenset[tuple[str, str]] = NO_DROPS
+
+    def __post_init__(self) -> None:
+        alone = self.feed.blocks == 1
+        self.total = sum(self.pieces)
+        self.scores = ("score0", "score1") if alone else ("score",)
+        self.values = ("left", "right") if alone else ("value",)
+        self.has_query = alone
+        self.quarters = range(self.feed.quarters)
+        self.parts = range(2)  # of the rope columns, by who writes them
+
+    def buffer(self, tile: int) -> int:
+        return tile % self.feed.buffers
+
+    def round(self, tile: int) -> int:
+        return tile // self.feed.buffers
+
+    def at(self, name: str, block: int, tile: int) -> tuple:
+        return name, block, self.buffer(tile)
+
+    def keys(self, block: int, quarter: int, tile: int) -> tuple:
+        return "keys", block, quarter, self.buffer(tile)
+
+    def all_keys(self, block: int, tile: int) -> list[tuple]:
+        return [self.keys(block, quarter, tile) for quarter in self.quarters]
+
+    def place(self, block: int, part: int, tile: int) -> tuple:
+        """Of probabilities."""
+        return "rope" if self.feed.in_rope else "p", block, part, self.buffer(tile)
+
+    def places(self, block: int, tile: int) -> list[tuple]:
+        return [self.place(block, part, tile) for part in self.parts]
+
+    def plan(self, block: int, tile: int) -> tuple:
+        return "plan", block, tile % self.feed.plans
+
+    def owners(self, quarter: int) -> list[int]:
+        """The blocks that are told when a quarter's place is free."""
+        last = quarter == self.quarters[-1]
+        return list(range(self.feed.blocks)) if last else [quarter % self.feed.blocks]
+
+    def score_warp(self, block: int, name: str) -> Role:
+        warp, tile = Role(f"{name}-{block}", self.drop), 0
+        first = name == self.scores[0]
+        mine = self.parts if len(self.scores) == 1 else [self.scores.index(name)]
+        holds = self.feed.buffers > 1
+
+        def load_query() -> None:
+            if first and self.has_query:
+                warp.arrive(("query_issued", block))
+
+        load_query()
+        for n, tiles in enumerate(self.pieces):
+            if self.has_query:
+                warp.wait(("query_full", block), n)
+            for left in reversed(range(tiles)):
+                go = self.at("values_go", block, tile - 1)  # of the tile before
+                if holds and self.eager and tile > 0:
+                    warp.arrive(go)
+                warp.wait(self.at("keys_full", block, tile), self.round(tile))
+                warp.read(self.round(tile) + 1, *self.all_keys(block, tile))
+                if self.feed.in_rope:
+                    warp.read(2 * self.round(tile) + 1, *self.places(block, tile))
+                query = [("query", block)] if self.has_query else []
+                warp.read(n + 1, *query)
+                if holds and not self.eager and tile > 0:
+                    warp.arrive(go)
+                warp.end(*self.all_keys(block, tile), *query)
+                if self.feed.in_rope:
+                    warp.end(*self.places(block, tile))
+                warp.arrive(self.at("scores_done", block, tile))
+                warp.read(tile // self.feed.plans + 1, self.plan(block, tile))
+                warp.end(self.plan(block, tile))
+                rescale = ("rescale", block, name, self.buffer(tile))
+                stored = [self.place(block, part, tile) for part in mine]
+                warp.write(rescale)
+                warp.wait(self.at("scores_done", block, tile), self.round(tile))
+                warp.write(*stored)
+                if left == 0:
+                    sums = ("inverse_sum", block, name, n % self.feed.sums)
+                    warp.write(sums)
+                    warp.end(sums)
+                    if n + 1 < len(self.pieces):
+                        load_query()
+                warp.end(rescale, *stored)
+                warp.arrive(self.at("probabilities_stored", block, tile))
+                if not holds or tile + 1 == self.total:
+                    warp.arrive(self.at("values_go", block, tile))
+                tile += 1
+        return warp
+
+    def value_warp(self, block: int, name: str) -> Role:
+        warp, tile = Role(f"{name}-{block}", self.drop), 0
+        for n, tiles in enumerate(self.pieces):
+            for _ in range(tiles):
+                round = self.round(tile)
+                powers = [("rescale", block, score, self.buffer(tile)) for score in self.scores]
+                warp.wait(self.at("probabilities_stored", block, tile), round)
+                warp.read(round + 1, *powers)
+                warp.wait(self.at("values_go", block, tile), round)
+                warp.read(round + 1, *self.all_keys(block, tile))
+                written = 2 * round + 2 if self.feed.in_rope else round + 1
+                warp.read(written, *self.places(block, tile))
+                warp.end(*powers)
+                for quarter in self.quarters:
+                    warp.end(self.keys(block, quarter, tile))
+                    if quarter == self.quarters[-1]:
+                        warp.end(*self.places(block, tile))
+                    for owner in self.owners(quarter):
+                        warp.arrive(("keys_empty", owner, quarter, self.buffer(tile)))
+                tile += 1
+            sums = [("inverse_sum", block, score, n % self.feed.sums) for score in self.scores]
+            warp.read(n // self.feed.sums + 1, *sums)
+            warp.end(*sums)
+        return warp
+
+    def make_plan(self, warp: Role, block: int, tile: int) -> None:
+        """Also of what is past the last tile: it says so."""
+        warp.write(self.plan(block, tile))
+        warp.end(self.plan(block, tile))
+
+    def wait_empty(self, warp: Role, block: int, quarter: int, tile: int) -> None:
+        empty = ("keys_empty", block, quarter, self.buffer(tile))
+        warp.wait(empty, self.round(tile) - 1)
+
+    def copy_warp(self) -> Role:
+        """It arrives when its copies are there."""
+        warp = Role("convert", self.drop)
+        for tile in range(self.total):
+            self.make_plan(warp, 0, tile)
+            for quarter in self.quarters:
+                self.wait_empty(warp, 0, quarter, tile)
+                warp.write(self.keys(0, quarter, tile))
+            warp.write(*self.places(0, tile))
+            warp.end(*self.all_keys(0, tile), *self.places(0, tile))
+            warp.arrive(self.at("keys_full", 0, tile))
+        self.make_plan(warp, 0, self.total)
+        return warp
+
+    def ring_warp(self) -> Role:
+        """A tile is planned when its first unit finds room in the ring."""
+        warp, planned = Role("convert", self.drop), 0
+        for tile in range(-1, self.total):
+            for quarter in self.quarters if tile >= 0 else ():
+                self.wait_empty(warp, 0, quarter, tile)
+                warp.write(self.keys(0, quarter, tile))
+            if tile >= 0:
+                warp.end(*self.all_keys(0, tile))
+                warp.arrive(self.at("keys_full", 0, tile))
+            while planned <= self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
+                self.make_plan(warp, 0, planned)
+                planned += 1
+        return warp
+
+    def peer_warp(self, block: int) -> Role:
+        """Quarter `block` is its own, and that part of the rope columns."""
+        warp = Role(f"convert-{block}", self.drop)
+        self.make_plan(warp, block, 0)
+        self.make_plan(warp, block, 1)
+        for tile in range(self.total):
+            mine = self.keys(block, block, tile), self.place(block, block, tile)
+            self.wait_empty(warp, block, block, tile)
+            warp.write(mine[0])
+            self.wait_empty(warp, block, self.quarters[-1], tile)
+            warp.write(mine[1])
+            warp.end(*mine)
+            warp.arrive(("sent", block, tile), self.at("keys_full", block, tile))
+            if tile + 2 <= self.total:
+                self.make_plan(warp, block, tile + 2)
+        return warp
+
+    def peer_engine(self, block: int) -> Role:
+        """What a block sends its peer: copies of its keys, and stores of rope columns."""
+        engine, peer = Role("engine", self.drop), 1 - block
+        for tile in range(self.total):
+            ours, theirs = self.keys(block, block, tile), self.keys(peer, block, tile)
+            rope = self.place(peer, block, tile)
+            engine.wait(("sent", block, tile), 0)
+            engine.read(self.round(tile) + 1, ours)
+            engine.write(theirs, rope)
+            engine.end(ours, theirs, rope)
+            engine.arrive(self.at("keys_full", peer, tile))
+        return engine
+
+    def query_engine(self, block: int) -> Role:
+        copies = Role("tma", self.drop)
+        for n in range(len(self.pieces)):
+            copies.wait(("query_issued", block), n)
+            copies.write(("query", block))
+            copies.end(("query", block))
+            copies.arrive(("query_full", block))
+        return copies
+
+    def explore(self) -> int:
+        blocks = range(self.feed.blocks)
+        arrivals = {
+            "keys_full": self.feed.blocks,
+            "keys_empty": self.feed.blocks * len(self.values),
+            "scores_done": len(self.scores),
+            "probabilities_stored": len(self.scores),
+            "values_go": len(self.scores),
+        }
+        roles = [
+            *(self.score_warp(block, name) for block in blocks for name in self.scores),
+            *(self.value_warp(block, name) for block in blocks for name in self.values),
+        ]
+        if self.feed.name == "ring":
+            roles.append(self.ring_warp())
+        elif self.feed.name == "peers":
+            roles += [
+                role(block) for block in blocks for role in (self.peer_warp, self.peer_engine)
+            ]
+        else:
+            roles.append(self.copy_warp())
+        if self.has_query:
+            roles.append(self.query_engine(0))
+        return explore(roles, lambda name: arrivals.get(name[0], 1))
 
 
-def barrier(name: str, tile: int) -> tuple:
-    return name, tile % BUFFERS
-
-
-def score_warp(name: str, pieces: list[int], drop: set, eager: bool) -> Role:
-    warp = Role(name, drop)
-    total, planned, tile = sum(pieces), 0, 0
-
-    def plan_to(count: int) -> None:
-        nonlocal planned
-        while planned < min(count, total + 1):  # the last one says that there is none
-            mine = ("plan", name, planned % PLANS)
-            warp.write(mine)
-            warp.end(mine)
-            warp.arrive(("planned", planned % PLANS))
-            planned += 1
-
-    def start(n: int) -> None:
-        warp.wait(barrier("keys_full", tile), tile // BUFFERS)
-        warp.read(tile // BUFFERS + 1, keys(tile, 0), keys(tile, 1))
-        warp.read(2 * (tile // BUFFERS) + 1, *rope(tile))
-        warp.read(n + 1, QUERY)
-
-    def load_query() -> None:
-        if name == SCORES[0]:
-            warp.arrive(("query_issued",))
-
-    plan_to(2)
-    load_query()
-    for n, tiles in enumerate(pieces):
-        warp.wait(("query_full",), n)
-        for last in [False] * (tiles - 1) + [True]:
-            go = barrier("values_go", tile - 1)  # of the tile before
-            if eager and tile > 0:
-                warp.arrive(go)
-            start(n)
-            if not eager and tile > 0:
-                warp.arrive(go)
-            plan_to(tile + 1 + AHEAD)
-            warp.end(keys(tile, 0), keys(tile, 1), *rope(tile), QUERY)
-            warp.arrive(barrier("scores_done", tile))
-            warp.read(tile // PLANS + 1, *plan(tile))  # which tokens are attended
-            warp.end(*plan(tile))
-            stored = [("rescale", name, tile % BUFFERS), ("rope", name, tile % BUFFERS)]
-            warp.write(stored[0])
-            warp.wait(barrier("scores_done", tile), tile // BUFFERS)
-            warp.write(stored[1])
-            if last:
-                warp.write(("inverse_sum", name, n % SUMS))
-                warp.end(("inverse_sum", name, n % SUMS))
-                if n + 1 < len(pieces):
-                    load_query()
-            warp.end(*stored)
-            warp.arrive(barrier("probabilities_stored", tile))
-            if last and n + 1 == len(pieces):
-                warp.arrive(barrier("values_go", tile))
-            tile += 1
-    return warp
-
-
-def value_warp(name: str, pieces: list[int], drop: set) -> Role:
-    warp = Role(name, drop)
-    tile = 0
-    for n, tiles in enumerate(pieces):
-        for _ in range(tiles):
-            round = tile // BUFFERS
-            powers = [("rescale", score, tile % BUFFERS) for score in SCORES]
-            warp.wait(barrier("probabilities_stored", tile), round)
-            warp.read(round + 1, *powers)
-            warp.wait(barrier("values_go", tile), round)
-            warp.read(round + 1, keys(tile, 0), keys(tile, 1))
-            warp.read(2 * round + 2, *rope(tile))
-            warp.end(keys(tile, 0), *powers)
-            warp.arrive(("keys_empty", 0, tile % BUFFERS))
-            warp.end(keys(tile, 1), *rope(tile))
-            warp.arrive(("keys_empty", 1, tile % BUFFERS))
-            tile += 1
-        sums = [("inverse_sum", score, n % SUMS) for score in SCORES]
-        warp.read(n // SUMS + 1, *sums)
-        warp.end(*sums)
-    return warp
-
-
-def convert_warp(pieces: list[int], drop: set, ahead: bool) -> Role:
-    """ahead: it loads the next tile's first rows before it is done with a tile."""
-    warp = Role("convert", drop)
-    for tile in range(sum(pieces)):
-        warp.wait(("planned", tile % PLANS), tile // PLANS)
-        warp.read(tile // PLANS + 1, *plan(tile))
-        for half in range(2):
-            warp.wait(("keys_empty", half, tile % BUFFERS), tile // BUFFERS - 1)
-            warp.write(keys(tile, half))
-        warp.write(*rope(tile))
-        if ahead:
-            warp.wait(("planned", (tile + 1) % PLANS), (tile + 1) // PLANS)
-            warp.read((tile + 1) // PLANS + 1, *plan(tile + 1))
-            warp.end(*plan(tile + 1))
-        warp.end(*plan(tile), keys(tile, 0), keys(tile, 1), *rope(tile))
-        warp.arrive(barrier("keys_full", tile))
-    warp.wait(("planned", sum(pieces) % PLANS), sum(pieces) // PLANS)
-    return warp
-
-
-def engine(pieces: list[int], drop: set) -> Role:
-    copies = Role("tma", drop)
-    for n in range(len(pieces)):
-        copies.wait(("query_issued",), n)
-        copies.write(QUERY)
-        copies.end(QUERY)
-        copies.arrive(("query_full",))
-    return copies
-
-
-def check(
-    pieces: list[int], drop: set = frozenset(), *, eager: bool = True, ahead: bool = True
-) -> int:
-    """pieces: their tiles; empty ones have no part in the protocol."""
-    roles = [
-        *(score_warp(name, pieces, drop, eager) for name in SCORES),
-        *(value_warp(name, pieces, drop) for name in VALUES),
-        convert_warp(pieces, drop, ahead),
-        engine(pieces, drop),
-    ]
-    return explore(roles, lambda name: ARRIVALS.get(name[0], 1))
-
-
-@pytest.mark.parametrize("pieces", [[1], [11], [2, 3], [1] * 5], ids=str)
-@pytest.mark.parametrize(("eager", "ahead"), [(True, True), (False, False)])
-def test_every_interleaving_is_safe(pieces, eager, ahead):
-    assert check(pieces, eager=eager, ahead=ahead) > 50
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(
+    ("feed", "pieces"),
+    [
+        (COPY, [7]),
+        (COPY, [2, 3]),
+        (RING, [9]),
+        (LONG_RING, [9]),
+        (RING, [1] * 4),
+        (PEERS, [3]),
+        (PEERS, [1, 1]),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_every_interleaving_is_safe(feed, pieces, eager):
+    assert Model(feed, pieces, eager).explore() > 50
 
 
 @pytest.mark.parametrize(
-    "dropped",
+    ("feed", "role", "barrier"),
     [
-        ("score", "keys_full"),
-        ("score", "query_full"),
-        ("score", "scores_done"),
-        ("left", "probabilities_stored"),
-        ("convert", "planned"),
-        ("convert", "keys_empty"),
+        (COPY, "score", "keys_full"),
+        (COPY, "score", "query_full"),
+        (COPY, "score", "scores_done"),
+        (COPY, "left", "probabilities_stored"),
+        (COPY, "convert", "keys_empty"),
+        (RING, "score", "keys_full"),
+        (RING, "left", "probabilities_stored"),
+        (RING, "convert", "keys_empty"),
+        (PEERS, "score", "keys_full"),
+        (PEERS, "value", "probabilities_stored"),
+        (PEERS, "convert", "keys_empty"),
     ],
-    ids="-".join,
+    ids=lambda x: getattr(x, "name", str(x)),
 )
-def test_what_each_wait_is_for(dropped):
+def test_what_each_wait_is_for(feed, role, barrier):
     with pytest.raises(Violation):
-        check([3, 2], {dropped})
+        Model(feed, [3, 2], drop=frozenset({(role, barrier)})).explore()
 
 
-def test_a_ring_of_plans_must_be_longer_than_what_is_planned_ahead(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.PLANS", AHEAD)
-    with pytest.raises(Violation):
-        check([7])
+@pytest.mark.parametrize(("feed", "plans"), [(RING, 2), (PEERS, 3)], ids=["ring", "peers"])
+def test_a_ring_of_plans_must_be_longer_than_what_is_planned_ahead(feed, plans):
+    with pytest.raises(Violation, match="plan"):
+        Model(replace(feed, plans=plans), [7]).explore()
 
 
-def test_sums_of_two_pieces_would_not_do(monkeypatch):
+def test_sums_of_two_pieces_would_not_do():
     """A value warpgroup stores a piece while two more are computed."""
-    monkeypatch.setattr(f"{__name__}.SUMS", 2)
     with pytest.raises(Violation, match="inverse_sum"):
-        check([1] * 4)
+        Model(replace(COPY, sums=2), [1] * 4).explore()

@@ -20,7 +20,7 @@ constexpr int64_t kRegionVectors = kRegionBytes / kVectorBytes;
 constexpr int64_t kMailboxBytes = int64_t{kMaxBlocks} * 2 * kRegionBytes;
 
 // Bytes that a device may send more in one round, for which the second one's latency is saved. Four
-// H100s, us in one round and in two: 112 KB 5.4 and 6.7, 448 KB 9.8 and 8.0.
+// H200s, us in one round and in two: 112 KB 5.4 and 6.7, 448 KB 9.8 and 8.0.
 constexpr int64_t kSecondRoundBytes = 448 * 1024;
 
 // How `vectors` are divided. One round: every device sends all of its x to every other. Two: it

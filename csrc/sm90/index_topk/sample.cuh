@@ -41,9 +41,9 @@ struct Sample {
     Asked asked;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int i = k * num_threads() + threadIdx.x, at = token(row, i);
       asked.scores[k] = NAN, asked.blocks[k] = 0;
-      if (i < size()) {
+      if (k * num_threads() < size()) {
+        const int at = token(row, k * num_threads() + threadIdx.x);
         asked.scores[k] = row.scores[at];
         if (row.check_blocks) asked.blocks[k] = row.table[at / 64];
       }
@@ -53,9 +53,9 @@ struct Sample {
   __device__ __forceinline__ void load(const Slice& row, const Asked& asked) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int i = k * num_threads() + threadIdx.x;
+      if (k * num_threads() >= size()) break;
       const bool in_layer = !row.check_blocks || asked.blocks[k] < row.layer_blocks;
-      if (i < size()) scores[i] = in_layer ? asked.scores[k] : NAN;
+      scores[k * num_threads() + threadIdx.x] = in_layer ? asked.scores[k] : NAN;
     }
 #pragma unroll 1
     for (int i = 4 * num_threads() + threadIdx.x; i < size(); i += num_threads()) {

@@ -74,4 +74,30 @@ __device__ __forceinline__ void store_async(uint32_t mapped, uint32_t x, uint32_
       : "memory");
 }
 
+// The same for 16 bytes.
+__device__ __forceinline__ void store_async(uint32_t mapped, uint4 v, uint32_t mapped_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"
+      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(mapped),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mapped_barrier)
+      : "memory");
+}
+
+// Arrives at an mbarrier of any block of the cluster. (With .release.cluster it would wait for all
+// of the thread's accesses to global memory, too.)
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t mapped) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
+// Copies bytes (a multiple of 16, as the addresses are) from this block's shared memory, and
+// completes them on the mbarrier of the block they go to.
+__device__ __forceinline__ void copy_to_block(uint32_t mapped, uint32_t source, uint32_t bytes,
+                                              uint32_t mapped_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(mapped),
+      "r"(source), "r"(bytes), "r"(mapped_barrier)
+      : "memory");
+}
+
 }  // namespace flashmla::sm90

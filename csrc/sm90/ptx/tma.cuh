@@ -35,15 +35,7 @@ __device__ __forceinline__ void tma_load_3d(uint32_t destination, const CUtensor
       : "memory");
 }
 
-// Brings to L2 what a load of the same coordinates is to find there.
-__device__ __forceinline__ void prefetch_box_3d(const CUtensorMap* map, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
-}
-
-// The same for bytes (a multiple of 16, as the address is).
+// Brings bytes (a multiple of 16, as the address is) to L2.
 __device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
@@ -56,11 +48,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
           "r"(target),
       "l"(source), "r"(bytes), "r"(barrier)
       : "memory");
-}
-
-// Brings bytes (a multiple of 16, as the address is) to L2.
-__device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
 // Coordinates out of the map's bounds are written as zeros and count as loaded.

@@ -12,12 +12,6 @@
 namespace flashmla::sm90 {
 namespace {
 
-// Whether the narrow kernel takes the call, which has no 16-bit tile to make.
-bool is_narrow(const SparseDecodeParams& params) {
-  return params.main.format == Format::kV32 && params.extra.blocks == nullptr &&
-         params.dtype == DType::kBFloat16;
-}
-
 // Rows of the narrow kernel's head tiles: as many heads as there are, up to 64; but 16 or 32 if the
 // schedule has so few parts that the multiprocessors take all such tiles at once, as schedules of
 // small problems do. Small tiles take less time each; but each gathers the rows for itself.
@@ -27,6 +21,14 @@ int narrow_rows(const SparseDecodeParams& params, int multiprocessors) {
     if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return rows;
   }
   return 64;
+}
+
+// Whether the narrow kernel takes the call, with head tiles of `rows`: the format that it has, but
+// for pairs of tiles of 64 heads, whose rows a cluster of the wide kernel converts once.
+bool is_narrow(const SparseDecodeParams& params, int rows) {
+  const bool pairs = rows == 64 && (params.h_q + 63) / 64 % 2 == 0;
+  return params.main.format == Format::kV32 && params.extra.blocks == nullptr &&
+         params.dtype == DType::kBFloat16 && !pairs;
 }
 
 Status check_source(const SparseSource& source) {
@@ -120,9 +122,9 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .queries = params.b * params.s_q,
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
-  Status status = is_narrow(params)
-                      ? sparse::narrow::launch_v32(args, narrow_rows(params, multiprocessors),
-                                                   params.num_parts, stream)
+  const int rows = narrow_rows(params, multiprocessors);
+  Status status = is_narrow(params, rows)
+                      ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
                       : sparse::wide::launch(params, args, stream);
   if (!status.ok()) return status;
   return run_merge(merge_params(params), /*shares_sm=*/false, stream);

@@ -17,25 +17,6 @@ using Output = float[kValueTiles][kRows / 2];
 template <int kRows>
 constexpr int kThreadRows = kRows / 4;
 
-// Eight query rows of a tile, times their factors, in 16 bit and turned back: a quad has a row, and
-// a lane four neighbours of the warp's sixteen columns.
-template <typename V, int kRows>
-__device__ __forceinline__ uint2 scale_and_turn(const float (&tile)[kRows / 2], int n,
-                                                float2 factor) {
-  uint32_t v[2];  // of even columns, of odd ones
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    v[m] = transpose_matrix(
-        pack<V>(tile[element(2 * n, m)] * factor.x, tile[element(2 * n + 1, m)] * factor.y));
-  }
-  return {__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632)};
-}
-
-// The factors of this thread's two rows of the eight from row 8 n on.
-__device__ __forceinline__ float2 load_factors(const float* of_rows, int n) {
-  return *reinterpret_cast<const float2*>(of_rows + query_row(reread_thread(), 2 * n));
-}
-
 // Puts into shared memory the exponents of each row's largest values in this warp, not normalised.
 template <int kRows>
 __device__ __forceinline__ void find_exponents(uint8_t (&exponent)[kRows][kRoleWarps],
@@ -91,22 +72,17 @@ __device__ __forceinline__ void store_partial(SharedStorage<Format, kRows>& smem
   }
   named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);  // and factors
 #pragma unroll
-  for (int n = 0; n < kRows / 8; ++n) {
-    const float2 factor = load_factors(smem.factor[half], n);
-    const int row = n * 8 + lane / 4;
-    // Half of the 16 bytes that the quad's lane `place` keeps of each 32 columns: a pair of the
-    // warp's first eight columns, and of the second. Two lanes have what two lanes store.
-    const bool upper = lane & 2;
-    const int place = lane % 2 * 2 + upper;
-    auto* target = reinterpret_cast<uint2*>(rows + row * kValueDim) +
-                   (half * (kValueTiles * 8) + warp / 2 * 4 + place) * 2 + warp % 2;
+  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    const int row = query_row(thread, i);
+    const float factor = smem.factor[half][row];
+    // Words of the row: 16 bytes for each quad lane of each 32 columns; this thread's columns are
+    // the pair lane / 4 of the warp's eight.
+    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim) + half * (kValueTiles * 32) +
+                  (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
 #pragma unroll
     for (int m = 0; m < kValueTiles; ++m) {
-      const uint2 v = scale_and_turn<__half, kRows>(o[m], n, factor);
-      const uint32_t other = __shfl_xor_sync(~0u, upper ? v.x : v.y, 2);
-      if (row < smem.row_tile.count) {
-        target[m * 16] = upper ? uint2{other, v.y} : uint2{v.x, other};
-      }
+      const uint32_t v = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
+      if (row < smem.row_tile.count) words[m * 32] = v;
     }
   }
 }
@@ -116,15 +92,16 @@ __device__ __forceinline__ void store_result(const SharedStorage<Format, kRows>&
                                              const Output<kRows>& o, bool empty, T* rows) {
   const int thread = reread_thread(), lane = thread % 32, warp = thread / 32 % kWarps;
 #pragma unroll
-  for (int n = 0; n < kRows / 8; ++n) {
-    const float2 factor = empty ? float2{} : load_factors(smem.inverse_sum, n);
-    const int row = n * 8 + lane / 4;
-    T* const target =
-        rows + row * kValueDim + reread_side() * (kValueTiles * 64) + warp * 16 + lane % 4 * 4;
+  for (int i = 0; i < kThreadRows<kRows>; ++i) {
+    const int row = query_row(thread, i);
+    const float factor = empty ? 0.0f : smem.inverse_sum[row];
+    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim +
+                                              reread_side() * (kValueTiles * 64) + warp * 16) +
+                  lane / 4;
 #pragma unroll
     for (int m = 0; m < kValueTiles; ++m) {
-      const uint2 v = scale_and_turn<T, kRows>(o[m], n, factor);
-      if (row < smem.row_tile.count) *reinterpret_cast<uint2*>(target + m * 64) = v;
+      const uint32_t v = pack<T>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
+      if (row < smem.row_tile.count) words[m * 32] = v;
     }
   }
 }

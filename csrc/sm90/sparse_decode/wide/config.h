@@ -10,17 +10,17 @@
 
 namespace flashmla::sm90::sparse::wide {
 
-constexpr int kRows = 64;    // query heads of a tile
-constexpr int kBuffers = 2;  // tiles of 16-bit rows in shared memory
-constexpr int kPlans = 8;    // tiles whose rows are known
-constexpr int kAhead = 4;    // of them beyond the one whose scores are computed: on their way to L2
+constexpr int kRows = 64;  // query heads of a tile
+constexpr int kPlans = 4;  // tiles whose rows are known
 constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
 constexpr int kLatentChunks = kValueDim / 64;
-constexpr int kHalfTokens = kTileTokens / 2;  // that a buffer is freed by
+constexpr int kQuarters = 4;  // of a tile: sixteen tokens each, by which a buffer is freed
+constexpr int kQuarterTokens = kTileTokens / kQuarters;
+constexpr int kUnitRows = kQuarterTokens / kWarps;  // of a quarter, that a warp converts
 constexpr int kValueWarps = 2 * kWarps;
 // Warpgroups: scores, left values, right values, conversion; and the registers of their threads,
 // together the whole file.
-constexpr int kScoreRegisters = 88, kValueRegisters = 160, kConvertRegisters = 104;
+constexpr int kScoreRegisters = 80, kValueRegisters = 160, kConvertRegisters = 112;
 static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
 
 struct KernelArgs {

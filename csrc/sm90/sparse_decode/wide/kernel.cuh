@@ -1,11 +1,10 @@
 // The wide sparse decode kernel: up to 64 heads of a query token against one part's share of the
 // tokens that it attends, from rows of any format.
 //
-// Four warpgroups: one converts a tile's rows to 16 bit, in one of two buffers in shared memory;
-// one computes scores and softmax; two multiply probabilities with the left and the right half of
-// the value columns. Tile t's journey:
+// Four warpgroups: one brings a tile's rows and converts them to 16 bit, in a buffer in shared
+// memory; one computes scores and softmax; two multiply probabilities with the left and the right
+// half of the value columns. Tile t's journey:
 //
-//   plan    | rows of t+3 to L2 ...                                  (by the scores' warpgroup)
 //   convert | t            | t+1           | t+2 ...
 //   score                  | S = Q K^T (t) | softmax (t) -> P | S (t+1) ...
 //   values                                           | O += P V (t), frees its buffer
@@ -21,24 +20,27 @@
 namespace flashmla::sm90::sparse::wide {
 
 // Grid: (head tiles, num_parts): blocks that read the same rows are neighbours.
-template <typename T, typename Main, typename Extra>
+template <typename T, typename Main, typename Extra, Feed kFeed>
 __global__ void __launch_bounds__(kThreads, 1)
     wide_sparse_decode_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
-  using Storage = SharedStorage<Main, Extra>;
-  static_assert(sizeof(Storage) <= 232448, "Hopper has 227 KB a block");
-  // Addressed by a constant.
-  auto& smem = *static_cast<Storage*>(__cvta_shared_to_generic(kSharedBase));
-  if (smem_address(dynamic_shared) != kSharedBase) __trap();
+  using Storage = SharedStorage<Main, Extra, kFeed>;
+  constexpr int kBlocks = Storage::kBlocks;
+  static_assert(sizeof(Storage) <= kSharedBytes, "Hopper has 227 KB a block");
+  // Addressed by a constant, but for a cluster's blocks, whose addresses tell them apart.
+  auto& smem = *(kBlocks == 1 ? static_cast<Storage*>(__cvta_shared_to_generic(kSharedBase))
+                              : reinterpret_cast<Storage*>(dynamic_shared));
+  if (kBlocks == 1 && smem_address(dynamic_shared) != kSharedBase) __trap();
 
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.query_map);
-    for (int i = 0; i < kPlans; ++i) mbarrier_init(smem_address(&smem.planned[i]), kWarps);
     mbarrier_init(smem_address(&smem.query_full), 1);
-    for (int i = 0; i < kBuffers; ++i) {
-      mbarrier_init(smem_address(&smem.keys_full[i]), kWarps);
-      mbarrier_init(smem_address(&smem.keys_empty[i][0]), kValueWarps);
-      mbarrier_init(smem_address(&smem.keys_empty[i][1]), kValueWarps);
+    for (int i = 0; i < Storage::kBuffers; ++i) {
+      const int arrivals = kFeed == Feed::kCopy ? kWarpgroupThreads : kWarps;
+      mbarrier_init(smem_address(&smem.keys_full[i]), arrivals);
+      for (int quarter = 0; quarter < kQuarters; ++quarter) {
+        mbarrier_init(smem_address(&smem.keys_empty[i][quarter]), kBlocks * kValueWarps);
+      }
       mbarrier_init(smem_address(&smem.scores_done[i]), kWarps);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
       mbarrier_init(smem_address(&smem.values_go[i]), kWarps);
@@ -53,26 +55,46 @@ __global__ void __launch_bounds__(kThreads, 1)
     smem.begin = load_cut(args.common.cuts, blockIdx.y, args.common.queries);
     smem.end = load_cut(args.common.cuts, blockIdx.y + 1, args.common.queries);
   }
-  __syncthreads();
+  if constexpr (kBlocks == 2)
+    cluster_sync();
+  else
+    __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  if (warpgroup == 0) {
-    lower_registers<kScoreRegisters>();
-    run_scores<T>(args, smem);
-  } else if (warpgroup == 3) {
-    lower_registers<kConvertRegisters>();
-    run_convert<T>(smem);
-  } else {
-    raise_registers<kValueRegisters>();
-    run_values<T>(args, smem);
+  switch (warpgroup) {
+    case 0:
+      lower_registers<kScoreRegisters>();
+      run_scores<T>(args, smem);
+      break;
+    case 1:
+    case 2:
+      raise_registers<kValueRegisters>();
+      run_values<T>(args, smem);
+      break;
+    default:
+      lower_registers<kConvertRegisters>();
+      run_convert<T>(args.common, smem);
   }
+  if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here
 }
 
 template <typename T, typename Main, typename Extra>
 Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream) {
   const dim3 grid((args.common.h_q + kRows - 1) / kRows, num_parts);
-  return launch(wide_sparse_decode_kernel<T, Main, Extra>,
-                {grid, kThreads, sizeof(SharedStorage<Main, Extra>), /*dependent=*/true}, stream,
-                "sparse_decode", args);
+  const auto start = [&](auto kernel, size_t shared_bytes, int cluster) {
+    return launch(
+        kernel, {grid, kThreads, shared_bytes, /*dependent=*/true, /*most_shared=*/false, cluster},
+        stream, "sparse_decode", args);
+  };
+  if constexpr (Main::kCodes == Codes::kNone) {
+    return start(wide_sparse_decode_kernel<T, Main, Extra, Feed::kCopy>,
+                 sizeof(SharedStorage<Main, Extra, Feed::kCopy>), 1);
+  } else if (grid.x % 2 == 0) {
+    return start(wide_sparse_decode_kernel<T, Main, Extra, Feed::kPeers>,
+                 sizeof(SharedStorage<Main, Extra, Feed::kPeers>), 2);
+  } else {
+    return start(wide_sparse_decode_kernel<T, Main, Extra, Feed::kRing>,
+                 sizeof(SharedStorage<Main, Extra, Feed::kRing>), 1);
+  }
 }
 
 // Instantiates the kernel for both types of queries.

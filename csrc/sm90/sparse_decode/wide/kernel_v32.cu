@@ -1,6 +1,5 @@
 #include "sm90/sparse_decode/wide/kernel.cuh"
 
 namespace flashmla::sm90::sparse::wide {
-// With bf16 queries the narrow kernel is faster.
-template Status launch_kernel<__half, V32, V32>(const KernelArgs&, int, cudaStream_t);
+FLASHMLA_WIDE_SPARSE_DECODE(V32, V32);
 }  // namespace flashmla::sm90::sparse::wide

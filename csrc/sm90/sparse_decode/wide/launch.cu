@@ -35,9 +35,7 @@ Status launch_formats(const SparseDecodeParams& params, const KernelArgs& args,
   if (main == extra) {
     switch (main) {
       case Format::kV32:
-        if constexpr (std::is_same_v<T, __half>)
-          return launch_kernel<T, V32, V32>(args, parts, stream);
-        break;
+        return launch_kernel<T, V32, V32>(args, parts, stream);
       case Format::kV32Nope:
         return launch_kernel<T, V32Nope, V32Nope>(args, parts, stream);
       case Format::kV4:
@@ -57,9 +55,7 @@ Status launch_formats(const SparseDecodeParams& params, const KernelArgs& args,
   }
   return Status::InvalidArgument(
       "the Hopper sparse_decode kernel takes v32, v32_nope, v4, v41, fp8_row and 16-bit caches, an "
-      "extra "
-      "one "
-      "of the same format, and v41_fp4 as v41's extra cache");
+      "extra one of the same format, and v41_fp4 as v41's extra cache");
 }
 
 }  // namespace

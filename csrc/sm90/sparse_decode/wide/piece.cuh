@@ -46,14 +46,39 @@ __device__ __forceinline__ uint2 load_8(const uint8_t* p) {
                : "l"(p));
   return v;
 }
-__device__ __forceinline__ uint32_t load_4(const uint8_t* p) {
+// kBytes: 1, 2 or 4.
+template <int kBytes>
+__device__ __forceinline__ uint32_t load_bytes(const uint8_t* p) {
   uint32_t v;
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  if constexpr (kBytes == 4) {
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  } else if constexpr (kBytes == 2) {
+    asm volatile("{\n.reg .b16 v;\nld.global.nc.b16 v, [%1];\ncvt.u32.u16 %0, v;\n}"
+                 : "=r"(v)
+                 : "l"(p));
+  } else {
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  }
   return v;
 }
-__device__ __forceinline__ uint32_t load_1(const uint8_t* p) {
+template <int kBytes>
+__device__ __forceinline__ uint32_t load_shared_bytes(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+  if constexpr (kBytes == 4) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  } else if constexpr (kBytes == 2) {
+    asm volatile("{\n.reg .b16 v;\nld.shared.b16 v, [%1];\ncvt.u32.u16 %0, v;\n}"
+                 : "=r"(v)
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  }
+  return v;
+}
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
 

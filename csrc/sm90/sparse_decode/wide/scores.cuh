@@ -1,5 +1,5 @@
 // The score warpgroup: S = Q K^T, whose rows are heads and whose columns are a tile's tokens; the
-// online softmax; probabilities for the value warpgroups. It plans tiles too (plan.cuh).
+// online softmax; probabilities for the value warpgroups.
 #pragma once
 
 #include "sm90/attention/softmax_rows.cuh"
@@ -7,7 +7,7 @@
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
-#include "sm90/sparse_decode/wide/plan.cuh"
+#include "sm90/sparse_decode/wide/work.cuh"
 
 namespace flashmla::sm90::sparse::wide {
 
@@ -22,10 +22,9 @@ __device__ __forceinline__ void load_query(const KernelArgs& args, Storage& smem
 
 // Starts a tile's products.
 template <typename T, typename Storage>
-__device__ __forceinline__ void start_scores(float (&s)[32], const Storage& smem, uint32_t tile,
-                                             int query_box) {
-  const uint64_t query = k_major_desc(smem_address(smem.query[0]));
-  const uint64_t keys = k_major_desc(smem_address(smem.keys[buffer_of(tile)][0]));
+__device__ __forceinline__ void start_scores(float (&s)[32], int buffer, int query_box) {
+  const uint64_t query = k_major_desc(Storage::query_at());
+  const uint64_t keys = k_major_desc(Storage::keys_at(buffer, 0));
   wgmma_fence();
 #pragma unroll
   for (int c = 0; c < Storage::kChunks; ++c) {
@@ -38,7 +37,8 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const Storage& smem
   wgmma_commit();
 }
 
-// Scores of tokens that are not attended become -inf. By warp of the planner sixteen tokens.
+// Scores of tokens that are not attended become -inf. Of eight tokens a thread has two neighbours,
+// which one converting warp has planned.
 template <typename AnyPlan>
 __device__ __forceinline__ void mask_scores(float (&s)[32], const AnyPlan& plan) {
   const uint2 words = *reinterpret_cast<const uint2*>(plan.attended);
@@ -46,7 +46,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[32], const AnyPlan& plan)
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
-    const uint32_t pair = (i < 16 ? words.x : words.y) >> (first + 2 * i % 32);
+    const uint32_t planned = (i / 4 % 2 == 0 ? words.x : words.y) >> first / kUnitRows * 16;
+    const uint32_t pair = planned >> (i / 8 * kUnitRows + first % kUnitRows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!(pair & 1)) s[i + 2 * r] = -INFINITY;
@@ -85,8 +86,10 @@ __device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, Head
   }
 }
 
-template <typename T, typename Main, typename Extra>
-__device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra>& smem) {
+template <typename T, typename Main, typename Extra, Feed kFeed>
+__device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra, kFeed>& smem) {
+  using Storage = SharedStorage<Main, Extra, kFeed>;
+  constexpr bool kHoldValues = Storage::kBuffers > 1;
   const sparse::KernelArgs& args = kernel_args.common;
   const bool leader = threadIdx.x % 32 == 0;
   const HeadTile heads = HeadTile::of_block<kRows>(args);
@@ -96,9 +99,6 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   const auto on_empty = [&](const PieceWalk& piece) {
     if (threadIdx.x < heads.count) lse_rows(piece)[threadIdx.x] = -INFINITY;
   };
-  Planner<Main, Extra> planner;
-  planner.start(args, smem);
-  planner.plan_to(args, smem, 2);
   PieceWalk walk = PieceWalk::before(smem.begin);
   walk.next(args, smem.begin, smem.end, on_empty);
   if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
@@ -114,25 +114,26 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
     for (int tiles = piece.tiles; tiles > 0; --tiles) {
       // These products go first on the tensor cores, if their keys are there: then these have the
       // last tile's value products to do while this warpgroup computes the softmax.
-      const uint32_t full = smem_address(&smem.keys_full[buffer_of(tile)]);
-      const uint32_t last_go = smem_address(&smem.values_go[buffer_of(tile + 1)]);
-      const bool ready = mbarrier_test(full, parity_of(tile));
-      if (leader && !ready && tile > 0) mbarrier_arrive(last_go);
-      mbarrier_wait(full, parity_of(tile));
-      start_scores<T>(s, smem, tile, kernel_args.query_box);
+      const int buffer = Storage::buffer_of(tile);
+      const uint32_t parity = Storage::parity_of(tile);
+      const uint32_t full = smem_address(&smem.keys_full[buffer]);
+      const uint32_t last_go = smem_address(&smem.values_go[Storage::buffer_of(tile + 1)]);
+      const bool ready = kHoldValues && mbarrier_test(full, parity);
+      if (kHoldValues && leader && !ready && tile > 0) mbarrier_arrive(last_go);
+      mbarrier_wait(full, parity);
+      if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
+      start_scores<T, Storage>(s, buffer, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
-      planner.plan_to(args, smem, tile + 1 + kAhead);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
       wgmma_wait<0>();
       pin_registers(s);
-      const int buffer = buffer_of(tile);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
       mask_scores(s, smem.plan[tile % kPlans]);
       update_references(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
-                                   scores_done, parity_of(tile));
+                                   scores_done, parity);
       if (last) {
         finish_rows<Main>(args, heads, smem.inverse_sum[pieces % 3], rows, piece.partial());
         if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
@@ -141,7 +142,9 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       __syncwarp();
       if (leader) {
         mbarrier_arrive(smem_address(&smem.probabilities_stored[buffer]));
-        if (last && walk.done()) mbarrier_arrive(smem_address(&smem.values_go[buffer]));
+        if (!kHoldValues || (last && walk.done())) {
+          mbarrier_arrive(smem_address(&smem.values_go[buffer]));
+        }
       }
       ++tile;
     }

@@ -1,6 +1,8 @@
 // The wide kernel's plan of shared memory.
 #pragma once
 
+#include <cstddef>
+
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/sparse_decode/wide/config.h"
 #include "sm90/sparse_decode/wide/formats.cuh"
@@ -8,65 +10,101 @@
 
 namespace flashmla::sm90::sparse::wide {
 
+constexpr int kSharedBytes = 232448;  // that a block can have
+constexpr int kOtherBytes = 2048;     // of them for what is not a tile's
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // A row of zeros of any format.
 alignas(16) __device__ const uint8_t kZeroRow[1152] = {};
 
 enum class Source : int { kNone, kMain, kExtra };  // kNone: past the part's last tile
 
-// The rows of a tile, by token: where they are in global memory; kZeroRow where nothing is
-// attended.
-template <bool kTwoPlanes>
+// A tile that was planned, by each converting warp for its sixteen tokens: four of each quarter.
+// kRows: where their rows are in global memory, by token; kZeroRow where nothing is attended.
+template <bool kRows, bool kTwoPlanes>
 struct Plan {
-  const uint8_t* row[kTileTokens];
-  const uint8_t* scales[kTwoPlanes ? kTileTokens : 1];  // their places in the second plane
-  uint16_t attended[kWarps];                            // bit t: token t of sixteen
-  Source source;
+  const uint8_t* row[kRows ? kTileTokens : 0];
+  const uint8_t* scales[kRows && kTwoPlanes ? kTileTokens : 0];  // places in the second plane
+  uint16_t attended[kWarps];                                     // bit 4 q + r: row r of quarter q
+  Source source[kWarps];
 };
 
-// Where a planning warp is (plan.cuh). Kept here as its registers are few.
-struct PlannerState {
-  int query, tile, tile_end;  // the next tile; equal where the part is at its end
-  QueryTiles tiles;
-  uint32_t planned;  // tiles, and one that says that there is none
+// How a tile's rows reach its buffer of 16-bit rows.
+enum class Feed {
+  kRing,   // raw rows into a ring in shared memory by bulk copies; converted from there
+  kPeers,  // raw rows into registers; a cluster's two blocks convert half of them each
+  kCopy    // they are 16-bit rows already
 };
 
 // Main, Extra: the two caches' formats, of one d_qk.
-template <typename Main, typename Extra>
+template <typename Main, typename Extra, Feed kFeed>
 struct alignas(1024) SharedStorage {
+  static constexpr bool kRing = kFeed == Feed::kRing;
+  static constexpr int kBlocks = kFeed == Feed::kPeers ? 2 : 1;  // of a cluster
+  static constexpr int kBuffers = kRing ? 1 : 2;                 // of a tile each
   static constexpr int kChunks = Main::kHeadDim / kChunkColumns;
   static constexpr bool kRope = kChunks > kLatentChunks;  // a chunk that is no value
+  static constexpr bool kApart = Main::kCodeColumns != kValueDim || kRope;  // 64 columns, by format
   static_assert(Main::kHeadDim == Extra::kHeadDim);
+  // Where probabilities are: in the place of a tile's rope columns, once its scores are computed,
+  // or in a place of their own.
+  static constexpr bool kInRope = kRope && !kRing;
+  static constexpr int kRowBytes =
+      larger(Main::kRowBytes + Main::kScaleBytes, Extra::kRowBytes + Extra::kScaleBytes);
+  static constexpr int kSlotBytes = kUnitRows * kRowBytes;
+  static constexpr int kSlots =
+      kRing ? (kSharedBytes - kOtherBytes - 2 * kChunks * kChunkBytes - kChunkBytes) / kSlotBytes /
+                  kWarps
+            : 0;
 
   uint8_t query[kChunks][kChunkBytes];  // [row][64 columns], K-major in the 128-byte swizzle
-  uint8_t keys[kBuffers][kChunks][kChunkBytes];  // [token][64 columns], the same
-  // [row][token]; with rope in the place of a tile's rope columns, once its scores are computed.
-  uint8_t own_probabilities[kRope ? 0 : kBuffers][kChunkBytes];
+  uint8_t keys[kBuffers][kChunks][kChunkBytes];                    // [token][64 columns], the same
+  uint8_t own_probabilities[kInRope ? 0 : kBuffers][kChunkBytes];  // [row][token]
+  // Each converting warp's ring: a unit's rows, then their scales in the second plane.
+  uint8_t raw[kRing ? kWarps : 0][kSlots][kSlotBytes];
+  // What a converting thread has of a tile's rope columns, while the next tile's are loaded.
+  uint4 rope[kFeed == Feed::kPeers && kApart ? 2 : 0][kWarpgroupThreads];
   uint8_t rescale[kBuffers][kRows];  // divide the output so far by 2 to this power
   // Of the last three pieces that are not empty: the next but one's may be written while the value
   // warpgroups still store.
   float inverse_sum[3][kRows];
-  Plan<Main::kTwoPlanes || Extra::kTwoPlanes> plan[kPlans];
-  uint64_t planned[kPlans];
+  Plan<!kRing, Main::kTwoPlanes || Extra::kTwoPlanes> plan[kPlans];
   uint64_t query_full;
   uint64_t keys_full[kBuffers];
-  uint64_t keys_empty[kBuffers][2];         // by half: all value warps are through with its tokens
+  // By quarter: the cluster's value warps are through with its tokens. At the block that converts
+  // the quarter; the last one, whose tokens are the last, at all blocks.
+  uint64_t keys_empty[kBuffers][kQuarters];
   uint64_t scores_done[kBuffers];           // all score warps have read the tile
   uint64_t probabilities_stored[kBuffers];  // and the rescale powers
   uint64_t values_go[kBuffers];             // the tensor cores are free for the value products
   const uint8_t* layer[2];                  // first blocks of main and extra
   Cut begin, end;                           // of the part
-  PlannerState planner[kWarps];
+
+  // Buffer and parity of the part's tile `tile`.
+  static __device__ __forceinline__ int buffer_of(uint32_t tile) { return tile % kBuffers; }
+  static __device__ __forceinline__ uint32_t parity_of(uint32_t tile) {
+    return tile / kBuffers & 1;
+  }
+
+  // Addresses for descriptors, which are the same in all blocks of a cluster: constants.
+  static __device__ __forceinline__ uint32_t query_at() {
+    return kSharedBase + offsetof(SharedStorage, query);
+  }
+  static __device__ __forceinline__ uint32_t keys_at(int buffer, int chunk) {
+    return kSharedBase + offsetof(SharedStorage, keys) + (buffer * kChunks + chunk) * kChunkBytes;
+  }
+  static __device__ __forceinline__ uint32_t probabilities_at(int buffer) {
+    if constexpr (kInRope) return keys_at(buffer, kLatentChunks);
+    return kSharedBase + offsetof(SharedStorage, own_probabilities) + buffer * kChunkBytes;
+  }
 
   __device__ __forceinline__ uint8_t* probabilities(int buffer) {
-    if constexpr (kRope)
+    if constexpr (kInRope)
       return keys[buffer][kLatentChunks];
     else
       return own_probabilities[buffer];
   }
 };
-
-// Buffer and parity of the part's tile `tile`.
-__device__ __forceinline__ int buffer_of(uint32_t tile) { return tile % kBuffers; }
-__device__ __forceinline__ uint32_t parity_of(uint32_t tile) { return tile / kBuffers & 1; }
 
 }  // namespace flashmla::sm90::sparse::wide

@@ -62,8 +62,26 @@ __device__ __forceinline__ void store_zeros(const OutputRows& target, int half, 
 // The half of the value columns that this warpgroup has.
 __device__ __forceinline__ int value_half() { return reread_thread() / kWarpgroupThreads - 1; }
 
-template <typename T, typename Main, typename Extra>
-__device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Extra>& smem) {
+// This warp has read the quarter of the buffer: tells the block that converts it, or where it is
+// the last all blocks.
+template <int kBlocks, int kQuarter>
+__device__ __forceinline__ void release_quarter(uint64_t (&keys_empty)[kQuarters]) {
+  const uint32_t barrier = smem_address(&keys_empty[kQuarter]);
+  const int lane = reread_thread() % 32;
+  if constexpr (kBlocks == 1) {
+    if (lane == 0) mbarrier_arrive(barrier);
+  } else if constexpr (kQuarter == kQuarters - 1) {
+    if (lane < kBlocks) mbarrier_arrive_cluster(map_shared(barrier, lane));
+  } else {
+    if (lane == 0) mbarrier_arrive_cluster(map_shared(barrier, kQuarter % kBlocks));
+  }
+  __syncwarp();
+}
+
+template <typename T, typename Main, typename Extra, Feed kFeed>
+__device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Extra, kFeed>& smem) {
+  using Storage = SharedStorage<Main, Extra, kFeed>;
+  constexpr int kBlocks = Storage::kBlocks;
   const sparse::KernelArgs& args = kernel_args.common;
   const auto on_empty = [&](const PieceWalk& empty) {
     const HeadTile heads = HeadTile::of_block<kRows>(args);
@@ -78,8 +96,9 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
     walk.next(args, smem.begin, smem.end, on_empty);
     if (walk.done()) return;
     for (int i = 0; i < walk.tiles; ++i, ++tile) {
-      const int buffer = buffer_of(tile);
-      mbarrier_wait(smem_address(&smem.probabilities_stored[buffer]), parity_of(tile));
+      const int buffer = Storage::buffer_of(tile);
+      const uint32_t parity = Storage::parity_of(tile);
+      mbarrier_wait(smem_address(&smem.probabilities_stored[buffer]), parity);
       const int power0 = smem.rescale[buffer][output_row(0)];
       const int power1 = smem.rescale[buffer][output_row(1)];
       if (i > 0 && __any_sync(~0u, (power0 | power1) != 0)) {
@@ -87,12 +106,12 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
 #pragma unroll
         for (int j = 0; j < 128; ++j) o[j] *= (j & 2) ? factor1 : factor0;
       }
-      const uint64_t probabilities = k_major_desc(smem_address(smem.probabilities(buffer)));
-      const uint64_t values =
-          mn_major_desc(smem_address(smem.keys[buffer][value_half() * (kLatentChunks / 2)]),
-                        kChunkBytes, kGroupBytes);
+      const uint64_t probabilities = k_major_desc(Storage::probabilities_at(buffer));
+      const uint64_t values = mn_major_desc(
+          Storage::keys_at(buffer, value_half() * (kLatentChunks / 2)), kChunkBytes, kGroupBytes);
       pin_registers(o);
-      mbarrier_wait(smem_address(&smem.values_go[buffer]), parity_of(tile));
+      mbarrier_wait(smem_address(&smem.values_go[buffer]), parity);
+      if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
@@ -104,15 +123,18 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
                               values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
                               k > 0 || i > 0);
         }
-        if (k % 2 == 1) wgmma_commit();
+        wgmma_commit();
       }
+      auto& empty = smem.keys_empty[buffer];
+      wgmma_wait<3>();
+      release_quarter<kBlocks, 0>(empty);
+      wgmma_wait<2>();
+      release_quarter<kBlocks, 1>(empty);
       wgmma_wait<1>();
-      if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&smem.keys_empty[buffer][0]));
-      __syncwarp();
+      release_quarter<kBlocks, 2>(empty);
       wgmma_wait<0>();
       pin_registers(o);
-      if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&smem.keys_empty[buffer][1]));
-      __syncwarp();
+      release_quarter<kBlocks, 3>(empty);
     }
     const HeadTile heads = HeadTile::of_block<kRows>(args);
     store_piece<T>(OutputRows::of<T>(args, heads, walk), o, smem.inverse_sum[pieces % 3],
