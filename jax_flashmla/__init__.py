@@ -16,8 +16,10 @@ from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode
 from jax_flashmla.ops.index_scores import index_scores
 from jax_flashmla.ops.index_topk import index_topk
+from jax_flashmla.ops.latent_append import latent_append
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
+from jax_flashmla.ops.project import project
 from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.ops.sparse_prefill import sparse_prefill
 from jax_flashmla.peers import Peers, connect_peers
@@ -49,8 +51,10 @@ __all__ = [
     "index_scores",
     "index_topk",
     "kernel_refusal",
+    "latent_append",
     "make_schedule",
     "merge_lse",
+    "project",
     "quantise",
     "sparse_decode",
     "sparse_prefill",

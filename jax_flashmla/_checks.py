@@ -117,6 +117,18 @@ def as_sink(attn_sink: Any, h_q: int) -> jax.Array:
     return jnp.asarray(attn_sink)
 
 
+def as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str) -> jax.Array:
+    """cos or sin of every row and pair, float32; empty where nothing is rotated."""
+    if layout == "none":
+        if x is not None:
+            raise ValueError(f'{name} must be None with layout "none", got {describe(x)}')
+        return jnp.zeros(shape, jnp.float32)
+    got = check_array(name, x, dims, (np.dtype(np.float32),), may_be_empty=True)
+    if got != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {got}")
+    return jnp.asarray(x)
+
+
 def as_layer(layer: Any, layers: int, *, may_be_traced: bool = True) -> int | jax.Array:
     """An index below `layers`: a Python int, or a traced int32 scalar."""
     if may_be_traced and isinstance(layer, jax.core.Tracer):

@@ -23,6 +23,8 @@ KERNELS = (
     "sparse_prefill_kernel",
     "merge_kernel",
     "cache_append_kernel",
+    "latent_append_kernel",
+    "project_kernel",
     "index_scores_kernel",
     "index_topk_kernel",
     "all_reduce_sum_kernel",

@@ -5,6 +5,8 @@
 #include "ffi/dense_decode.h"
 #include "ffi/index_scores.h"
 #include "ffi/index_topk.h"
+#include "ffi/latent_append.h"
 #include "ffi/make_schedule.h"
+#include "ffi/project.h"
 #include "ffi/sparse_decode.h"
 #include "ffi/sparse_prefill.h"

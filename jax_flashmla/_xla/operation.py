@@ -44,6 +44,8 @@ class Operation:
         refusal: why the Hopper kernels do not take a call, or None:
             `refusal(*operands, **params)`.
         aliases: results that take over an operand's buffer, by operand.
+        left_to_xla: platforms on which the reference is faster than the handler, which then has to
+            be asked for.
         invariant: the mesh axis over whose devices results are the same, from the parameters.
     """
 
@@ -59,6 +61,7 @@ class Operation:
         attributes: Callable[..., dict[str, Any]] = lambda **_: {},
         refusal: Callable[..., str | None] = lambda *_, **__: None,
         aliases: dict[int, int] | None = None,
+        left_to_xla: Sequence[str] = (),
         invariant: Callable[..., str | None] = lambda **_: None,
     ):
         self.name, self.target = name, f"flashmla_{name}_v1"
@@ -66,6 +69,7 @@ class Operation:
         self._results, self._num_results = results, num_results
         self._reference, self._attributes = reference, attributes
         self._refusal, self._aliases = refusal, aliases
+        self._left_to_xla = tuple(left_to_xla)
         self._invariant = invariant
         self._call = jax.jit(self._run, inline=True, static_argnames=(*static, "implementation"))
         self._register(batch)
@@ -118,10 +122,11 @@ class Operation:
         refusal = platform_refusal(platform)
         if refusal is None and platform == "cuda":
             refusal = self._refusal(*ctx.avals_in, **params)
-        if refusal is None:
+        left = platform in self._left_to_xla and implementation is None
+        if refusal is None and not left:
             call = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self._aliases)
             return call(ctx, *args, **self._attributes(**params))
-        if platform == "cpu":
+        if platform == "cpu" and refusal is not None:
             raise ImportError(f"{self.name} cannot run: {refusal}; reinstall jax_flashmla")
         if implementation == "kernel":
             raise NotImplementedError(f'{self.name} with implementation="kernel": {refusal}')

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_flashmla.bench.command_buffers import compile_and_look
 from jax_flashmla.bench.device import count_calls
+from jax_flashmla.bench.kernel_table import profile_kernels
 from jax_flashmla.bench.live import Torch
 from jax_flashmla.bench.measure import Method, Timing, time_calls
 from jax_flashmla.bench.operation import Calls, Operation
@@ -27,8 +28,9 @@ def measure_shape(
     *,
     with_xla: bool,
     peer: Torch | None = None,
+    profile: bool = False,
 ) -> Result:
-    """Times one shape and, with_xla, its baselines; with a peer, that too.
+    """Times one shape and, with_xla, its baselines; with a peer, that too; with profile, kernels.
 
     Raises:
         AssertionError: the result is wrong.
@@ -46,12 +48,13 @@ def measure_shape(
     if not error <= module.MAX_RELATIVE_ERROR:
         raise AssertionError(f"wrong result: relative error {error:.1e}")
     timing = time_calls(partial(function, *arguments), calls.kernel.calls, setup.method)
-    limit_us = setup.limits.us(shape)
+    limit_us, parts = _limit(shape, calls, setup)
     result = {
         **dataclasses.asdict(timing),
         "calls": calls.kernel.calls,
         "caches": setup.caches(shape),
         **launched,
+        **parts,
         "relative_error": error,
         "tflops": shape.flops / timing.us / 1e6,
         "gbs": shape.bytes / timing.us / 1e3,
@@ -69,7 +72,21 @@ def measure_shape(
         result["speedup_vs_peers"] = recorded["best_us"] / timing.us
     if peer is not None:
         result |= _beside(operation, shape, calls, timing, peer)
+    if profile:
+        kernels = profile_kernels(partial(function, *arguments), calls.kernel.calls)
+        result["kernels"] = [dataclasses.asdict(kernel) for kernel in kernels]
     return result | _baselines(calls, timing, setup.method)
+
+
+def _limit(shape: Shape, calls: Calls, setup: Setup) -> tuple[float, Result]:
+    """Microseconds below which a call cannot go, and what they are made of where that is timed."""
+    if calls.alone is None:
+        return setup.limits.us(shape), {}
+    timing = time_calls(
+        partial(calls.alone.function, *calls.alone.arguments), calls.alone.calls, setup.method
+    )
+    read_us = calls.read_once / setup.limits.read_gbs / 1e3
+    return timing.us + read_us, {"alone_us": timing.us, "read_once_us": read_us}
 
 
 def _beside(

@@ -55,6 +55,9 @@ class Calls:
     kernel: Timed
     error: Callable[[Any], float]  # the kernel's result -> its relative error
     baselines: Mapping[str, Timed]  # "xla", "reference"
+    # Where the limit is not modelled but measured: what is timed alone, and bytes read beside it.
+    alone: Timed | None = None
+    read_once: int = 0
 
 
 class MakesCalls(Protocol):

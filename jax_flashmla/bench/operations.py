@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax_flashmla.bench import dense_decode, indexer, sparse_decode, sparse_prefill
+from jax_flashmla.bench import dense_decode, indexer, layer_step, sparse_decode, sparse_prefill
 from jax_flashmla.bench.operation import Operation
 
 OPERATIONS: dict[str, Operation] = {
@@ -13,6 +13,7 @@ OPERATIONS: dict[str, Operation] = {
         sparse_prefill.OPERATION,
         indexer.SCORES,
         indexer.TOPK,
+        layer_step.OPERATION,
     )
 }
 DEFAULT = "dense_decode"

@@ -29,6 +29,7 @@ class Options:
     layers: int | None = None  # calls in one jitted function; by default as the grid says
     commit: str | None = None
     json: Path | None = None
+    profile: Path | None = None
     plots: Path | None = None
     saved: Path | None = None  # show these results instead of measuring
     compared: tuple[Path, ...] = ()  # or compare these two: old, new
@@ -122,6 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "indexer sgl-deep-gemm and sglang-kernel",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="PATH",
+        help="write here what each kernel of a call takes, a table a shape, from a jax profile",
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the results as PNG here")
     parser.add_argument(
         "--from",
@@ -174,6 +181,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         layers=arguments.layers,
         commit=arguments.commit,
         json=arguments.json,
+        profile=arguments.profile,
         plots=arguments.plots,
         saved=arguments.saved,
         compared=tuple(arguments.compared or ()),
@@ -209,7 +217,8 @@ def _check(options: Options, operation: Operation) -> None:
     first, *_ = next(iter(operation.grids.values())).shapes()
     for condition in options.conditions:
         matches(first, condition)
-    if options.json is not None:
-        document.check_folder(options.json)
+    for path in (options.json, options.profile):
+        if path is not None:
+            document.check_folder(path)
     if options.plots is not None and options.plots.exists() and not options.plots.is_dir():
         raise NotADirectoryError(f"--plots must name a folder, {options.plots} is a file")

@@ -171,6 +171,22 @@ def _shapes(n: int) -> str:
     return f"{n} shape" if n == 1 else f"{n} shapes"
 
 
+def kernel_tables(document: dict[str, Any]) -> str:
+    """For each shape that was profiled, a line a kernel: us a call, launches a call, name."""
+    operation, lines = OPERATIONS[document["operation"]], []
+    for result in document["shapes"]:
+        if "kernels" not in result:
+            continue
+        kernels = result["kernels"]
+        lines.append(" ".join(f"{name}={result[name]}" for name in operation.fields))
+        lines.append(f"{result['us']:9.2f} us a call, of which kernels:")
+        for kernel in kernels:
+            lines.append(f"{kernel['us']:9.2f} us {kernel['launches']:6.2f} x  {kernel['name']}")
+        us, launches = (sum(kernel[key] for kernel in kernels) for key in ("us", "launches"))
+        lines.append(f"{us:9.2f} us {launches:6.2f} x  together\n")
+    return "\n".join(lines)
+
+
 def show(document: dict[str, Any], plots: Path | None, console: Console) -> int:
     """Prints the summary and draws the plots of a document whose shapes are printed already.
 

@@ -109,7 +109,13 @@ def measure(
                             raise MemoryError(f"needs {needed} of {memory / 1e9:.1f} GB")
                         with_xla = _wants_xla(shape, operation, options.xla, device.platform)
                         result = measure_shape(
-                            operation, shape, pool, setup, with_xla=with_xla, peer=peer
+                            operation,
+                            shape,
+                            pool,
+                            setup,
+                            with_xla=with_xla,
+                            peer=peer,
+                            profile=options.profile is not None,
                         )
                     except Exception as error:  # one shape's failure must not cost the others
                         result = {"error": first_line(error)}
@@ -145,6 +151,8 @@ def _keep(document: dict[str, Any], options: Options) -> None:
     document["summary"] = summarise(OPERATIONS[options.operation], document["shapes"])
     if options.json is not None:
         documents.write(document, options.json)
+    if options.profile is not None:
+        options.profile.write_text(report.kernel_tables(document))
 
 
 def _wants_xla(shape: Any, operation: Operation, which: str, platform: str) -> bool:

@@ -11,18 +11,9 @@ from jax_flashmla.layers.attend import attend_cached, attend_selected
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
-from jax_flashmla.layers.project import (
-    check_call,
-    positions_of,
-    project_output,
-    project_queries,
-    project_rows,
-    query_inputs,
-    roll_tokens,
-    sum_over_heads,
-    write_rows,
-)
+from jax_flashmla.layers.project import check_call, positions_of, roll_tokens, sum_over_heads
 from jax_flashmla.layers.rope import rotate
+from jax_flashmla.layers.step import latent_queries, multiply, project_down, project_values
 
 
 def decode(
@@ -79,24 +70,20 @@ def decode(
     """
     num_heads = check_call(config, params, x, cache, slots, heads_axis, context_axis)
     x = jnp.asarray(x)
-    positions = positions_of(slots)
-    latent, k_rope = project_rows(config, params, x, positions)
-    cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
-
+    cache, down = project_down(config, params, x, cache, slots, layer, implementation)
     if absorbed is None:
-        q_nope, q_rope = project_queries(config, params, x, positions)
-        q_latent = absorb_queries(params, q_nope)
+        q = latent_queries(config, params, down, implementation)
     else:
         absorbed.check(config, num_heads)
-        inputs = query_inputs(config, params, x)
-        q = jnp.einsum("bsr,rhc->bshc", inputs, absorbed.w_q.astype(x.dtype))
+        q = multiply(down.inputs, absorbed.w_q, implementation=implementation)
         q_latent, q_rope = jnp.split(q, [config.kv_lora_rank], axis=-1)
-        q_rope = rotate(config, q_rope, positions)
-    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.format.dtype)
+        q = jnp.concatenate([q_latent, rotate(config, q_rope, positions_of(slots))], axis=-1)
+    q = q.astype(cache.format.dtype)
 
     cache, selection = selection_for(
-        selection, config, params, x, cache, slots, layer, heads_axis, context_axis, implementation
-    )
+        selection, config, params, x, cache, slots, layer, heads_axis, context_axis, implementation,
+        down=down,
+    )  # fmt: skip
     if selection.slots is not None:
         out = attend_selected(
             config, q, cache, layer, selection, heads_axis, context_axis, peers, implementation
@@ -119,8 +106,10 @@ def decode(
     out = out.astype(x.dtype)
 
     if absorbed is None:
-        return cache, project_output(params, unabsorb_values(params, out), heads_axis, peers)
-    y = jnp.einsum("bshc,hci->bsi", out, absorbed.w_o.astype(x.dtype))
+        y = project_values(params, out, implementation)
+    else:
+        w_o = absorbed.w_o.reshape(-1, config.hidden_size)
+        y = multiply(out.reshape(*x.shape[:2], -1), w_o, implementation=implementation)
     return cache, sum_over_heads(y, heads_axis, peers)
 
 

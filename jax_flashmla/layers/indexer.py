@@ -14,6 +14,7 @@ from jax_flashmla.layers.config import IndexerConfig, MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
 from jax_flashmla.layers.rope import rotate
+from jax_flashmla.layers.step import Projected, multiply
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +81,25 @@ def select(
         TypeError, ValueError: an argument is not as described.
     """
     check_call(config, params, x, cache, slots, heads_axis, context_axis)
+    return select_projected(
+        None, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
+    )
+
+
+def select_projected(
+    down: Projected | None,
+    config: MLAConfig,
+    params: MLAParams,
+    x: jax.Array,
+    cache: PagedCache,
+    slots: Slots,
+    layer: int | jax.Array | None,
+    context_axis: str | None,
+    implementation: str | None,
+    *,
+    prefix: bool,
+) -> tuple[PagedCache, Selection]:
+    """As `select`, past its checks, where `down` may have x's projections already."""
     indexer = config.indexer
     if indexer is None:
         raise ValueError("config must have an indexer to select tokens, got None")
@@ -88,7 +108,11 @@ def select(
     format = _check_pool(indexer, cache)
     x = jnp.asarray(x)
     positions = positions_of(slots)
-    keys = _project_keys(config, indexer, params, x, positions)
+    if down is None or down.index_key is None:
+        inputs, keys = query_inputs(config, params, x), None
+    else:
+        inputs, keys = down.inputs, down.index_key
+    keys = _project_keys(config, indexer, params, x, keys, positions)
     keys = keys.astype(format.dtype) if format.name == "dense" else _spread(indexer, keys)
     cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
     longest = cache.table.max_seqlen
@@ -98,7 +122,8 @@ def select(
     if longest <= indexer.topk:
         return cache, ALL
 
-    q = _project_queries(config, indexer, params, x, positions)
+    q = multiply(inputs, params.index_w_q, implementation=implementation)
+    q = _rotate_first(config, indexer, q, positions)
     weights = _weigh_heads(indexer, params, x)
     # The last query is a sequence's last token: move the padding to the front.
     padding = slots.s_new - slots.num_new
@@ -123,6 +148,7 @@ def selection_for(
     implementation: str | None,
     *,
     prefix: bool = True,
+    down: Projected | None = None,
 ) -> tuple[PagedCache, Selection]:
     """What a layer attends to: the selection that it is given, or its own."""
     if selection is not None:
@@ -148,10 +174,10 @@ def selection_for(
             "selection must be given, from select(), where the index pool does not have the "
             f"cache's {cache.layers} layers but {cache.index_layers}, got None"
         )
-    return select(
-        config, params, x, cache, slots=slots, layer=layer, prefix=prefix, heads_axis=heads_axis,
-        context_axis=context_axis, implementation=implementation,
-    )  # fmt: skip
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
+    return select_projected(
+        down, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
+    )
 
 
 def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> CacheFormat:
@@ -217,28 +243,17 @@ def _select_best(
     return best
 
 
-def _project_queries(
-    config: MLAConfig,
-    indexer: IndexerConfig,
-    params: MLAParams,
-    x: jax.Array,
-    positions: jax.Array,
-) -> jax.Array:
-    """Index queries [b, s, heads, head_dim], rotated."""
-    inputs = query_inputs(config, params, x)
-    q = jnp.einsum("bsr,rhd->bshd", inputs, params.index_w_q.astype(x.dtype))
-    return _rotate_first(config, indexer, q, positions)
-
-
 def _project_keys(
     config: MLAConfig,
     indexer: IndexerConfig,
     params: MLAParams,
     x: jax.Array,
+    k: jax.Array | None,
     positions: jax.Array,
 ) -> jax.Array:
-    """Index keys [b, s, 1, head_dim], normed and rotated."""
-    k = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
+    """Index keys [b, s, 1, head_dim], normed and rotated; k has them before that, if anything."""
+    if k is None:
+        k = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
     wide = k.astype(jnp.float32)
     wide = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)

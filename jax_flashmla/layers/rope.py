@@ -49,6 +49,13 @@ def _yarn_ramp(yarn: YarnConfig, dim: int, theta: float) -> np.ndarray:
     return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
+def cos_and_sin(config: MLAConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of every pair's angle at positions [b, s], scaled: float32 [b, s, qk_rope_head_dim / 2]."""
+    angles = positions.astype(jnp.float32)[:, :, None] * inverse_frequencies(config)[None, None, :]
+    scale = np.float32(config.rope.rotation_scale)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
 def rotate(
     config: MLAConfig, x: jax.Array, positions: jax.Array, layout: str | None = None
 ) -> jax.Array:
@@ -66,9 +73,7 @@ def rotate(
     if config.rope.layout == "none":
         return x
     layout = config.rope.layout if layout is None else layout
-    frequencies = inverse_frequencies(config)[None, None, None, :]
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = (f(angles) * np.float32(config.rope.rotation_scale) for f in (jnp.cos, jnp.sin))
+    cos, sin = (a[:, :, None, :] for a in cos_and_sin(config, positions))
     wide = x.astype(jnp.float32)
     if layout == "half":
         first, second = jnp.split(wide, 2, axis=-1)

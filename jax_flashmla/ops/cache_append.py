@@ -138,7 +138,7 @@ def append_packed(
     check_unsharded("cache_append", tuple(map(jax.typeof, packed)))
     (updated,) = append_op(
         blocks,
-        *_unpack(*packed, block_size=format.block_size),
+        *unpack(*packed, block_size=format.block_size),
         kv_scale,
         format=format,
         implementation=implementation,
@@ -147,7 +147,7 @@ def append_packed(
 
 
 @functools.partial(jax.jit, inline=True, static_argnames="block_size")
-def _unpack(
+def unpack(
     rows: jax.Array,
     cu_q_lens: jax.Array,
     block_table: jax.Array,

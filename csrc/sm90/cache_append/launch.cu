@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "append_slot.h"
 #include "sm90/formats/quantise.cuh"
 #include "sm90/host/launch.h"
 
@@ -11,21 +12,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
-struct Slot {
-  int block;  // -1 where the row is to be dropped
-  int token;  // of the block
-};
-
-__device__ __forceinline__ Slot find_slot(const CacheAppendParams& params, int64_t row) {
-  const int sequence = static_cast<int>(row / params.s_new);
-  const int step = static_cast<int>(row % params.s_new);
-  const int64_t position = int64_t{params.positions[sequence]} + step;
-  if (step >= params.num_new[sequence] || position < 0) return {-1, 0};
-  const int64_t entry = position / params.block_size;
-  if (entry >= params.max_blocks) return {-1, 0};
-  const int block = params.block_table[int64_t{sequence} * params.max_blocks + entry];
-  if (block < 0 || block >= params.num_blocks) return {-1, 0};
-  return {block, static_cast<int>(position % params.block_size)};
+__device__ __forceinline__ AppendSlot slot_of_row(const CacheAppendParams& params, int64_t row) {
+  return find_slot(params, row / params.s_new, row % params.s_new);
 }
 
 // One block a row at a time; Word is the widest type that divides a head's row and, where rows are
@@ -36,11 +24,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_rows = int64_t{params.b} * params.s_new;
   const int64_t token_words = kPadded ? int64_t{params.h_kv} * head_stride : words;
   for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
-    const Slot slot = find_slot(params, row);
+    const AppendSlot slot = slot_of_row(params, row);
     if (slot.block < 0) continue;
     const Word* source = static_cast<const Word*>(params.rows) + row * words;
     Word* target = static_cast<Word*>(params.updated) +
-                   (int64_t{slot.block} * params.block_size + slot.token) * token_words;
+                   (slot.block * params.block_size + slot.token) * token_words;
     for (int i = threadIdx.x; i < words; i += kThreads) {
       const int64_t to = kPadded ? int64_t{i / head_words} * head_stride + i % head_words : i;
       target[to] = source[i];
@@ -55,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_rows = int64_t{params.b} * params.s_new;
   const float kv_scale = layout.scale == ScaleType::kCache ? *params.kv_scale : 1.0f;
   for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
-    const Slot slot = find_slot(params, row);
+    const AppendSlot slot = slot_of_row(params, row);
     if (slot.block < 0) continue;
     auto* block = static_cast<uint8_t*>(params.updated) + slot.block * params.block_bytes;
     uint8_t* scales = block + layout.scale_offset +

@@ -47,6 +47,15 @@ __device__ __forceinline__ uint32_t load_cluster(uint32_t mapped) {
   return x;
 }
 
+__device__ __forceinline__ float4 load_cluster_float4(uint32_t mapped) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(mapped)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_cluster(uint32_t mapped, uint32_t x) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(mapped), "r"(x) : "memory");
 }

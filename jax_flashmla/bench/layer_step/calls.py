@@ -1,0 +1,223 @@
+"""Builds the layers of a shape, the step that runs them, and their attention kernels alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import (
+    BlockTable,
+    PagedCache,
+    SplitSchedule,
+    dense_decode,
+    index_topk,
+    sparse_decode,
+)
+from jax_flashmla.bench.layer_step.shapes import INDEX_HEADS, TOPK, WIDTHS, Shape
+from jax_flashmla.bench.operation import Calls, Timed
+from jax_flashmla.bench.pools import random_blocks
+from jax_flashmla.bench.setup import Setup
+from jax_flashmla.layers import (
+    IndexerConfig,
+    MLAConfig,
+    MLAParams,
+    RopeConfig,
+    YarnConfig,
+    decode,
+)
+
+# Of a token's y in the 2-norm, both sides in bfloat16: 4e-3 to 7e-3. With an indexer, a few of the
+# 2,048 tokens are others where scores round differently: each counts with the root of 2 / 2048.
+MAX_RELATIVE_ERROR = 0.15
+TARGET = "flashmla_latent_append_v1"
+YARN = YarnConfig(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
+INDEXER = IndexerConfig(num_heads=INDEX_HEADS, topk=TOPK, rope_layout="half")
+
+
+def memory(shape: Shape, setup: Setup) -> int:
+    """Bytes of device memory: weights and caches of all layers, and what XLA needs beside."""
+    del setup
+    return shape.layers * (shape.weight_bytes + shape.cache_bytes) + 2 * shape.weight_bytes
+
+
+def make_pool(shapes: list[Shape], setup: Setup) -> None:
+    """Nothing: each shape has weights and caches of its own."""
+    del shapes, setup
+
+
+def config_of(shape: Shape) -> MLAConfig:
+    """The layer of a shape."""
+    hidden, rank, nope, v = WIDTHS[shape.model]
+    return MLAConfig(
+        hidden_size=hidden,
+        num_heads=shape.h_q,
+        q_lora_rank=rank,
+        kv_lora_rank=512,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=64,
+        v_head_dim=v,
+        rope=RopeConfig(layout="deinterleaved", yarn=YARN),
+        indexer=INDEXER if shape.sparse else None,
+    )
+
+
+def make_weights(config: MLAConfig, layers: int) -> list[MLAParams]:
+    """Random bfloat16 weights for each layer."""
+    init = jax.jit(lambda key: MLAParams.init(config, key, jnp.bfloat16))
+    return [init(key) for key in jax.random.split(jax.random.key(0), layers)]
+
+
+def make_cache(shape: Shape, device: jax.Device) -> PagedCache:
+    """Random rows for all but each sequence's last token; blocks in random order."""
+    config, columns = config_of(shape), -(-shape.s_k // 64)
+    ids = np.random.default_rng(2).permutation(shape.b * columns).astype(np.int32)
+    table = BlockTable.create(
+        ids.reshape(shape.b, columns), np.full(shape.b, shape.s_k - 1, np.int32), block_size=64
+    )
+    format = config.cache_format(name="v32" if shape.sparse else "dense")
+    cache = PagedCache.create(
+        format, table, num_blocks=1, layers=1, index_format=config.index_format(), device=device
+    )  # its table; the blocks are made random, one array for all layers
+    num_blocks = shape.layers * shape.b * columns
+    index = config.index_format()
+    return dataclasses.replace(
+        cache,
+        blocks=random_blocks(format, num_blocks, device),
+        layers=shape.layers,
+        index_blocks=None if index is None else random_blocks(index, num_blocks, device),
+        index_layers=0 if index is None else shape.layers,
+    )
+
+
+def schedule_of(config: MLAConfig, cache: PagedCache) -> SplitSchedule | None:
+    """The dense attention's, made once a step."""
+    return None if config.indexer else cache.table.schedule(h_q=config.num_heads)
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def step(
+    config: MLAConfig,
+    weights: list[Any],
+    cache: PagedCache,
+    x: jax.Array,
+    implementation: str | None = None,
+) -> tuple[PagedCache, jax.Array, jax.Array]:
+    """All layers on the new tokens x [b, 1, hidden].
+
+    Returns:
+        The cache with its old lengths, x behind all layers, and the first layer's y.
+    """
+    before = cache.table
+    cache, slots = cache.advance()
+    schedule = schedule_of(config, cache)
+    ys = []
+    for layer, params in enumerate(weights):
+        cache, y = decode(
+            config, params, x, cache, slots=slots, layer=layer, schedule=schedule,
+            implementation=implementation,
+        )  # fmt: skip
+        ys.append(y)
+        x = x + y
+    return dataclasses.replace(cache, table=before), x, ys[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def attend(
+    config: MLAConfig, cache: PagedCache, q: jax.Array, index_q: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The step's attention kernels alone, on q [b, 1, h_q, d_qk]: the sum of one lse a layer.
+
+    So out dies at once, as in the step, and all layers' have the same memory.
+    """
+    cache, _ = cache.advance()
+    schedule = schedule_of(config, cache)
+    options: dict[str, Any] = {"d_v": config.kv_lora_rank, "sm_scale": config.sm_scale}
+    total = jnp.float32(0)
+    for layer in range(cache.layers):
+        rows = cache.layer(layer)
+        if config.indexer is None:
+            _, lse = dense_decode(q, *rows, causal=True, schedule=schedule, **options)
+        else:
+            keys = cache.index_layer(layer)
+            best = index_topk(
+                index_q, weights, keys.blocks, cache.table.block_table, cache.table.cache_seqlens,
+                format=keys.format, topk=config.indexer.topk, first_block=keys.first_block,
+                layer_blocks=keys.num_blocks,
+            )  # fmt: skip
+            assert isinstance(best, jax.Array)
+            _, lse = sparse_decode(
+                q, rows.blocks, best, format=rows.format, first_block=rows.first_block,
+                layer_blocks=rows.num_blocks, **options,
+            )  # fmt: skip
+        total += lse[0, 0, 0]
+    return total
+
+
+class Step:
+    """A step that is run again and again over the cache that it donates."""
+
+    def __init__(self, config: MLAConfig, weights: list[Any], cache: PagedCache, x: jax.Array):
+        self.config, self.weights, self.cache, self.x = config, weights, cache, x
+        self._step = partial(step, config)
+
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        self.cache, x, first = self._step(self.weights, self.cache, self.x)
+        return x, first
+
+    def lower(self) -> Step:
+        self._lowered = step.lower(self.config, self.weights, self.cache, self.x)
+        return self
+
+    def compile(self, compiler_options: dict[str, Any]) -> Step:
+        self._step = self._lowered.compile(compiler_options)  # type: ignore[assignment]
+        return self
+
+    def as_text(self) -> str:
+        return self._step.as_text()  # type: ignore[attr-defined]
+
+
+def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
+    """The step, and its attention kernels alone; with_xla nothing else."""
+    del pool, with_xla
+    config, device = config_of(shape), setup.device
+    with jax.default_device(device):
+        weights, cache = make_weights(config, shape.layers), make_cache(shape, device)
+        x, q, index_q, index_weights = (
+            jax.random.normal(jax.random.key(3 + i), (shape.b, 1, *ends), jnp.bfloat16)
+            for i, ends in enumerate(
+                (
+                    (config.hidden_size,),
+                    (shape.h_q, config.d_qk),
+                    (INDEX_HEADS, 128),
+                    (INDEX_HEADS,),
+                )
+            )
+        )
+        index = index_q.astype(jnp.float8_e4m3fn), index_weights.astype(jnp.float32)
+    run = Step(config, weights, cache, x)
+    return Calls(
+        Timed(run, (), shape.layers),
+        lambda result: relative_error(result, run),
+        {},
+        alone=Timed(lambda: attend(config, run.cache, q, *index), (), shape.layers),
+        read_once=shape.weight_bytes,
+    )
+
+
+def relative_error(result: tuple[jax.Array, jax.Array], run: Step) -> float:
+    """The worst token's of the first layer, against pure JAX; NaN where a layer's y is not finite.
+
+    Only the first layer's: rounding differs, and every layer's input with it.
+    """
+    x, got = (np.asarray(a, np.float32) for a in result)
+    if not np.isfinite(x).all():
+        return float("nan")
+    run.cache, _, y = step(run.config, run.weights[:1], run.cache, run.x, implementation="xla")
+    expected = np.asarray(y, np.float32)
+    norm = partial(np.linalg.norm, axis=-1)
+    return float((norm(got - expected) / norm(expected)).max())

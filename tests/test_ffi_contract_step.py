@@ -1,0 +1,109 @@
+"""The C++ side of latent_append and project refuses calls that would lead out of bounds."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ffi_calls import call, i32, refused, replaced, result, zeros
+
+b, s_new, q_rank, kv_rank, pairs, num_blocks, block_size, max_blocks = 2, 3, 24, 512, 32, 5, 64, 2
+columns, d_qk = q_rank + kv_rank + 2 * pairs, kv_rank + 2 * pairs
+rows, groups, k, n = 3, 2, 16, 40
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+def f32(*shape):
+    return zeros(*shape, dtype=jnp.float32)
+
+
+def latent_append(**wrong):
+    operands = {
+        "blocks": zeros(num_blocks, block_size, 1, d_qk),
+        "projected": zeros(b, s_new, columns),
+        "q_norm": zeros(q_rank),
+        "kv_norm": zeros(kv_rank),
+        "cos": f32(b, s_new, pairs),
+        "sin": f32(b, s_new, pairs),
+        "block_table": i32(b, max_blocks),
+        "positions": i32(b),
+        "num_new": i32(b),
+        "kv_scale": np.float32(1),
+    }
+    attributes = {
+        "format": np.int32(0),
+        "block_size": np.int32(block_size),
+        "rows_dtype": np.int32(0),
+        "layout": np.int32(0),
+        "q_eps": np.float32(1e-6),
+        "kv_eps": np.float32(1e-6),
+        "latent_scale": np.float32(1),
+    }
+    blocks = wrong.get("blocks", operands["blocks"])
+    results = {
+        "updated": result(*blocks.shape, dtype=blocks.dtype),
+        "q_latent": result(b, s_new, q_rank, dtype=jnp.bfloat16),
+    }
+    return call("latent_append", *replaced(wrong, operands, results, attributes))
+
+
+def project(**wrong):
+    operands = {
+        "x": zeros(rows, groups, k + 2 * pairs) + 1,
+        "w": zeros(groups, k, n) + 1,
+        "w1": zeros(groups, k, 0),
+        "w2": zeros(groups, k, 0),
+        "cos": f32(rows, pairs),
+        "sin": f32(rows, pairs),
+    }
+    results = {"y": result(rows, groups, n + 2 * pairs, dtype=jnp.bfloat16)}
+    attributes = {"transposed": False, "layout": np.int32(2)}
+    return call("project", *replaced(wrong, operands, results, attributes))
+
+
+def test_the_good_calls_are_taken():
+    blocks, q_latent = latent_append()
+    np.testing.assert_array_equal(blocks.astype(jnp.float32), 0)
+    np.testing.assert_array_equal(q_latent.astype(jnp.float32), 0)
+    (y,) = project()
+    np.testing.assert_array_equal(y[..., :n].astype(jnp.float32), k)
+    np.testing.assert_array_equal(y[..., n:].astype(jnp.float32), 0)
+
+
+LATENT_APPEND = {
+    "projected of rank 2": ({"projected": zeros(b, columns)}, "projected must have shape"),
+    "few columns": ({"projected": zeros(b, s_new, columns - 1)}, "projected must have at least"),
+    "a wide row": ({"blocks": zeros(num_blocks, block_size, 1, d_qk - 8)}, "rows must end in"),
+    "q_norm of rank 2": ({"q_norm": zeros(1, q_rank)}, r"q_norm must have shape \[q_rank\]"),
+    "q_norm in f32": ({"q_norm": f32(q_rank)}, "q_norm must have the element type of kv_norm"),
+    "short sin": ({"sin": f32(b, s_new, pairs - 1)}, "sin must have shape"),
+    "cos of others": ({"cos": f32(b, s_new + 1, pairs)}, "cos must have shape"),
+    "positions of one": ({"positions": i32(1)}, "positions must have shape"),
+    "q_latent": ({"q_latent": result(b, s_new, q_rank + 1, dtype=jnp.bfloat16)}, "q_latent must"),
+    "layout": ({"layout": np.int32(4)}, "layout must be between 0 and 3"),
+    "rows_dtype": ({"rows_dtype": np.int32(1)}, "rows_dtype must be that of blocks"),
+    "no rows_dtype": ({"rows_dtype": np.int32(-1)}, "rows_dtype between 0 and 2"),
+    "a format's width": ({"format": np.int32(3), "blocks": zeros(5, 65 * 576, dtype=jnp.uint8)},
+                         "rows must end in"),
+}  # fmt: skip
+
+PROJECT = {
+    "x of rank 2": ({"x": zeros(rows, k)}, "x must have shape"),
+    "x of other groups": ({"x": zeros(rows, groups + 1, k + 2 * pairs)}, "w must have shape"),
+    "k past x": ({"x": zeros(rows, groups, k - 1)}, "w must have at most x's 15"),
+    "another k": ({"w1": zeros(groups, k + 1, 8)}, "w must have shape"),
+    "w in f32": ({"w": f32(groups, k, n)}, "w must have the element type of x"),
+    "short y": ({"y": result(rows, groups, n, dtype=jnp.bfloat16)}, "y must have shape"),
+    "cos of others": ({"cos": f32(rows + 1, pairs)}, "cos must have shape"),
+    "layout": ({"layout": np.int32(-1)}, "layout must be between 0 and 3"),
+    "transposed": ({"transposed": True}, "w must have"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "match"), LATENT_APPEND.values(), ids=LATENT_APPEND)
+def test_latent_append_refuses(wrong, match):
+    refused(latent_append, match, **wrong)
+
+
+@pytest.mark.parametrize(("wrong", "match"), PROJECT.values(), ids=PROJECT)
+def test_project_refuses(wrong, match):
+    refused(project, match, **wrong)
