@@ -1,6 +1,7 @@
 """What the compiled CUDA module holds, read without a GPU: its machine code and resources."""
 
 import collections
+import concurrent.futures
 import importlib.util
 import pathlib
 import re
@@ -49,18 +50,34 @@ def cuobjdump(*options: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def instructions() -> dict[str, collections.Counter[str]]:
+def instructions(tmp_path_factory) -> dict[str, collections.Counter[str]]:
     """Of each kernel, how often each opcode (HGMMA.64x64x16.F32.BF16: HGMMA) stands in it."""
+    folder = tmp_path_factory.mktemp("cubins")
+    subprocess.run(
+        [tool("cuobjdump"), "-xelf", "all", str(MODULES[0])],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+    def disassemble(cubin: pathlib.Path) -> str:
+        command = [tool("nvdisasm"), "-c", str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    # Labels ".text.NAME:" at the beginning of a line, then "        /*0090*/  @!P0 LDG.E R2, ... ;"
+    line = re.compile(
+        r"^\.text\.(\S+):$|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE
+    )
     counts: dict[str, collections.Counter[str]] = {}
-    # "Function : NAME", then lines like "/*0090*/  @!P0 LDG.E R2, ... ;   /* 0x... */"
-    line = re.compile(r"Function : (\S+)|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
-    name = ""
-    for match in line.finditer(cuobjdump("-sass")):
-        if match[1]:
-            name = match[1]
-            counts[name] = collections.Counter()
-        else:
-            counts[name][match[2]] += 1
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a process each, which takes seconds
+        for text in pool.map(disassemble, sorted(folder.iterdir())):
+            name = ""
+            for match in line.finditer(text):
+                if match[1]:
+                    name = match[1]
+                    counts[name] = collections.Counter()
+                else:
+                    counts[name][match[2]] += 1
     return counts
 
 

@@ -20,26 +20,17 @@ pytestmark = pytest.mark.gpu
 FORMATS = ("v32", "fp8_row")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (name, s_k, s_q, h_q)
-        for name in FORMATS
-        for s_k, h_kv, s_q, h_q in cases.flashmla_groups()
-        if h_kv == 1
-    ],
-    ids="{0[0]}-sk{0[1]}-sq{0[2]}-hq{0[3]}".format,
-)
-def group(request: pytest.FixtureRequest) -> Group:
-    name, s_k, s_q, h_q = request.param
-    return Group(s_k, 1, s_q, h_q, format=name)
+def space() -> list[cases.DecodeCase]:
+    """Of FlashMLA's space of one cache head a few cases with every pair of values."""
+    fields = ("b", "s_q", "s_k", "h_q", "ragged", "causal")
+    return cases.pairwise([case for case in cases.flashmla_cases() if case.h_kv == 1], fields)
 
 
-@pytest.mark.parametrize("b", cases.FLASHMLA_B)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
-def test_flashmlas_space(group: Group, ragged: bool, causal: bool, b: int) -> None:
-    assert_case(group, ragged, causal, b)
+@pytest.mark.parametrize("case", space(), ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_flashmlas_space(name: str, case: cases.DecodeCase) -> None:
+    group = Group(case.s_k, 1, case.s_q, case.h_q, b=case.b, format=name)
+    assert_case(group, case.ragged, case.causal, case.b)
 
 
 @pytest.mark.parametrize("name", FORMATS)
