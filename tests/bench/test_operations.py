@@ -129,6 +129,6 @@ def test_what_it_does_not_have_is_named(options, message, capsys):
 def test_results_of_an_unknown_operation_are_refused(tmp_path):
     file = tmp_path / "other.json"
     file.write_text(json.dumps({**dict.fromkeys(document.FIELDS), "operation": "other"}))
-    names = "dense_decode, sparse_decode, sparse_prefill, index_scores, index_topk, toy"
+    names = "dense_decode, sparse_decode, sparse_prefill, index_scores, index_topk, layer_step, toy"
     with pytest.raises(ValueError, match=f"an operation in {names}, got 'other'"):
         document.read(file)
