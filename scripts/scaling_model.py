@@ -88,6 +88,7 @@ SELECT, SELECT_OF_TOKEN = 10.0, 6.7e-6
 # A sum over devices of one host: over peer memory, or XLA's.
 PEERS, PEERS_OF_DEVICE, SECOND_ROUND, PEERS_RATE = 1.3, 0.65, 1.6, 270e3
 SKEW = 2.0  # and how far apart devices come to it, within a step
+PEERS_MOST = 2 * 1024 * 1024  # bytes; MAX_SUM_BYTES in jax_flashmla/_limits.py
 ONE_ROUND_BYTES = 448 * 1024  # kSecondRoundBytes in csrc/sm90/all_reduce_sum/config.h
 PSUM, PSUM_RATE = 21.0, 115e3
 
@@ -96,7 +97,7 @@ def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
     """A sum of so many bytes over the devices of a host."""
     if devices == 1 or kind == "none":
         return 0.0
-    if kind == "psum":
+    if kind == "psum" or bytes > PEERS_MOST:
         return PSUM + bytes / PSUM_RATE
     start = PEERS + PEERS_OF_DEVICE * devices
     one_round, two_rounds = (devices - 1) * bytes, 2 * (devices - 1) * bytes / devices
@@ -108,7 +109,8 @@ def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
 def exchange_time(bytes: float, devices: int, kind: str) -> float:
     """A sum within a step, which devices do not reach at the same time."""
     alone = sum_time(bytes, devices, kind)
-    return alone + SKEW if alone and kind == "peers" else alone
+    over_peers = devices > 1 and kind == "peers" and bytes <= PEERS_MOST
+    return alone + SKEW if over_peers else alone
 
 
 def attention_time(card: Card, model: Model, heads: int, b: float, tokens: float) -> float:
@@ -138,8 +140,9 @@ def layer_time(
         "rest": REST + REST_OF_SEQUENCE * mine,
         "attention": attention_time(card, model, heads, mine, tokens / layout.context),
         "heads": exchange_time(mine * model.hidden * ITEMSIZE, layout.heads, sums),
-        # Every device's results of its tokens to the others, with an lse each.
-        "context": exchange_time(mine * heads * (512 * ITEMSIZE + 4), layout.context, sums),
+        # The lse of all, then the weighted results in float32 (jax_flashmla/context.py).
+        "context": exchange_time(4 * mine * heads * layout.context, layout.context, sums)
+        + exchange_time(4 * mine * heads * 512, layout.context, sums),
     }
     return parts | {"layer": sum(parts.values())}
 

@@ -87,7 +87,9 @@ def test_limits_are_those_of_the_kernel(load) -> None:
 
     assert product("kMaxPeers", PARAMS) == limits.MAX_PEERS
     assert product("kMaxMessageBytes", CONFIG) == limits.MAX_SUM_BYTES
-    assert product("kSecondRoundBytes", CONFIG) == load("scaling_model").ONE_ROUND_BYTES
+    model = load("scaling_model")
+    assert product("kSecondRoundBytes", CONFIG) == model.ONE_ROUND_BYTES
+    assert model.PEERS_MOST == limits.MAX_SUM_BYTES
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/parallel/*.json")), ids=lambda p: p.stem)
