@@ -102,7 +102,7 @@ def latent_queries(
         cos=projected.cos,
         sin=projected.sin,
         layout=config.rope.layout,
-        implementation=implementation,
+        implementation=of_products(implementation),
     )
     return q.reshape(b, s, heads, -1)
 
@@ -114,7 +114,7 @@ def project_values(params: MLAParams, out: jax.Array, implementation: str | None
         out.reshape(b * s, heads, -1),
         params.w_uv.astype(out.dtype),
         transposed=True,
-        implementation=implementation,
+        implementation=of_products(implementation),
     )
     w_o = params.w_o.reshape(-1, params.w_o.shape[-1])
     return multiply(values.reshape(b, s, -1), w_o, implementation=implementation)
@@ -128,5 +128,10 @@ def multiply(x: jax.Array, *weights: jax.Array, implementation: str | None) -> j
         y = jnp.einsum("bsk,kn->bsn", x, w.reshape(k, -1))
         return y.reshape(b, s, *w.shape[1:])
     flat = [w.reshape(1, k, -1).astype(x.dtype) for w in weights]
-    y = project(x.reshape(b * s, 1, k), flat, implementation=implementation)
+    y = project(x.reshape(b * s, 1, k), flat, implementation=of_products(implementation))
     return y.reshape(b, s, *(weights[0].shape[1:] if len(weights) == 1 else (-1,)))
+
+
+def of_products(implementation: str | None) -> str | None:
+    """project's: to insist on kernels is to insist on those of attention and the cache."""
+    return None if implementation == "kernel" else implementation

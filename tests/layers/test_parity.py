@@ -93,6 +93,25 @@ def test_kernels_are_near_transformers_in_bfloat16(kernel):
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_step_lowers_for_hopper_whatever_its_projections_widths():
+    """Kernels are insisted on where there is attention and a cache; 12 value columns are XLA's."""
+    config = MLAConfig.from_hf(WIDE)
+    assert config.v_head_dim % 8
+    (params,) = load_attention(WIDE, config, [0], dtype="bfloat16")
+    table = BlockTable.create(np.array([[0]], np.int32), block_size=64)
+    cache = PagedCache.create(config.cache_format("bfloat16", 64), table, num_blocks=1)
+
+    def step(cache: PagedCache, x: jax.Array) -> tuple[PagedCache, jax.Array]:
+        cache, slots = cache.advance()
+        return decode(config, params, x, cache, slots=slots, implementation="kernel")
+
+    x = jnp.zeros((1, 1, config.hidden_size), jnp.bfloat16)
+    text = jax.jit(step).trace(cache, x).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("latent_append", "project", "dense_decode"):
+        assert f"@flashmla_{name}_v1(" in text
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_precomputed_products_equal_transformers():
     directory = golden_models.GOLDEN / "deepseek_v3"
     check_layer(directory, "float32", tolerances.F32_PARITY, absorbed=True)

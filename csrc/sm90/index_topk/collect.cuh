@@ -12,8 +12,7 @@ __device__ __forceinline__ int collect(SharedStorage& smem, const Slice& slice, 
                                        const Candidates& candidates) {
   float least = 0;
   int all = 0;
-  for (int begin = 0, turn = 0; turn == 0 || begin < slice.count;
-       begin += round_tokens(num_threads()), ++turn) {
+  for (int begin = 0, turn = 0; turn == 0 || begin < slice.count; begin += kRoundTokens, ++turn) {
     Round round;
     round.load(slice, begin);
     if (turn == 0) least = guess();
@@ -41,16 +40,16 @@ __device__ __forceinline__ void load_scores(const Slice& row, const Candidates& 
                                             int count) {
   constexpr int kAtOnce = 4;  // loads, which go out before the first one's store
 #pragma unroll 1
-  for (int first = threadIdx.x; first < count; first += kAtOnce * num_threads()) {
+  for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
     float scores[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * num_threads();
+      const int i = first + k * kThreads;
       scores[k] = i < count ? row.scores[candidates.tokens[i]] : 0;
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * num_threads();
+      const int i = first + k * kThreads;
       if (i < count) candidates.scores[i] = scores[k];
     }
   }

@@ -7,9 +7,9 @@
 
 namespace flashmla::sm90::index_topk {
 
-constexpr int kMaxWarps = 16;  // of a block: a power of two, at least 4
-constexpr int kSteps = 8;      // of four scores, that a thread holds at once
-constexpr int round_tokens(int threads) { return threads * kSteps * 4; }
+constexpr int kWarps = 16, kThreads = kWarps * 32;
+constexpr int kSteps = 8;  // of four scores, that a thread holds at once
+constexpr int kRoundTokens = kThreads * kSteps * 4;
 constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
 constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
 

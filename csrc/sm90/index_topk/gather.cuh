@@ -45,7 +45,7 @@ __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candi
   const uint32_t tokens = map_shared(smem_address(candidates.tokens + earlier), 0);
   const uint32_t mapped_there = map_shared(there, 0);
   __syncthreads();  // the block's candidates are stored
-  for (int i = threadIdx.x; i < mine; i += num_threads()) {
+  for (int i = threadIdx.x; i < mine; i += kThreads) {
     store_async(tokens + i * 4, candidates.tokens[i], mapped_there);
   }
   return all;

@@ -15,7 +15,7 @@
 namespace flashmla::sm90::index_topk {
 
 // Grid: (rows * blocks of a cluster).
-__global__ void __launch_bounds__(kMaxWarps * 32, 2)
+__global__ void __launch_bounds__(kThreads, 2)
     index_topk_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(16) uint8_t dynamic_shared[];
   auto& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 2)
 
   const Slice whole = Slice::of_row(args, row, sequence, seen);
   const Slice slice = whole.share(blocks, rank);
-  for (int i = threadIdx.x * 32; i * 64 < seen; i += num_threads() * 32) {  // looked up at the end
+  for (int i = threadIdx.x * 32; i * 64 < seen; i += kThreads * 32) {  // looked up at the end
     asm volatile("prefetch.global.L2 [%0];" ::"l"(whole.table + i));
   }
   const Sample sample = Sample::of_row(candidates.scores, seen);

@@ -24,18 +24,11 @@ Status check_supported(const IndexTopkParams& params) {
   return require_hopper();
 }
 
-// Threads of a block: fewer where rows are short and many, so that more of them are worked on at
-// once.
-int choose_threads(int64_t rows, int64_t tokens, int multiprocessors) {
-  constexpr int kMost = kMaxWarps * 32;
-  return rows > multiprocessors && tokens <= round_tokens(kMost / 2) ? kMost / 2 : kMost;
-}
-
 // Blocks that share a row: more while a share is more than a block holds at once and all blocks
 // have room at once, two on a multiprocessor.
 int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
   int blocks = 1;
-  while (blocks < kMaxCluster && tokens > int64_t{blocks} * round_tokens(kMaxWarps * 32) &&
+  while (blocks < kMaxCluster && tokens > int64_t{blocks} * kRoundTokens &&
          rows * blocks <= multiprocessors) {
     blocks *= 2;
   }
@@ -64,7 +57,7 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .given = params.scores != nullptr};
   return launch(index_topk_kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
-                 .block = static_cast<unsigned>(choose_threads(rows, max_tokens, multiprocessors)),
+                 .block = kThreads,
                  .shared_bytes = static_cast<size_t>(shared_bytes(args.room)),
                  .dependent = true,
                  .most_shared = true,

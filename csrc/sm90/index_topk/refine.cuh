@@ -45,14 +45,14 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Candidate
   if (bins.exist()) {
     if (threadIdx.x == 0) smem.num_close = 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += num_threads()) {
+    for (int i = threadIdx.x; i < count; i += kThreads) {
       atomicAdd(&smem.bins[bins.bin(candidates.scores[i])], 1);
     }
     __syncthreads();
     const Found found = find_bin(smem, smem.bins, need);
-    if (found.within <= num_threads()) {
+    if (found.within <= kThreads) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < count; i += num_threads()) {
+      for (int i = threadIdx.x; i < count; i += kThreads) {
         const float score = candidates.scores[i];
         if (bins.bin(score) == static_cast<uint32_t>(found.bin)) {
           smem.close[atomicAdd(&smem.num_close, 1)] = score;
@@ -65,7 +65,7 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Candidate
     __syncthreads();
   }
   return find_threshold(smem, 0, 21, need, 1, nullptr, [&](const auto& visit) {
-    for (int i = threadIdx.x; i < count; i += num_threads()) visit(key_of(candidates.scores[i]));
+    for (int i = threadIdx.x; i < count; i += kThreads) visit(key_of(candidates.scores[i]));
   });
 }
 

@@ -1,4 +1,4 @@
-// Up to round_tokens(num_threads()) scores in a block's registers.
+// Up to kRoundTokens scores in a block's registers.
 #pragma once
 
 #include "sm90/index_topk/keys.cuh"
@@ -27,9 +27,7 @@ struct Round {
 
   __device__ __forceinline__ void load(const Slice& slice, int begin) {
     const int lane = threadIdx.x % 32;
-    const int steps =
-        (min(slice.count - begin, round_tokens(num_threads())) + 4 * num_threads() - 1) >>
-        (__ffs(num_threads()) + 1);
+    const int steps = (min(slice.count - begin, kRoundTokens) + 128 * kWarps - 1) / (128 * kWarps);
     const int run = begin + static_cast<int>(threadIdx.x / 32) * steps * 128;
     const int end = min(slice.count, run + steps * 128);
     first = run + lane * 4;

@@ -20,7 +20,7 @@ constexpr Bound kNoBound{-FLT_MAX, -FLT_MAX};  // of finite scores
 struct Sample {
   static_assert(candidate_room(1, 0) * 8 >= 512 * sizeof(float));
   static_assert(candidate_room(1, 65536) * 8 >= 4096 * sizeof(float));
-  float* scores;  // [2^shift / threads][threads]
+  float* scores;  // [2^shift / kThreads][kThreads]
   int shift;
 
   static __device__ __forceinline__ Sample of_row(float* room, int seen) {
@@ -41,9 +41,9 @@ struct Sample {
     Asked asked;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      const int i = k * kThreads + threadIdx.x, at = token(row, i);
       asked.scores[k] = NAN, asked.blocks[k] = 0;
-      if (k * num_threads() < size()) {
-        const int at = token(row, k * num_threads() + threadIdx.x);
+      if (i < size()) {
         asked.scores[k] = row.scores[at];
         if (row.check_blocks) asked.blocks[k] = row.table[at / 64];
       }
@@ -53,19 +53,19 @@ struct Sample {
   __device__ __forceinline__ void load(const Slice& row, const Asked& asked) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (k * num_threads() >= size()) break;
+      const int i = k * kThreads + threadIdx.x;
       const bool in_layer = !row.check_blocks || asked.blocks[k] < row.layer_blocks;
-      scores[k * num_threads() + threadIdx.x] = in_layer ? asked.scores[k] : NAN;
+      if (i < size()) scores[i] = in_layer ? asked.scores[k] : NAN;
     }
 #pragma unroll 1
-    for (int i = 4 * num_threads() + threadIdx.x; i < size(); i += num_threads()) {
+    for (int i = 4 * kThreads + threadIdx.x; i < size(); i += kThreads) {
       scores[i] = row.score(token(row, i));
     }
   }
 
   __device__ __forceinline__ int count_from(float least) const {
     int count = 0;
-    for (int i = threadIdx.x; i < size(); i += num_threads()) {
+    for (int i = threadIdx.x; i < size(); i += kThreads) {
       count += __syncthreads_count(scores[i] >= least);
     }
     return count;
@@ -74,7 +74,7 @@ struct Sample {
   // The scores between which to look.
   __device__ __forceinline__ Bound range(SharedStorage& smem) const {
     uint32_t lowest = ~0u, highest = 0;
-    for (int i = threadIdx.x; i < size(); i += num_threads()) {
+    for (int i = threadIdx.x; i < size(); i += kThreads) {
       const uint32_t key = key_of(scores[i]);
       if (key != 0) lowest = min(lowest, key), highest = max(highest, key);
     }
@@ -82,8 +82,8 @@ struct Sample {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane == 0) smem.warp_lowest[warp] = lowest, smem.warp_highest[warp] = highest;
     __syncthreads();
-    lowest = __reduce_min_sync(~0u, lane < num_warps() ? smem.warp_lowest[lane] : ~0u);
-    highest = __reduce_max_sync(~0u, lane < num_warps() ? smem.warp_highest[lane] : 0);
+    lowest = __reduce_min_sync(~0u, lane < kWarps ? smem.warp_lowest[lane] : ~0u);
+    highest = __reduce_max_sync(~0u, lane < kWarps ? smem.warp_highest[lane] : 0);
     return highest == 0 ? kNoBound : Bound{score_of(lowest), score_of(highest)};
   }
 };

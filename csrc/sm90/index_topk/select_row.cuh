@@ -58,15 +58,15 @@ __device__ __forceinline__ void select_row(const Output& output, SharedStorage& 
   const Threshold threshold =
       find_threshold(smem, 0, 21, output.topk, blocks, totals, [&](const auto& visit) {
 #pragma unroll 4
-        for (int i = threadIdx.x; i < slice.count; i += num_threads()) {
+        for (int i = threadIdx.x; i < slice.count; i += kThreads) {
           if (const uint32_t key = key_of(slice.score(i))) visit(key);
         }
       });
-  const WarpShare share = WarpShare::of(slice, num_warps());
+  const WarpShare share = WarpShare::of(slice, kWarps);
   const Counts counts = count_share(slice, share, threshold.score);
   if (lane == 0) smem.warp_counts[warp] = counts;
   __syncthreads();
-  const Counts of_lane = lane < num_warps() ? smem.warp_counts[lane] : Counts{};
+  const Counts of_lane = lane < kWarps ? smem.warp_counts[lane] : Counts{};
   Counts all = sum_lanes(of_lane), earlier = sum_lanes(lane < warp ? of_lane : Counts{});
   if (blocks > 1) {
     if (threadIdx.x < blocks) {
@@ -79,8 +79,7 @@ __device__ __forceinline__ void select_row(const Output& output, SharedStorage& 
     earlier = earlier + sum_lanes(lane < rank ? of_rank : Counts{});
   }
   write_share(output, slice, share, threshold, earlier);
-  output.fill(selected_of(all, threshold), rank * num_threads() + threadIdx.x,
-              blocks * num_threads());
+  output.fill(selected_of(all, threshold), rank * kThreads + threadIdx.x, blocks * kThreads);
 }
 
 }  // namespace flashmla::sm90::index_topk

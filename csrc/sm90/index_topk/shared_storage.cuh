@@ -8,9 +8,6 @@
 
 namespace flashmla::sm90::index_topk {
 
-__device__ __forceinline__ int num_threads() { return blockDim.x; }
-__device__ __forceinline__ int num_warps() { return blockDim.x / 32; }
-
 // The bin in which the keys from the highest on become as many as needed; bin -1: they do not.
 struct Found {
   int bin;
@@ -35,10 +32,10 @@ struct alignas(16) SharedStorage {
     uint32_t bins[kBins];        // how many of the block's scores
     int32_t selected[kMaxTopk];  // tokens of the row
   };
-  float close[kMaxWarps * 32];       // scores of the bin in which the threshold is
-  uint32_t warp_sums[2][kMaxWarps];  // of two turns
-  uint32_t warp_lowest[kMaxWarps], warp_highest[kMaxWarps];
-  Counts warp_counts[kMaxWarps];
+  float close[kThreads];          // scores of the bin in which the threshold is
+  uint32_t warp_sums[2][kWarps];  // of two turns
+  uint32_t warp_lowest[kWarps], warp_highest[kWarps];
+  Counts warp_counts[kWarps];
   Counts block_counts[kMaxCluster];  // of the cluster
   uint32_t block_candidates[kMaxCluster];
   uint64_t counts_there, candidates_there;  // mbarriers; the latter in a row's first block

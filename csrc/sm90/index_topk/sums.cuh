@@ -16,11 +16,11 @@ __device__ __forceinline__ int inclusive_warp_sum(int x) {
 
 // Of each warp's `x` the sum over earlier warps, and over all; one barrier. of_warps: two turns'
 // differ.
-__device__ __forceinline__ uint2 sum_warps(uint32_t x, uint32_t (&of_warps)[kMaxWarps]) {
+__device__ __forceinline__ uint2 sum_warps(uint32_t x, uint32_t (&of_warps)[kWarps]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) of_warps[warp] = x;
   __syncthreads();
-  const uint32_t of_lane = lane < num_warps() ? of_warps[lane] : 0;
+  const uint32_t of_lane = lane < kWarps ? of_warps[lane] : 0;
   return {__reduce_add_sync(~0u, lane < warp ? of_lane : 0), __reduce_add_sync(~0u, of_lane)};
 }
 

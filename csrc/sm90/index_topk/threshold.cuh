@@ -11,7 +11,7 @@
 namespace flashmla::sm90::index_topk {
 
 __device__ __forceinline__ void clear_bins(SharedStorage& smem) {
-  for (uint32_t i = threadIdx.x * 4; i < kBins; i += num_threads() * 4) {
+  for (uint32_t i = threadIdx.x * 4; i < kBins; i += kThreads * 4) {
     *reinterpret_cast<uint4*>(&smem.bins[i]) = {};
   }
 }
@@ -21,7 +21,7 @@ __device__ __forceinline__ void clear_bins(SharedStorage& smem) {
 __device__ __forceinline__ void sum_cluster(SharedStorage& smem, uint32_t* all, uint32_t blocks) {
   const uint32_t share = kBins / blocks, rank = cluster_rank();
   cluster_sync();
-  for (uint32_t i = threadIdx.x; i < share; i += num_threads()) {
+  for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
     const uint32_t counts = smem_address(&smem.bins[rank * share + i]);
     const uint32_t totals = smem_address(&all[rank * share + i]);
     uint32_t part[kMaxCluster], sum = 0;
@@ -40,10 +40,11 @@ __device__ __forceinline__ void sum_cluster(SharedStorage& smem, uint32_t* all, 
 // By all threads; the bins are full.
 __device__ __forceinline__ Found find_bin(SharedStorage& smem, const uint32_t* bins, int need) {
   // A thread's bins, from the highest thread 0's on.
-  const int mine = kBins / num_threads();
-  const int first = kBins - mine - mine * static_cast<int>(threadIdx.x);
+  constexpr int kMine = kBins / kThreads;
+  const int first = kBins - kMine - kMine * static_cast<int>(threadIdx.x);
   int sum = 0;
-  for (int i = 0; i < mine; i += 4) {
+#pragma unroll
+  for (int i = 0; i < kMine; i += 4) {
     const uint4 four = *reinterpret_cast<const uint4*>(bins + first + i);
     sum += four.x + four.y + four.z + four.w;
   }
@@ -52,7 +53,7 @@ __device__ __forceinline__ Found find_bin(SharedStorage& smem, const uint32_t* b
   const int of_warp = __shfl_sync(~0u, up_to, 31);
   int above = sum_warps(of_warp, smem.warp_sums[0]).x + up_to - sum;
   if (above < need && need <= above + sum) {
-    int bin = first + mine - 1;
+    int bin = first + kMine - 1;
     while (above + static_cast<int>(bins[bin]) < need) above += bins[bin--];
     smem.found = {bin, above, static_cast<int>(bins[bin])};
   }

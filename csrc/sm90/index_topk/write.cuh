@@ -33,7 +33,7 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
                                                  const Candidates& candidates, int count,
                                                  const Threshold& threshold) {
   static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
-  const int share = (count + num_threads() - 1) >> (__ffs(num_threads()) - 1);
+  const int share = (count + kThreads - 1) / kThreads;
   const int begin = min(static_cast<int>(threadIdx.x) * share, count);
   const int end = min(begin + share, count);
   uint32_t counts = 0;  // above, and equal << 16
@@ -58,21 +58,21 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
   const int selected = selected_of(all, threshold);
   constexpr int kAtOnce = 4;  // loads, which go out before the first one's stores
 #pragma unroll 1
-  for (int first = threadIdx.x; first < selected; first += kAtOnce * num_threads()) {
+  for (int first = threadIdx.x; first < selected; first += kAtOnce * kThreads) {
     int token[kAtOnce], block[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * num_threads();
+      const int i = first + k * kThreads;
       token[k] = i < selected ? smem.selected[i] : 0;
       block[k] = i < selected ? output.table[token[k] / 64] : 0;
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * num_threads();
+      const int i = first + k * kThreads;
       if (i < selected) output.write(i, token[k], block[k]);
     }
   }
-  output.fill(selected, threadIdx.x, num_threads());
+  output.fill(selected, threadIdx.x, kThreads);
 }
 
 }  // namespace flashmla::sm90::index_topk
