@@ -204,16 +204,25 @@ def test_symbolic_extents_are_refused_by_name() -> None:
     ids=["stride", "stride of heads", "blocks of v32", "dtype of fp8_row"],
 )
 def test_caches_that_the_hopper_kernel_does_not_take(format: CacheFormat, message: str) -> None:
-    def call(implementation: str | None) -> str:
-        q = jax.ShapeDtypeStruct((2, 1, 16, 576), format.dtype)
-        blocks = jax.ShapeDtypeStruct((4, *format.block_shape), format.storage_dtype)
-        ids = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-        step = functools.partial(dense_decode, format=format, implementation=implementation)
-        lowered = jax.jit(step).trace(q, blocks, *ids).lower(lowering_platforms=("cuda",))
-        return lowered.as_text()
-
     dispatch.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=message):
-        assert "flashmla_dense_decode_v1" not in call(None)
+        assert "flashmla_dense_decode_v1" not in lowered_over(format, None)
     with pytest.raises(NotImplementedError, match=message):
-        call("kernel")
+        lowered_over(format, "kernel")
+
+
+def lowered_over(format: CacheFormat, implementation: str | None) -> str:
+    q = jax.ShapeDtypeStruct((2, 1, 16, 576), format.dtype)
+    blocks = jax.ShapeDtypeStruct((4, *format.block_shape), format.storage_dtype)
+    ids = jax.ShapeDtypeStruct((2, 2), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    step = functools.partial(dense_decode, format=format, implementation=implementation)
+    return lowered(step, "cuda", q, blocks, *ids)
+
+
+@pytest.mark.parametrize("name", ["v32", "fp8_row"])
+def test_the_hopper_kernel_over_fp8_caches_is_for_those_who_ask(name: str) -> None:
+    format = CacheFormat(name=name)
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match='has to be asked for with implementation="kernel"'):
+        assert "flashmla_dense_decode_v1" not in lowered_over(format, None)
+    assert "flashmla_dense_decode_v1" in lowered_over(format, "kernel")
