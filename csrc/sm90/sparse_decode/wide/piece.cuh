@@ -8,8 +8,8 @@
 // e2m1: three bits look up a value's bits.
 #pragma once
 
+#include "sm90/formats/codes.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/sparse_decode/codes.cuh"
 #include "sm90/sparse_decode/wide/formats.cuh"
 
 namespace flashmla::sm90::sparse::wide {
