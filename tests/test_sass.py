@@ -178,7 +178,10 @@ def test_index_topk_counts_in_shared_memory_and_shares_rows(instructions):
 @pytest.mark.parametrize("element", ["__nv_bfloat16", "__half"])
 @pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize("boxes", [1, 2, 4])
-def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, element, rows, boxes):
+@pytest.mark.parametrize("given", [0, 1])  # what queries see
+def test_dense_decode_is_built_for_every_element_type_and_tile(
+    instructions, element, rows, boxes, given
+):
     wide = rows == 64
     name = (
         rf"wide_decode_kernelI\d+{element}"
@@ -188,7 +191,7 @@ def test_dense_decode_is_built_for_every_element_type_and_tile(instructions, ele
     (loads,) = (
         count["UTMALDG"]
         for kernel, count in instructions.items()
-        if re.search(rf"{name}Li{boxes}EE", kernel)
+        if re.search(rf"{name}Li{boxes}ELb{given}EE", kernel)
     )
     # The queries' three, then three boxes of a block, and three more for each further block of a
     # tile, wherever tiles are loaded.

@@ -20,6 +20,7 @@ import tolerances
 from jax_flashmla import dense_decode, make_schedule
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
+FEW = dataclasses.replace(tolerances.OUT, cosine=None)  # errors of few elements need not cancel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check(calls: list[Call]) -> None:
         out, lse = call.run()
         if call.hostile:
             continue  # what it leaves behind is what matters: the next call is clean
-        bounds = tolerances.F32_DECODE if call.dtype == "float32" else {}
+        bounds = tolerances.F32_DECODE if call.dtype == "float32" else {"out": FEW}
         tolerances.assert_decoded((out[0], lse[0]), call.expected(), **bounds)
 
 
