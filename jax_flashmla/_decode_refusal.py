@@ -70,28 +70,21 @@ def _row_refusal(h_kv: int, row_stride: int) -> str | None:
     )
 
 
-def _fp8_refusal(d_v: int, block_size: int, dtype: Any, implementation: str | None) -> str | None:
+def _fp8_refusal(d_v: int, block_size: int, dtype: Any) -> str | None:
     """Why the Hopper kernel does not take a call over an fp8 cache; None where it does."""
     if dtype != jnp.bfloat16:
         return f"the sm90 kernel of dense_decode takes bfloat16 over fp8 caches, got {dtype}"
-    if d_v != 512 or block_size % _FP8_BLOCK_UNIT != 0:
-        return (
-            "the sm90 kernel of dense_decode takes d_v = 512 and a block_size that is a multiple "
-            f"of {_FP8_BLOCK_UNIT} over fp8 caches, got d_v = {d_v} and block_size = {block_size}"
-        )
-    if implementation is None:
-        return (
-            "the sm90 kernel of dense_decode over fp8 caches, whose tests have not all passed on a "
-            'GPU yet, has to be asked for with implementation="kernel"'
-        )
-    return None
+    if d_v == 512 and block_size % _FP8_BLOCK_UNIT == 0:
+        return None
+    return (
+        "the sm90 kernel of dense_decode takes d_v = 512 and a block_size that is a multiple of "
+        f"{_FP8_BLOCK_UNIT} over fp8 caches, got d_v = {d_v} and block_size = {block_size}"
+    )
 
 
-def sm90_refusal(
-    d_qk: int, d_v: int, dtype: Any, format: CacheFormat, implementation: str | None
-) -> str | None:
+def sm90_refusal(d_qk: int, d_v: int, dtype: Any, format: CacheFormat) -> str | None:
     """Why the Hopper kernel does not take a call; None where it does."""
     if format.name != "dense":
-        return _fp8_refusal(d_v, format.block_size, dtype, implementation)
+        return _fp8_refusal(d_v, format.block_size, dtype)
     refusal = _dimensions_refusal(d_qk, d_v, format.block_size, dtype)
     return refusal or _row_refusal(format.h_kv, format.row_stride or format.d_qk)

@@ -42,7 +42,7 @@ class Operation:
         batch: the vmap rule, `batch(operands, dims, implementation=, **params)`.
         attributes: the handler's attributes from the parameters.
         refusal: why the Hopper kernels do not take a call, or None:
-            `refusal(*operands, implementation=implementation, **params)`.
+            `refusal(*operands, **params)`.
         aliases: results that take over an operand's buffer, by operand.
         left_to_xla: platforms on which the reference is faster than the handler, which then has to
             be asked for.
@@ -121,7 +121,7 @@ class Operation:
     ) -> Any:
         refusal = platform_refusal(platform)
         if refusal is None and platform == "cuda":
-            refusal = self._refusal(*ctx.avals_in, implementation=implementation, **params)
+            refusal = self._refusal(*ctx.avals_in, **params)
         left = platform in self._left_to_xla and implementation is None
         if refusal is None and not left:
             call = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self._aliases)

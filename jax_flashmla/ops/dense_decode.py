@@ -87,8 +87,7 @@ def dense_decode(
             packed queries cu_q_lens, max_q_len and causal; made here by default (and once only in a
             jitted step: XLA merges equal ones).
         implementation: None for the platform's best, "kernel" to insist on the handler, "xla" for
-            pure JAX, which can be differentiated. On a GPU the best is pure JAX over an fp8 cache,
-            until all tests of that kernel have passed there.
+            pure JAX, which can be differentiated.
 
     Returns:
         out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend; [T, h_q, d_v] with
@@ -278,10 +277,8 @@ def _pack(windows: Windows, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, 
 DECODE_FORMATS = ("dense", "v32", "fp8_row")
 
 
-def _refusal(
-    q: Any, *_: Any, format: CacheFormat, d_v: int, implementation: str | None, **__: Any
-) -> str | None:
-    return sm90_refusal(q.shape[-1], d_v, q.dtype, format, implementation)
+def _refusal(q: Any, *_: Any, format: CacheFormat, d_v: int, **__: Any) -> str | None:
+    return sm90_refusal(q.shape[-1], d_v, q.dtype, format)
 
 
 def _results(q: Any, *operands: Any, d_v: int, **_: Any) -> list[tuple[tuple[int, ...], Any]]:

@@ -220,9 +220,5 @@ def lowered_over(format: CacheFormat, implementation: str | None) -> str:
 
 
 @pytest.mark.parametrize("name", ["v32", "fp8_row"])
-def test_the_hopper_kernel_over_fp8_caches_is_for_those_who_ask(name: str) -> None:
-    format = CacheFormat(name=name)
-    dispatch.warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match='has to be asked for with implementation="kernel"'):
-        assert "flashmla_dense_decode_v1" not in lowered_over(format, None)
-    assert "flashmla_dense_decode_v1" in lowered_over(format, "kernel")
+def test_the_hopper_kernel_over_fp8_caches(name: str) -> None:
+    assert "flashmla_dense_decode_v1" in lowered_over(CacheFormat(name=name), None)
