@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_flashmla import CacheFormat, cache_append, latent_append
+from jax_flashmla.reference.rows import load_rows
 from stored import poisoned_blocks
 
 B, S_NEW, MAX_BLOCKS, BLOCK_SIZE = 3, 2, 3, 64
@@ -140,6 +141,23 @@ def f32(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float32)
 
 
+def load(format: CacheFormat, blocks: np.ndarray) -> np.ndarray:
+    """Rows [num_blocks, block_size, d_qk] as they are read; NaN where none was stored."""
+    return f32(load_rows(format, jnp.asarray(blocks), jnp.float32(1)))[:, :, 0]
+
+
+def assert_within_one_code(format: CacheFormat, got: np.ndarray, want: np.ndarray) -> None:
+    """Of rows [..., d_qk]. A step is 2^-3 of an e4m3 value, down to 2^-15 of the largest, and of an
+    e2m1 value 1/2, down to a sixth."""
+    step, least = (1 / 2, 1 / 6) if format.name == "v41_fp4" else (2**-3, 2**-15)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    got, want = np.nan_to_num(got), np.nan_to_num(want)
+    size = np.maximum(np.abs(got), np.abs(want))
+    bound = step * np.maximum(size, least * size.max(axis=-1, keepdims=True))
+    worst = np.max(np.abs(got - want) - bound)
+    assert worst <= 1e-6, f"{worst:.3g} further than one code"
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format.name}-{case.layout}")
 def test_rows_and_query_latents(case: Case, implementation: str) -> None:
     """Stored as cache_append stores the rows of float64."""
@@ -147,7 +165,7 @@ def test_rows_and_query_latents(case: Case, implementation: str) -> None:
     blocks, q_latent = run(case, implementation)
     rows, latents = expected(case, arrays)
     rounded = rows.astype(jnp.dtype(case.dtype)).astype(case.format.dtype)
-    want = np.asarray(
+    stored = np.asarray(
         cache_append(
             jnp.array(arrays["blocks"]), rounded[:, :, None], arrays["block_table"], POSITIONS,
             num_new=NUM_NEW, format=case.format, implementation="xla",
@@ -155,12 +173,16 @@ def test_rows_and_query_latents(case: Case, implementation: str) -> None:
     )  # fmt: skip
     eps = max(float(jnp.finfo(name).eps) for name in (case.dtype, case.format.dtype))
     if case.format.name == "dense":
-        np.testing.assert_allclose(f32(blocks), f32(want), rtol=4 * eps, atol=max(eps / 8, 2e-6))
+        np.testing.assert_allclose(f32(blocks), f32(stored), rtol=4 * eps, atol=max(eps / 8, 2e-6))
     else:
-        got, want, before = (x.view(np.uint8) for x in (blocks, want, arrays["blocks"]))
+        got, want, before = (x.view(np.uint8) for x in (blocks, stored, arrays["blocks"]))
         np.testing.assert_array_equal(got[want == before], want[want == before])
-        # Norms differ in the last bit of float32, so that a value may round to the next code.
-        assert (got == want)[want != before].mean() > 0.99
+        # Norms differ in the last bit of float32, so that a value may round to the next code. XLA
+        # on a GPU may even leave out the rounding to 16 bits between: it moves one value of 16 onto
+        # a tie of two codes, and every other of those to the other code.
+        leaves_out = implementation == "xla" and jax.config.jax_default_device.platform == "gpu"
+        assert (got == want)[want != before].mean() > (0.95 if leaves_out else 0.99)
+        assert_within_one_code(case.format, *(load(case.format, x) for x in (blocks, stored)))
     if latents is None:
         assert q_latent is None
     else:
