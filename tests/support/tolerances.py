@@ -20,13 +20,19 @@ class Tolerance:
 # errors of single elements must be noise, not a scale or a missing key.
 OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 
-# FlashMLA's own: lse is float32, of scores whose products are exact and whose sum is rounded, with
-# exp2 and log2 taken approximately.
-LSE = Tolerance(absolute=1e-6, relative=8.01 / 65536)
+# FlashMLA's own relative bound: lse is float32, of scores whose products are exact and whose sum is
+# rounded, with exp2 and log2 taken approximately. Absolute: its queries are so small that scores
+# are near 0; ours sum products up to some 100 before 576^-0.5 scales them, of which float32 rounds
+# off 2^-18 in each of 36 steps of 16 columns: 1e-6 where these add up as noise, here twice that.
+LSE = Tolerance(absolute=2e-6, relative=8.01 / 65536)
 
 # FlashMLA's own for sparse decode, against attention over the dequantised cache: as OUT. The
 # absolute bound is a little wider, for rows are fewer, and averages over them larger.
 SPARSE_OUT = Tolerance(absolute=1e-3, relative=2.01 / 128, cosine=5e-6)
+
+# FlashMLA's own for sparse prefill; lse's absolute bound, and that of the largest score: as LSE.
+PREFILL_OUT = Tolerance(absolute=8e-4, relative=3.01 / 128, cosine=7e-6)
+PREFILL_LSE = Tolerance(absolute=2e-6, relative=2.01 / 65536)
 
 # Of float32 caches against float64: each score is a sum of up to 576 products of which every one is
 # rounded (2^-24), and the weights' relative error is the scores' absolute one.
