@@ -9,6 +9,10 @@ import typing
 from collections.abc import Iterator
 from unittest import mock
 
+# Processes of pytest-xdist, which start after this, share the cores: naive attention would spend
+# its time in their BLAS threads' waiting for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # References are compiled for hundreds of shapes, most of which run once.
 if os.path.exists("/dev/nvidiactl"):  # do not time GEMM variants for each
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")

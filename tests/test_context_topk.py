@@ -24,14 +24,12 @@ def share_keys(problem: Problem, size: int) -> tuple[np.ndarray, np.ndarray]:
     count = case.b * max_blocks
     tables = np.stack([np.arange(count).reshape(case.b, -1)[::-1] for _ in range(size)])
     blocks = np.stack([poisoned_blocks(index_cases.FORMAT, 2 * count)] * size)
-    for i, t in np.argwhere(problem.visible.any(axis=1)):
-        block, offset = given["block_table"][i, t // 64], t % 64
-        stored = given["blocks"][block]
-        codes = stored[: index_cases.CODE_BYTES].reshape(64, 128)[offset]
-        scale = stored[index_cases.CODE_BYTES :].view(np.float32)[offset]
-        rank, local = t % size, t // size
-        to = tables[rank, i, local // 64] + count
-        index_cases.store_keys(blocks[rank], codes, scale, to, local % 64)
+    i, t = np.nonzero(problem.visible.any(axis=1))
+    rank, local = t % size, t // size
+    at = given["block_table"][i, t // 64], t % 64
+    to = rank, tables[rank, i, local // 64] + count, local % 64
+    for plane in ("codes", "scales"):
+        index_cases.keys_of(blocks)[plane][to] = index_cases.keys_of(given["blocks"])[plane][at]
     return blocks, tables.astype(np.int32)
 
 

@@ -154,6 +154,18 @@ def flashmla_cases() -> list[DecodeCase]:
     ]
 
 
+def flashmla_quarter() -> list[DecodeCase]:
+    """A quarter of FlashMLA's space, in which any four values that occur together do so too."""
+    masks = list(itertools.product((True, False), (True, False)))
+    chosen = []
+    for s_k, h_kv, s_q, h_q in flashmla_groups():
+        turn = FLASHMLA_S_K.index(s_k) + FLASHMLA_S_Q.index(s_q) + FLASHMLA_H_Q.index(h_q)
+        for i, b in enumerate(FLASHMLA_B):
+            ragged, causal = masks[(i + turn) % 4]
+            chosen.append(DecodeCase(b, s_q, s_k, h_q, h_kv, ragged=ragged, causal=causal))
+    return chosen
+
+
 def pairwise(candidates: list[DecodeCase], fields: tuple[str, ...]) -> list[DecodeCase]:
     """A few of the candidates in which every pair of values that occurs in them occurs."""
 

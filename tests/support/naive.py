@@ -39,11 +39,24 @@ def attend(
         values = rows[..., :d_v]
     if mask is None:
         mask = np.ones(rows.shape[:-1], bool)
-    q = q.astype(np.float64)
-    rows, values = (np.where(mask[..., None], x, 0).astype(np.float64) for x in (rows, values))
+    values = np.where(mask[..., None], values, 0).astype(np.float64, copy=False)
+    return weigh(scores(q, rows, sm_scale=sm_scale, mask=mask), values, sink)
+
+
+def scores(
+    q: np.ndarray, rows: np.ndarray, *, sm_scale: float | None = None, mask: np.ndarray
+) -> np.ndarray:
+    """[..., h, n] float64, of attend's arguments; -inf where masked."""
+    rows = np.where(mask[..., None], rows, 0).astype(np.float64, copy=False)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    scores = q @ np.swapaxes(rows, -1, -2) * scale  # [..., h, n]
-    scores = np.where(mask[..., None, :], scores, -np.inf)
+    scores = q.astype(np.float64) @ np.swapaxes(rows, -1, -2) * scale
+    return np.where(mask[..., None, :], scores, -np.inf)
+
+
+def weigh(
+    scores: np.ndarray, values: np.ndarray, sink: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """attend's results, of scores [..., h, n] and values [..., n, d_v] float64."""
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isneginf(top), 0, top)
     weights = np.exp(scores - top)
