@@ -1,64 +1,29 @@
 // Times the Hopper kernels without JAX, in a CUDA graph captured by hand, and checks them against a
 // naive kernel first. Shapes come from a file that shapes.py writes; see README.md beside this.
 #include <cuda_bf16.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <numeric>
-#include <random>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "compare.h"
+#include "graph_time.cuh"
+#include "naive_attend.cuh"
+#include "noise.cuh"
 #include "sm90/dense_decode/launch.h"
 #include "sm90/make_schedule/launch.h"
-
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
-#define CHECK_STATUS(call)                                    \
-  do {                                                        \
-    const flashmla::Status status = (call);                   \
-    if (!status.ok()) {                                       \
-      std::printf("%s: %s\n", #call, status.message.c_str()); \
-      std::exit(1);                                           \
-    }                                                         \
-  } while (0)
 
 using T = __nv_bfloat16;
 constexpr int kDqk = 576, kDv = 512, kBlock = 64;
 
-__device__ float noise(uint64_t i, uint32_t seed) {
-  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed;
-  float sum = 0;
-  for (int r = 0; r < 2; ++r) {
-    x ^= x >> 31, x *= 0xBF58476D1CE4E5B9ull, x ^= x >> 27, x *= 0x94D049BB133111EBull;
-    sum += float(uint32_t(x)) + float(uint32_t(x >> 32));
-  }
-  return (sum * 0x1p-32f - 2.0f) * 1.7320508f;  // mean 0, variance 1
-}
-
-__global__ void fill(T* p, uint64_t n, uint32_t seed, float scale) {
-  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n;
-       i += gridDim.x * uint64_t(blockDim.x))
-    p[i] = __float2bfloat16(scale * noise(i, seed));
-}
-
 // One thread block a query row; scores in global memory.
-__global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_tokens, float* out,
+__global__ void naive(flashmla::DenseDecodeParams p, double* scores, int max_tokens, float* out,
                       float* lse) {
   const int row = blockIdx.x, rows = p.s_q * p.h_q, sequence = row / rows;
   const int head = row % p.h_q, query = row % rows / p.h_q, kv = head / (p.h_q / p.h_kv);
@@ -66,36 +31,19 @@ __global__ void naive(flashmla::DenseDecodeParams p, float* scores, int max_toke
                          ? p.seen[sequence * p.s_q + query]
                          : p.cache_seqlens[sequence] - (p.causal ? p.s_q - 1 - query : 0);
   const T* q = static_cast<const T*>(p.q) + int64_t(row) * kDqk;
-  float* s = scores + int64_t(row) * max_tokens;
-  __shared__ float reduce[256];
-  auto key = [&](int t) {
+  const auto key = [&](int t) {
     const int64_t block = p.block_table[int64_t(sequence) * p.max_blocks + t / kBlock];
     return static_cast<const T*>(p.blocks) + ((block * kBlock + t % kBlock) * p.h_kv + kv) * kDqk;
   };
-  float peak = -INFINITY;
-  for (int t = threadIdx.x; t < length; t += 256) {
-    float dot = 0;
+  const auto score = [&](int t) {
     const T* k = key(t);
-    for (int d = 0; d < kDqk; ++d) dot += __bfloat162float(q[d]) * __bfloat162float(k[d]);
-    s[t] = dot * p.sm_scale;
-    peak = fmaxf(peak, s[t]);
-  }
-  reduce[threadIdx.x] = peak;
-  __syncthreads();
-  for (int i = 0; i < 256; ++i) peak = fmaxf(peak, reduce[i]);
-  __syncthreads();
-  float sum = 0;
-  for (int t = threadIdx.x; t < length; t += 256) sum += expf(s[t] - peak);
-  reduce[threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int i = 0; i < 256; ++i) sum += reduce[i];
-  for (int d = threadIdx.x; d < kDv; d += 256) {
-    float o = 0;
-    for (int t = 0; t < length; ++t) o += expf(s[t] - peak) * __bfloat162float(key(t)[d]);
-    out[int64_t(row) * kDv + d] = length > 0 ? o / sum : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = length > 0 ? peak + logf(sum) : -INFINITY;
+    double dot = 0;
+    for (int d = 0; d < kDqk; ++d) dot += double(__bfloat162float(q[d])) * __bfloat162float(k[d]);
+    return dot * p.sm_scale;
+  };
+  const auto value = [&](int t, int d) { return __bfloat162float(key(t)[d]); };
+  naive_attend(length, kDv, scores + int64_t(row) * max_tokens, score, value, nullptr,
+               out + int64_t(row) * kDv, lse + row);
 }
 
 struct Shape {
@@ -106,27 +54,16 @@ struct Shape {
   int tile_rows = 64;  // of the schedule, as num_parts
 };
 
-struct Bench {
+struct Bench : DeviceArrays {
   T* pool;
   int64_t pool_blocks;
   float query_scale = 10;    // scores then have standard deviation 1
-  int rest_ms = 100;         // before a shape: a hot GPU's clock is low
   bool call_graphs = false;  // each call a child graph, as XLA makes them
-  std::mt19937 random{7};
-
-  template <typename V>
-  V* upload(const std::vector<V>& v) {
-    V* d;
-    CHECK(cudaMalloc(&d, v.size() * sizeof(V)));
-    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return d;
-  }
 
   struct Problem {
     flashmla::DenseDecodeParams params{};
     flashmla::MakeScheduleParams schedule{};
     std::vector<const int32_t*> tables;  // of each layer
-    std::vector<void*> allocations;
     int64_t tokens;
   };
 
@@ -158,21 +95,12 @@ struct Bench {
           table[size_t(i) * p.max_blocks + t] = ids[next++];
         }
       x.tables.push_back(upload(table));
-      x.allocations.push_back((void*)x.tables.back());
     }
-    auto alloc = [&](size_t bytes) {
-      void* d;
-      CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
-      CHECK(cudaMemset(d, 0xFF, bytes));
-      x.allocations.push_back(d);
-      return d;
-    };
     const size_t rows = size_t(p.b) * p.s_q * p.h_q,
                  slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
     p.q = alloc(rows * kDqk * 2);
-    fill<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
+    fill_normal<<<256, 256>>>((T*)p.q, rows * kDqk, 99, query_scale);
     p.cache_seqlens = upload(shape.lengths);
-    x.allocations.push_back((void*)p.cache_seqlens);
     if (ranks > 1) {
       std::vector<int32_t> seen;
       for (int i = 0; i < p.b; ++i) {
@@ -180,7 +108,6 @@ struct Bench {
         for (int j = 0; j < p.s_q; ++j) seen.push_back(std::max(end - (p.s_q - 1 - j), 0) / ranks);
       }
       p.seen = upload(seen);
-      x.allocations.push_back((void*)p.seen);
     }
     p.cuts = (int32_t*)alloc((p.num_parts + 1) * 8);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
@@ -190,10 +117,6 @@ struct Bench {
     return x;
   }
 
-  void release(Problem& x) {
-    for (void* d : x.allocations) CHECK(cudaFree(d));
-  }
-
   bool check(const Shape& shape, bool causal, int ranks = 1) {
     Problem x = make(shape, 1, causal, ranks);
     const auto& p = x.params;
@@ -201,49 +124,27 @@ struct Bench {
     CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
     CHECK(cudaDeviceSynchronize());
     const size_t rows = size_t(p.b) * p.s_q * p.h_q;
-    float *scores, *out, *lse;
-    CHECK(cudaMalloc(&scores, rows * p.max_blocks * kBlock * 4));
-    CHECK(cudaMalloc(&out, rows * kDv * 4));
-    CHECK(cudaMalloc(&lse, rows * 4));
+    const auto scores = (double*)alloc(rows * p.max_blocks * kBlock * 8);
+    const auto out = (float*)alloc(rows * kDv * 4), lse = (float*)alloc(rows * 4);
     naive<<<rows, 256>>>(p, scores, p.max_blocks * kBlock, out, lse);
     CHECK(cudaDeviceSynchronize());
-    std::vector<T> got(rows * kDv), again(rows * kDv);
-    std::vector<float> want(rows * kDv), got_lse(rows), want_lse(rows);
-    CHECK(cudaMemcpy(got.data(), p.out, got.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want.data(), out, want.size() * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(got_lse.data(), p.lse, rows * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want_lse.data(), lse, rows * 4, cudaMemcpyDeviceToHost));
-    int differing = 0;
-    for (int rerun = 0; rerun < 5; ++rerun) {
-      CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
-      CHECK(cudaMemcpy(again.data(), p.out, again.size() * 2, cudaMemcpyDeviceToHost));
-      differing += std::memcmp(again.data(), got.data(), got.size() * 2) != 0;
-    }
-    double worst = 0, dot = 0, a2 = 0, b2 = 0, worst_lse = 0;
-    size_t worst_at = 0, bad = 0;
-    for (size_t i = 0; i < got.size(); ++i) {
-      const double a = __bfloat162float(got[i]), b = want[i], e = std::abs(a - b);
-      if (!(e <= 8e-4 + 2.01 / 128 * std::abs(b))) ++bad;
-      if (!(e <= worst)) worst = e, worst_at = i;
-      dot += a * b, a2 += a * a, b2 += b * b;
-    }
-    for (size_t i = 0; i < rows; ++i)
-      if (!(got_lse[i] == want_lse[i]))
-        worst_lse =
-            std::max(worst_lse, (double)std::abs(got_lse[i] - want_lse[i]) + 0.0 * want_lse[i]),
-        worst_lse = std::isnan(got_lse[i]) ? 1e9 : worst_lse;
-    const bool ok = bad == 0 && worst_lse < 1e-4 && differing == 0;
+    const auto got = download<T>(p.out, rows * kDv);
+    const auto want = download(out, rows * kDv);
+    const int differing = differing_reruns(
+        5, got, p.out, [&] { CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0)); });
+    const Bounds bounds{8e-4, 2.01 / 128, 5e-6};
+    const Errors errors = errors_of(got, want, bounds);
+    const Errors of_lse =
+        errors_of(download(p.lse, rows), download(lse, rows), {2e-6, 8.01 / 65536});
+    const bool ok = errors.within(bounds) && of_lse.bad == 0 && differing == 0;
     std::printf(
         "%s %-34s causal %d, %d ranks: max error %.2e at row %zu col %zu, bad %zu/%zu, cosine "
         "%.1e, lse "
         "%.1e, reruns differing %d\n",
-        ok ? "ok  " : "FAIL", shape.label.c_str(), causal, ranks, worst, worst_at / kDv,
-        worst_at % kDv, bad, got.size(), 1 - 2 * dot / std::max(a2 + b2, 1e-30), worst_lse,
-        differing);
-    CHECK(cudaFree(scores));
-    CHECK(cudaFree(out));
-    CHECK(cudaFree(lse));
-    release(x);
+        ok ? "ok  " : "FAIL", shape.label.c_str(), causal, ranks, errors.worst,
+        errors.worst_at / kDv, errors.worst_at % kDv, errors.bad, got.size(), errors.cosine,
+        of_lse.worst, differing);
+    release();
     return ok;
   }
 
@@ -256,7 +157,6 @@ struct Bench {
     CHECK_STATUS(flashmla::sm90::run_make_schedule(x.schedule, 0));
     cudaStream_t stream;
     cudaGraph_t graph;
-    cudaGraphExec_t exec;
     CHECK(cudaStreamCreate(&stream));
     const auto capture = [&](int first, int last) {
       cudaGraph_t captured;
@@ -280,27 +180,10 @@ struct Bench {
     } else {
       graph = capture(0, layers);
     }
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t start, stop;
-    CHECK(cudaEventCreate(&start));
-    CHECK(cudaEventCreate(&stop));
-    std::vector<float> times;
-    std::this_thread::sleep_for(std::chrono::milliseconds(rest_ms));
-    for (int i = 0; i < 12; ++i) {
-      CHECK(cudaEventRecord(start, stream));
-      CHECK(cudaGraphLaunch(exec, stream));
-      CHECK(cudaEventRecord(stop, stream));
-      CHECK(cudaStreamSynchronize(stream));
-      float ms;
-      CHECK(cudaEventElapsedTime(&ms, start, stop));
-      if (i >= 3) times.push_back(ms * 1000 / layers);
-    }
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
+    const double us = time_graph(graph, layers, stream, 100);
     CHECK(cudaStreamDestroy(stream));
-    release(x);
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    release();
+    return us;
   }
 };
 
@@ -312,7 +195,7 @@ int main(int argc, char** argv) {
   const int layers = argc > 4 ? std::atoi(argv[4]) : 0;
   bench.call_graphs = argc > 5 && std::strcmp(argv[5], "call_graphs") == 0;
   CHECK(cudaMalloc(&bench.pool, bench.pool_blocks * kBlock * kDqk * 2));
-  fill<<<1024, 256>>>(bench.pool, uint64_t(bench.pool_blocks) * kBlock * kDqk, 1, 0.1f);
+  fill_normal<<<1024, 256>>>(bench.pool, uint64_t(bench.pool_blocks) * kBlock * kDqk, 1, 0.1f);
   CHECK(cudaDeviceSynchronize());
 
   bool ok = true;
@@ -357,8 +240,7 @@ int main(int argc, char** argv) {
 
   std::ifstream file(shapes_path);
   std::string line;
-  double log_ratio = 0, log_limit = 0;
-  int count = 0, compared = 0;
+  GeometricMean of_limit, speed;
   while (std::getline(file, line)) {
     std::istringstream in(line);
     Shape shape;
@@ -371,18 +253,18 @@ int main(int argc, char** argv) {
                  bytes = 2.0 * tokens * kDqk;
     std::printf("%-28s %9.2f us  limit %9.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", shape.label.c_str(),
                 us, shape.limit_us, us / shape.limit_us, flops / us * 1e-6, bytes / us * 1e-3);
-    log_limit += std::log(us / shape.limit_us), ++count;
+    of_limit.add(us / shape.limit_us);
     if (shape.best_us > 0) {
       std::printf("  best peer %9.2f, speed x%.3f", shape.best_us, shape.best_us / us);
-      log_ratio += std::log(shape.best_us / us), ++compared;
+      speed.add(shape.best_us / us);
     }
     std::printf("\n");
   }
-  if (count)
-    std::printf("geometric mean: %.3f of the limit's time over %d shapes\n",
-                std::exp(log_limit / count), count);
-  if (compared)
-    std::printf("geometric mean: x%.3f the speed of the best peer over %d shapes\n",
-                std::exp(log_ratio / compared), compared);
+  if (of_limit.count)
+    std::printf("geometric mean: %.3f of the limit's time over %d shapes\n", of_limit.value(),
+                of_limit.count);
+  if (speed.count)
+    std::printf("geometric mean: x%.3f the speed of the best peer over %d shapes\n", speed.value(),
+                speed.count);
   return ok ? 0 : 1;
 }

@@ -1,20 +1,16 @@
 // Times dense decode over v32 and fp8_row caches without JAX, in a CUDA graph captured by hand, and
 // checks it against a naive kernel on the dequantised cache first. See README.md beside this.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <fstream>
 #include <map>
 #include <numeric>
-#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "compare.h"
 #include "graph_time.cuh"
 #include "naive_dense_fp8.cuh"
 #include "sm90/dense_decode/launch.h"
@@ -49,31 +45,9 @@ void choose_parts(Shape& x) {
   x.num_parts = std::max(1, 132 / tiles);
 }
 
-struct Bench {
+struct Bench : DeviceArrays {
   uint8_t* pool;
   int64_t pool_bytes;
-  std::mt19937 random{7};
-  std::vector<void*> allocations;
-
-  void* alloc(size_t bytes) {
-    void* d;
-    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
-    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
-    allocations.push_back(d);
-    return d;
-  }
-
-  template <typename V>
-  V* upload(const std::vector<V>& v) {
-    V* d = (V*)alloc(v.size() * sizeof(V));
-    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return d;
-  }
-
-  void release() {
-    for (void* d : allocations) CHECK(cudaFree(d));
-    allocations.clear();
-  }
 
   // tables: of each call, blocks of its own as far as there are any.
   DenseDecodeParams make(const Shape& x, Format format, const Hostility& h, int64_t num_blocks,
@@ -106,7 +80,7 @@ struct Bench {
     const size_t rows = size_t(p.b) * p.s_q * p.h_q;
     const size_t slots = size_t(2) * p.num_parts * p.s_q * p.h_q;
     p.q = alloc(rows * kDqk * 2);
-    fill_queries<<<256, 256>>>((T*)p.q, rows * kDqk, 99, h.query_scale);
+    fill_normal<<<256, 256>>>((T*)p.q, rows * kDqk, 99, h.query_scale);
     p.block_table = tables[0], p.cache_seqlens = upload(x.lengths);
     p.kv_scale = upload(std::vector<float>{h.kv_scale});
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
@@ -136,46 +110,28 @@ struct Bench {
     float *out = (float*)alloc(rows * kDv * 4), *lse = (float*)alloc(rows * 4);
     naive<<<rows, 256>>>(p, scores, max_tokens, out, lse);
     CHECK(cudaDeviceSynchronize());
-    std::vector<T> got(rows * kDv), again(rows * kDv);
-    std::vector<float> want(rows * kDv), got_lse(rows), want_lse(rows);
-    CHECK(cudaMemcpy(got.data(), p.out, got.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want.data(), out, want.size() * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(got_lse.data(), p.lse, rows * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want_lse.data(), lse, rows * 4, cudaMemcpyDeviceToHost));
-    int differing = 0;
-    for (int rerun = 0; rerun < 5; ++rerun) {
-      CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
-      CHECK(cudaMemcpy(again.data(), p.out, again.size() * 2, cudaMemcpyDeviceToHost));
-      differing += std::memcmp(again.data(), got.data(), got.size() * 2) != 0;
-    }
+    const auto got = download<T>(p.out, rows * kDv);
+    const auto want = download(out, rows * kDv);
+    const int differing = differing_reruns(
+        5, got, p.out, [&] { CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0)); });
     // Of values of about 0.1.
-    const double absolute =
-        1e-3 * (format == Format::kFp8Row ? std::max(1.0f, std::abs(h.kv_scale) * 1024) : 1);
-    double worst = 0, dot = 0, squares = 0, worst_lse = 0;
-    size_t bad = 0, bad_lse = 0, first_bad = ~size_t{0};
-    for (size_t i = 0; i < got.size(); ++i) {
-      const double a = __bfloat162float(got[i]), b = want[i], e = std::abs(a - b);
-      if (!(e <= absolute || e <= 2.01 / 128 * std::abs(b)))
-        ++bad, first_bad = std::min(first_bad, i);
-      if (h.spread == 0) worst = std::max(worst, e), dot += a * b, squares += a * a + b * b;
-    }
-    for (size_t i = 0; i < rows; ++i) {
-      if (got_lse[i] == want_lse[i]) continue;
-      const double e = std::abs(double(got_lse[i]) - want_lse[i]);
-      if (!(e <= 1e-6 || e <= 8.01 / 65536 * std::abs(want_lse[i]))) ++bad_lse;
-      worst_lse = std::max(worst_lse, e);
-    }
-    const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
-    const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 5e-6;
+    const float unit =
+        format == Format::kFp8Row ? std::max(1.0f, std::abs(h.kv_scale) * 1024) : 1.0f;
+    const Bounds bounds{1e-3 * unit, 2.01 / 128, 5e-6};
+    Errors errors = errors_of(got, want, bounds);
+    if (h.spread) errors.worst = errors.cosine = 0;  // of values of any size
+    const Errors of_lse =
+        errors_of(download(p.lse, rows), download(lse, rows), {1e-6, 8.01 / 65536});
+    const bool ok = errors.within(bounds) && of_lse.bad == 0 && differing == 0;
     std::printf(
         "%s %-8s %-26s block %3d%s%s spread %d scale %g: max error %.1e, bad %zu/%zu, cosine %.1e, "
         "lse %.1e, bad %zu, reruns differing %d\n",
         ok ? "ok  " : "FAIL", format == Format::kV32 ? "v32" : "fp8_row", x.label.c_str(),
         h.block_size, h.causal ? " causal" : "", h.bad_ids ? " bad ids" : "", h.spread, h.kv_scale,
-        worst, bad, got.size(), cosine, worst_lse, bad_lse, differing);
-    if (bad)
-      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / kDv,
-                  first_bad % kDv, __bfloat162float(got[first_bad]), want[first_bad]);
+        errors.worst, errors.bad, got.size(), errors.cosine, of_lse.worst, of_lse.bad, differing);
+    if (const size_t at = errors.first_bad; errors.bad)
+      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", at / kDv, at % kDv,
+                  float(got[at]), want[at]);
     std::fflush(stdout);
     release();
     return ok;
@@ -264,20 +220,20 @@ bool run_checks(Bench& bench, bool small) {
   return ok;
 }
 
-// Arguments: the file of rows; `time` to leave the checks out, `once` to make each call but once,
-// for a profiler, or `small` for some checks; GiB of the pool that rows are read from, 8 by
+// Arguments: the file of rows, or `small` for some checks; `time` to leave the checks out, or
+// `once` to make each call but once, for a profiler; GiB of the pool that rows are read from, 8 by
 // default.
 int main(int argc, char** argv) {
   Bench bench;
   const std::string rows = argc > 1 ? argv[1] : "", mode = argc > 2 ? argv[2] : "";
-  const bool once = mode == "once";
-  const bool ok = once || mode == "time" || run_checks(bench, mode == "small");
-  if (rows.empty() || mode == "small") return ok ? 0 : 1;
+  const bool once = mode == "once", small = rows == "small";
+  const bool ok = once || mode == "time" || run_checks(bench, small);
+  if (rows.empty() || small) return ok ? 0 : 1;
   bench.pool_bytes = int64_t{argc > 3 ? std::atoi(argv[3]) : 8} << 30;
   CHECK(cudaMalloc(&bench.pool, bench.pool_bytes));
   std::ifstream file(rows);
   std::string line, filled;
-  std::map<std::string, std::pair<double, int>> ratios;
+  std::map<std::string, GeometricMean> speeds;
   while (std::getline(file, line)) {
     std::istringstream in(line);
     std::string format;
@@ -300,14 +256,13 @@ int main(int argc, char** argv) {
                 2.0 * b * s_k * s_q * h_q * (kDqk + kDv) / us * 1e-6);
     if (peer > 0) {
       std::printf("  peer %8.2f x%.3f", peer, peer / us);
-      auto& [sum, count] = ratios[format];
-      sum += std::log(peer / us), ++count;
+      speeds[format].add(peer / us);
     }
     std::printf("\n");
     std::fflush(stdout);
   }
-  for (const auto& [format, ratio] : ratios)
+  for (const auto& [format, speed] : speeds)
     std::printf("%s: x%.3f the peer's speed in geometric mean over %d rows\n", format.c_str(),
-                std::exp(ratio.first / ratio.second), ratio.second);
+                speed.value(), speed.count);
   return ok ? 0 : 1;
 }

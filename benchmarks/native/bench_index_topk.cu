@@ -4,10 +4,10 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <random>
 #include <sstream>
 #include <string>
 
+#include "compare.h"
 #include "graph_time.cuh"
 #include "naive_index_scores.cuh"
 #include "sm90/index_scores/launch.h"
@@ -28,42 +28,11 @@ struct Case {
 // What scores may be like.
 enum Values { kNormal, kEqual, kFew, kSpecial, kNarrow, kValueKinds };
 
-struct Bench {
-  std::mt19937 random{7};
-  std::vector<void*> allocations;
+struct Bench : DeviceArrays {
   uint8_t* pool = nullptr;
   int64_t pool_blocks = 0;
   int64_t spread = 100003;  // blocks of the pool from a sequence's block to its next
   int failures = 0, checks = 0;
-
-  template <typename V>
-  V* upload(const std::vector<V>& v) {
-    V* d = (V*)alloc(v.size() * sizeof(V));
-    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return d;
-  }
-
-  template <typename V>
-  std::vector<V> download(const V* d, size_t count) {
-    std::vector<V> v(count);
-    CHECK(cudaMemcpy(v.data(), d, count * sizeof(V), cudaMemcpyDeviceToHost));
-    return v;
-  }
-
-  void* alloc(size_t bytes) {
-    void* d;
-    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
-    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
-    allocations.push_back(d);
-    return d;
-  }
-
-  void release() {
-    for (void* d : allocations) CHECK(cudaFree(d));
-    allocations.clear();
-  }
-
-  int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
   int32_t* make_cuts(const std::vector<int>& lengths, int num_parts) {
     auto* cuts = (int32_t*)alloc((num_parts + 1) * 8);
@@ -206,20 +175,15 @@ struct Bench {
       }
       if (!same && ++bad == 1) first_bad = i;
     }
-    bool same_bits = true;
-    for (int rerun = 0; rerun < 2; ++rerun) {
-      CHECK(cudaMemset(p.scores, 0x77, count * 4));
-      CHECK_STATUS(flashmla::sm90::run_index_scores(p, 0));
-      const auto again = download(p.scores, count);
-      same_bits &= std::memcmp(again.data(), got.data(), count * 4) == 0;
-    }
+    const int differing = differing_reruns(
+        2, got, p.scores, [&] { CHECK_STATUS(flashmla::sm90::run_index_scores(p, 0)); });
     const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
     char text[300];
     std::snprintf(text, sizeof text,
                   "scores %s: error %.1e of magnitude, 1 - cos %.1e, bad %ld/%ld%s",
                   describe(x).c_str(), worst, cosine, long(bad), long(count),
-                  same_bits ? "" : ", reruns differ");
-    report(bad == 0 && same_bits && cosine < 5e-6, text);
+                  differing ? ", reruns differ" : "");
+    report(bad == 0 && differing == 0 && cosine < 5e-6, text);
     if (bad) {
       std::printf("     first bad: row %ld token %ld, got %g, want %g\n",
                   long(first_bad / (x.max_blocks * 64)), long(first_bad % (x.max_blocks * 64)),
@@ -361,8 +325,7 @@ int main(int argc, char** argv) {
 
   std::ifstream file(rows_path);
   std::string line;
-  double log_ratio = 0;
-  int compared = 0;
+  GeometricMean speed;
   while (std::getline(file, line)) {
     std::istringstream in(line);
     std::string op;
@@ -375,13 +338,13 @@ int main(int argc, char** argv) {
                 us, bytes / us * 1e-3);
     if (peer_us > 0) {
       std::printf("  peer %8.2f, speed x%.3f", peer_us, peer_us / us);
-      log_ratio += std::log(peer_us / us), ++compared;
+      speed.add(peer_us / us);
     }
     std::printf("\n");
     std::fflush(stdout);
   }
-  if (compared)
-    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n",
-                std::exp(log_ratio / compared), compared);
+  if (speed.count)
+    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n", speed.value(),
+                speed.count);
   return bench.failures ? 1 : 0;
 }

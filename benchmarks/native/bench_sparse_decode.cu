@@ -1,19 +1,15 @@
 // Times the Hopper sparse decode kernel without JAX, in a CUDA graph captured by hand, and checks
 // it against a naive kernel on the dequantised cache first. See README.md beside this.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "compare.h"
 #include "graph_time.cuh"
 #include "naive_sparse_decode.cuh"
 #include "sm90/make_schedule/launch.h"
@@ -71,33 +67,9 @@ int choose_parts(const Shape& x) {
   return std::max(1, 132 / tiles(64));
 }
 
-struct Bench {
+struct Bench : DeviceArrays {
   uint8_t* pool;
   int64_t pool_bytes;
-  std::mt19937 random{7};
-  std::vector<void*> allocations;
-
-  template <typename V>
-  V* upload(const std::vector<V>& v) {
-    V* d = (V*)alloc(v.size() * sizeof(V));
-    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return d;
-  }
-
-  void* alloc(size_t bytes) {
-    void* d;
-    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
-    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
-    allocations.push_back(d);
-    return d;
-  }
-
-  void release() {
-    for (void* d : allocations) CHECK(cudaFree(d));
-    allocations.clear();
-  }
-
-  int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
   // lengths: tiles' worth of tokens of each query token.
   SparseDecodeParams make(const Shape& x, const std::vector<int>& lengths, float query_scale) {
@@ -107,7 +79,7 @@ struct Bench {
     p.sm_scale = 1 / std::sqrt(576.0f);
     const size_t rows = size_t(x.b) * x.s_q * x.h_q, slots = size_t(2) * p.num_parts * x.h_q;
     p.q = alloc(rows * x.d_qk * 2);
-    fill_queries<<<256, 256>>>((T*)p.q, rows * x.d_qk, 99, query_scale);
+    fill_normal<<<256, 256>>>((T*)p.q, rows * x.d_qk, 99, query_scale);
     p.out = alloc(rows * kDv * 2), p.lse = (float*)alloc(rows * 4);
     p.out_accum = (float*)alloc(slots * kDv * 4), p.lse_accum = (float*)alloc(slots * 4);
     if (x.format == Format::kFp8Row) p.kv_scale = upload(std::vector<float>{0.75f});
@@ -194,43 +166,26 @@ struct Bench {
     float *out = (float*)alloc(rows * kDv * 4), *lse = (float*)alloc(rows * 4);
     naive<<<rows, 256>>>(p, scores, out, lse);
     CHECK(cudaDeviceSynchronize());
-    std::vector<T> got(rows * kDv), again(rows * kDv);
-    std::vector<float> want(rows * kDv), got_lse(rows), want_lse(rows);
-    CHECK(cudaMemcpy(got.data(), p.out, got.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want.data(), out, want.size() * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(got_lse.data(), p.lse, rows * 4, cudaMemcpyDeviceToHost));
-    CHECK(cudaMemcpy(want_lse.data(), lse, rows * 4, cudaMemcpyDeviceToHost));
-    int differing = 0;
-    for (int rerun = 0; rerun < 5; ++rerun) {
-      CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, 0));
-      CHECK(cudaMemcpy(again.data(), p.out, again.size() * 2, cudaMemcpyDeviceToHost));
-      differing += std::memcmp(again.data(), got.data(), got.size() * 2) != 0;
-    }
-    double worst = 0, dot = 0, squares = 0, worst_lse = 0;
-    size_t bad = 0, bad_lse = 0, first_bad = ~size_t{0};
-    for (size_t i = 0; i < got.size(); ++i) {
-      const double a = __bfloat162float(got[i]), b = want[i], e = std::abs(a - b);
-      if (!(e <= 1e-3 || e <= 2.01 / 128 * std::abs(b))) ++bad, first_bad = std::min(first_bad, i);
-      if (h.spread == 0) worst = std::max(worst, e), dot += a * b, squares += a * a + b * b;
-    }
-    for (size_t i = 0; i < rows; ++i) {
-      const double e = std::abs(double(got_lse[i]) - want_lse[i]);
-      if (got_lse[i] == want_lse[i]) continue;
-      if (!(e <= 1e-6 || e <= 8.01 / 65536 * std::abs(want_lse[i]))) ++bad_lse;
-      worst_lse = std::max(worst_lse, e);
-    }
-    const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
-    const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 5e-6;
+    const auto got = download<T>(p.out, rows * kDv);
+    const auto want = download(out, rows * kDv);
+    const int differing = differing_reruns(
+        5, got, p.out, [&] { CHECK_STATUS(flashmla::sm90::run_sparse_decode(p, 0)); });
+    const Bounds bounds{1e-3, 2.01 / 128, 5e-6};
+    Errors errors = errors_of(got, want, bounds);
+    if (h.spread) errors.worst = errors.cosine = 0;  // of values of any size
+    const Errors of_lse =
+        errors_of(download(p.lse, rows), download(lse, rows), {1e-6, 8.01 / 65536});
+    const bool ok = errors.within(bounds) && of_lse.bad == 0 && differing == 0;
     std::printf(
         "%s %-26s block %3d%s%s%s%s%s spread %d: max error %.1e, bad %zu/%zu, cosine %.1e, "
         "lse %.1e, bad %zu, reruns differing %d\n",
         ok ? "ok  " : "FAIL", x.label.c_str(), h.block_size, h.fillers ? " fillers" : "",
         h.lengths ? " lengths" : "", h.sinks ? " sinks" : "", h.layer ? " layer" : "",
-        h.none_valid ? " none" : "", h.spread, worst, bad, got.size(), cosine, worst_lse, bad_lse,
-        differing);
-    if (bad)
-      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / kDv,
-                  first_bad % kDv, __bfloat162float(got[first_bad]), want[first_bad]);
+        h.none_valid ? " none" : "", h.spread, errors.worst, errors.bad, got.size(), errors.cosine,
+        of_lse.worst, of_lse.bad, differing);
+    if (const size_t at = errors.first_bad; errors.bad)
+      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", at / kDv, at % kDv,
+                  float(got[at]), want[at]);
     std::fflush(stdout);
     release();
     return ok;
@@ -275,6 +230,9 @@ bool run_checks(Bench& bench, bool small) {
   ok &= bench.check({"b1 h64 topk 64", 1, 1, 64, 64}, plain);
   ok &= bench.check({"b2 h64 topk 300", 2, 1, 64, 300, 3}, all);
   ok &= bench.check({"b3 h20 topk 65", 3, 1, 20, 65}, all);
+  Shape pair{"v4 b2 h128 topk 130 and 65", 2, 1, 128, 130};
+  find_format("v4", &pair), pair.extra_topk = 65;
+  ok &= bench.check(pair, all);
   if (small) return ok;
   for (int h_q : {1, 8, 16, 20, 32, 64, 96, 128}) {
     const std::string h = " h" + std::to_string(h_q);
@@ -324,8 +282,7 @@ int main(int argc, char** argv) {
 
   std::ifstream file(rows_path);
   std::string line;
-  double log_ratio = 0, log_limit = 0;
-  int count = 0, compared = 0;
+  GeometricMean of_limit, speed;
   std::string filled;
   while (std::getline(file, line)) {
     std::istringstream in(line);
@@ -340,19 +297,19 @@ int main(int argc, char** argv) {
     std::printf("%-26s %8.2f us  limit %7.2f x%.2f  %6.1f TFLOP/s %7.1f GB/s", x.label.c_str(), us,
                 x.limit_us, us / x.limit_us, rows * x.h_q * 2 * (x.d_qk + kDv) / us * 1e-6,
                 rows * x.row_bytes() / us * 1e-3);
-    if (x.limit_us > 0) log_limit += std::log(us / x.limit_us), ++count;
+    if (x.limit_us > 0) of_limit.add(us / x.limit_us);
     if (x.peer_us > 0) {
       std::printf("  peer %8.2f, speed x%.3f", x.peer_us, x.peer_us / us);
-      log_ratio += std::log(x.peer_us / us), ++compared;
+      speed.add(x.peer_us / us);
     }
     std::printf("\n");
     std::fflush(stdout);
   }
-  if (count)
-    std::printf("geometric mean: %.3f of the limit's time over %d rows\n",
-                std::exp(log_limit / count), count);
-  if (compared)
-    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n",
-                std::exp(log_ratio / compared), compared);
+  if (of_limit.count)
+    std::printf("geometric mean: %.3f of the limit's time over %d rows\n", of_limit.value(),
+                of_limit.count);
+  if (speed.count)
+    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n", speed.value(),
+                speed.count);
   return ok ? 0 : 1;
 }

@@ -1,12 +1,11 @@
 // Times the Hopper sparse prefill kernel without JAX, in a CUDA graph captured by hand, and checks
 // it against a naive kernel first. See README.md beside this.
-#include <cmath>
 #include <cstring>
 #include <fstream>
-#include <random>
 #include <sstream>
 #include <string>
 
+#include "compare.h"
 #include "graph_time.cuh"
 #include "naive_sparse_prefill.cuh"
 #include "sm90/sparse_prefill/launch.h"
@@ -26,39 +25,7 @@ struct Hostility {
   float query_scale = 10;  // 10: scores have a standard deviation of 1
 };
 
-struct Bench {
-  std::mt19937 random{7};
-  std::vector<void*> allocations;
-
-  void* alloc(size_t bytes) {
-    void* d;
-    CHECK(cudaMalloc(&d, std::max<size_t>(bytes, 16)));
-    CHECK(cudaMemset(d, 0xFF, std::max<size_t>(bytes, 16)));
-    allocations.push_back(d);
-    return d;
-  }
-
-  template <typename V>
-  V* upload(const std::vector<V>& v) {
-    V* d = (V*)alloc(v.size() * sizeof(V));
-    CHECK(cudaMemcpy(d, v.data(), v.size() * sizeof(V), cudaMemcpyHostToDevice));
-    return d;
-  }
-
-  template <typename V>
-  std::vector<V> download(const void* d, size_t n) {
-    std::vector<V> v(n);
-    CHECK(cudaMemcpy(v.data(), d, n * sizeof(V), cudaMemcpyDeviceToHost));
-    return v;
-  }
-
-  void release() {
-    for (void* d : allocations) CHECK(cudaFree(d));
-    allocations.clear();
-  }
-
-  int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
-
+struct Bench : DeviceArrays {
   template <typename T>
   SparsePrefillParams make(const Shape& x, int step, float query_scale) {
     SparsePrefillParams p{};
@@ -115,41 +82,25 @@ struct Bench {
     CHECK(cudaDeviceSynchronize());
     const auto got = download<T>(p.out, n);
     const auto want = download<float>(out, n);
-    int differing = 0;
-    for (int rerun = 0; rerun < 4; ++rerun) {
-      CHECK_STATUS(flashmla::sm90::run_sparse_prefill(p, 0));
-      const auto again = download<T>(p.out, n);
-      differing += std::memcmp(again.data(), got.data(), n * 2) != 0;
-    }
-    double worst = 0, dot = 0, squares = 0, worst_lse = 0;
-    size_t bad = 0, bad_lse = 0, first_bad = ~size_t{0};
-    for (size_t i = 0; i < n; ++i) {
-      const double a = float(got[i]), b = want[i], e = std::abs(a - b);
-      if (!(e <= 8e-4 || e <= 3.01 / 128 * std::abs(b))) ++bad, first_bad = std::min(first_bad, i);
-      worst = std::max(worst, e), dot += a * b, squares += a * a + b * b;
-    }
-    for (const auto& [have, expect] :
-         {std::pair(p.lse, lse), std::pair(p.max_logits, max_logits)}) {
-      const auto a = download<float>(have, rows), b = download<float>(expect, rows);
-      for (size_t i = 0; i < rows; ++i) {
-        if (a[i] == b[i]) continue;
-        const double e = std::abs(double(a[i]) - b[i]);
-        if (!(e <= 1e-6 * h.query_scale || e <= 2.01 / 65536 * std::abs(b[i]))) ++bad_lse;
-        worst_lse = std::max(worst_lse, e);
-      }
-    }
-    const double cosine = squares > 0 ? 1 - 2 * dot / squares : 0;
-    const bool ok = bad == 0 && bad_lse == 0 && differing == 0 && cosine < 7e-6;
+    const int differing = differing_reruns(
+        4, got, p.out, [&] { CHECK_STATUS(flashmla::sm90::run_sparse_prefill(p, 0)); });
+    const Bounds bounds{8e-4, 3.01 / 128, 7e-6}, of_lse{1e-6 * h.query_scale, 2.01 / 65536};
+    const Errors errors = errors_of(got, want, bounds);
+    const Errors of_sums = errors_of(download(p.lse, rows), download(lse, rows), of_lse);
+    const Errors of_peaks =
+        errors_of(download(p.max_logits, rows), download(max_logits, rows), of_lse);
+    const size_t bad_lse = of_sums.bad + of_peaks.bad;
+    const bool ok = errors.within(bounds) && bad_lse == 0 && differing == 0;
     std::printf(
         "%s %s s%d h%d d%d topk %d of %d%s%s%s%s: max error %.1e, bad %zu/%zu, cosine %.1e, lse "
         "%.1e, bad %zu, reruns differing %d\n",
         ok ? "ok  " : "FAIL", std::is_same_v<T, bf16> ? "bf16" : "f16", x.s_q, x.h_q, x.d_qk,
         x.topk, x.s_kv, h.fillers ? " fillers" : "", h.lengths ? " lengths" : "",
-        h.sinks ? " sinks" : "", h.none_valid ? " none" : "", worst, bad, n, cosine, worst_lse,
-        bad_lse, differing);
-    if (bad)
-      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", first_bad / 512,
-                  first_bad % 512, float(got[first_bad]), want[first_bad]);
+        h.sinks ? " sinks" : "", h.none_valid ? " none" : "", errors.worst, errors.bad, n,
+        errors.cosine, std::max(of_sums.worst, of_peaks.worst), bad_lse, differing);
+    if (const size_t at = errors.first_bad; errors.bad)
+      std::printf("     first bad: row %zu column %zu, got %g, want %g\n", at / 512, at % 512,
+                  float(got[at]), want[at]);
     std::fflush(stdout);
     return ok;
   }
@@ -217,8 +168,7 @@ int main(int argc, char** argv) {
 
   std::ifstream file(rows_path);
   std::string line;
-  double log_ratio = 0;
-  int compared = 0;
+  GeometricMean speed;
   while (std::getline(file, line)) {
     std::istringstream in(line);
     Shape x;
@@ -230,13 +180,13 @@ int main(int argc, char** argv) {
                 pairs * ((x.h_q + 63) / 64) * x.d_qk * 2 / us * 1e-6);
     if (peer_us > 0) {
       std::printf("  peer %8.1f, speed x%.3f", peer_us, peer_us / us);
-      log_ratio += std::log(peer_us / us), ++compared;
+      speed.add(peer_us / us);
     }
     std::printf("\n");
     std::fflush(stdout);
   }
-  if (compared)
-    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n",
-                std::exp(log_ratio / compared), compared);
+  if (speed.count)
+    std::printf("geometric mean: x%.3f the speed of the peer over %d rows\n", speed.value(),
+                speed.count);
   return ok ? 0 : 1;
 }

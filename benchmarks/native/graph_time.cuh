@@ -1,51 +1,23 @@
 // Times calls in a CUDA graph captured by hand.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
-#include "status.h"
+#include "checked.h"
 
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
-#define CHECK_STATUS(call)                                    \
-  do {                                                        \
-    const flashmla::Status status = (call);                   \
-    if (!status.ok()) {                                       \
-      std::printf("%s: %s\n", #call, status.message.c_str()); \
-      std::exit(1);                                           \
-    }                                                         \
-  } while (0)
-
-// Microseconds a call, the median of 9 launches of a graph of `calls` calls of run(call, stream).
-template <typename Run>
-double time_calls(int calls, const Run& run) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
+// Microseconds a call: the median of 9 launches of a graph of `calls` calls, after a rest, as a hot
+// GPU's clock is low. Destroys the graph.
+inline double time_graph(cudaGraph_t graph, int calls, cudaStream_t stream, int rest_ms = 50) {
   cudaGraphExec_t exec;
-  CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int call = 0; call < calls; ++call) run(call, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&exec, graph, 0));
   cudaEvent_t start, stop;
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&stop));
   std::vector<float> times;
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  std::this_thread::sleep_for(std::chrono::milliseconds(rest_ms));
   for (int i = 0; i < 12; ++i) {
     CHECK(cudaEventRecord(start, stream));
     CHECK(cudaGraphLaunch(exec, stream));
@@ -59,7 +31,20 @@ double time_calls(int calls, const Run& run) {
   CHECK(cudaEventDestroy(stop));
   CHECK(cudaGraphExecDestroy(exec));
   CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaStreamDestroy(stream));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
+}
+
+// The same of the calls that run(call, stream) makes.
+template <typename Run>
+double time_calls(int calls, const Run& run) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  CHECK(cudaStreamCreate(&stream));
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int call = 0; call < calls; ++call) run(call, stream);
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  const double us = time_graph(graph, calls, stream);
+  CHECK(cudaStreamDestroy(stream));
+  return us;
 }

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "naive_attend.cuh"
+#include "noise.cuh"
 #include "params/dense_decode.h"
 
 using T = __nv_bfloat16;
@@ -16,28 +18,6 @@ constexpr int kDqk = 576, kDv = 512, kGroup = 128;
 
 __host__ __device__ constexpr int row_bytes(Format format) {
   return format == Format::kV32 ? 656 : format == Format::kFp8Row ? 576 : 1152;
-}
-
-__device__ uint64_t hash(uint64_t i, uint32_t seed) {
-  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed;
-  for (int r = 0; r < 2; ++r)
-    x ^= x >> 31, x *= 0xBF58476D1CE4E5B9ull, x ^= x >> 27, x *= 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
-}
-
-__device__ float noise(uint64_t i, uint32_t seed) {
-  float sum = 0;
-  for (int r = 0; r < 2; ++r) {
-    const uint64_t x = hash(2 * i + r, seed);
-    sum += float(uint32_t(x)) + float(uint32_t(x >> 32));
-  }
-  return (sum * 0x1p-32f - 2.0f) * 1.7320508f;  // mean 0, variance 1
-}
-
-__global__ void fill_queries(T* p, uint64_t n, uint32_t seed, float scale) {
-  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n;
-       i += gridDim.x * uint64_t(blockDim.x))
-    p[i] = __float2bfloat16(scale * noise(i, seed));
 }
 
 // Rows of any of the three formats, a thread block each. spread: of v32's scales, which are
@@ -80,37 +60,22 @@ __global__ void naive(DenseDecodeParams p, double* scores, int max_tokens, float
   const float kv_scale = p.kv_scale ? *p.kv_scale : 1;
   const T* q = static_cast<const T*>(p.q) + int64_t(row) * kDqk;
   double* s = scores + int64_t(row) * max_tokens;
-  __shared__ double reduce[256];
   auto key = [&](int t) -> const uint8_t* {
     const int64_t block = p.block_table[int64_t(sequence) * p.max_blocks + t / p.block_size];
     if (block < 0 || block >= p.num_blocks) return nullptr;  // reads as zeros
     return static_cast<const uint8_t*>(p.blocks) + block * p.block_bytes +
            int64_t(t % p.block_size) * row_bytes(p.format);
   };
-  double peak = -INFINITY;
-  for (int t = threadIdx.x; t < length; t += 256) {
+  const auto score = [&](int t) {
     const uint8_t* k = key(t);
     double dot = 0;
     for (int d = 0; k && d < kDqk; ++d)
       dot += double(__bfloat162float(q[d])) * dequantise(k, p.format, kv_scale, d);
-    s[t] = dot * p.sm_scale;
-    peak = fmax(peak, s[t]);
-  }
-  reduce[threadIdx.x] = peak;
-  __syncthreads();
-  for (int i = 0; i < 256; ++i) peak = fmax(peak, reduce[i]);
-  __syncthreads();
-  double sum = 0;
-  for (int t = threadIdx.x; t < length; t += 256) s[t] = exp(s[t] - peak), sum += s[t];
-  reduce[threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int i = 0; i < 256; ++i) sum += reduce[i];
-  for (int d = threadIdx.x; d < kDv; d += 256) {
-    double o = 0;
-    for (int t = 0; t < length; ++t)
-      if (const uint8_t* k = key(t)) o += s[t] * dequantise(k, p.format, kv_scale, d);
-    out[int64_t(row) * kDv + d] = length > 0 ? o / sum : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = length > 0 ? peak + log(sum) : -INFINITY;
+    return dot * p.sm_scale;
+  };
+  const auto value = [&](int t, int d) {
+    const uint8_t* k = key(t);
+    return k ? dequantise(k, p.format, kv_scale, d) : 0;
+  };
+  naive_attend(length, kDv, s, score, value, nullptr, out + int64_t(row) * kDv, lse + row);
 }

@@ -8,6 +8,8 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "naive_attend.cuh"
+#include "noise.cuh"
 #include "params/sparse_decode.h"
 
 using T = __nv_bfloat16;
@@ -17,28 +19,6 @@ using flashmla::ScaleType;
 using flashmla::SparseDecodeParams;
 using flashmla::SparseSource;
 constexpr int kDv = 512;
-
-__device__ uint64_t hash(uint64_t i, uint32_t seed) {
-  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed;
-  for (int r = 0; r < 2; ++r)
-    x ^= x >> 31, x *= 0xBF58476D1CE4E5B9ull, x ^= x >> 27, x *= 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
-}
-
-__device__ float noise(uint64_t i, uint32_t seed) {
-  float sum = 0;
-  for (int r = 0; r < 2; ++r) {
-    const uint64_t x = hash(2 * i + r, seed);
-    sum += float(uint32_t(x)) + float(uint32_t(x >> 32));
-  }
-  return (sum * 0x1p-32f - 2.0f) * 1.7320508f;  // mean 0, variance 1
-}
-
-__global__ void fill_queries(T* p, uint64_t n, uint32_t seed, float scale) {
-  for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n;
-       i += gridDim.x * uint64_t(blockDim.x))
-    p[i] = __float2bfloat16(scale * noise(i, seed));
-}
 
 // Where slot `slot` of the array lies in a plane.
 __host__ __device__ inline int64_t slot_offset(const SparseSource& m, const FormatLayout& layout,
@@ -138,7 +118,6 @@ __global__ void naive(SparseDecodeParams p, double* scores, float* out, float* l
   const T* q = static_cast<const T*>(p.q) + int64_t(row) * p.d_qk;
   const double factor = p.main.format == Format::kFp8Row ? *p.kv_scale : 1.0;
   double* s = scores + int64_t(row) * (p.main.topk + p.extra.topk);
-  __shared__ double reduce[256];
   const auto source = [&](int t) -> const SparseSource& { return t < main ? p.main : p.extra; };
   const auto find = [&](int t) -> int64_t {  // -1: not attended
     const SparseSource& m = source(t);
@@ -146,36 +125,14 @@ __global__ void naive(SparseDecodeParams p, double* scores, float* out, float* l
     if (slot < 0 || slot >= m.layer_blocks * m.block_size) return -1;
     return slot + (m.first_block ? int64_t{*m.first_block} * m.block_size : 0);
   };
-  double peak = -INFINITY;
-  for (int t = threadIdx.x; t < length; t += 256) {
+  const auto score = [&](int t) {
     const int64_t slot = find(t);
     double dot = 0;
     for (int d = 0; slot >= 0 && d < p.d_qk; ++d)
       dot += double(__bfloat162float(q[d])) * dequantise(source(t), slot, d);
-    s[t] = slot >= 0 ? dot * factor * p.sm_scale : -INFINITY;
-    peak = fmax(peak, s[t]);
-  }
-  reduce[threadIdx.x] = peak;
-  __syncthreads();
-  for (int i = 0; i < 256; ++i) peak = fmax(peak, reduce[i]);
-  __syncthreads();
-  double sum = 0;
-  for (int t = threadIdx.x; t < length; t += 256)
-    if (peak > -INFINITY) sum += exp(s[t] - peak);
-  reduce[threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int i = 0; i < 256; ++i) sum += reduce[i];
-  const double natural = peak + log(sum);
-  double share = 1;
-  if (p.attn_sink) share = 1 / (1 + exp(double(p.attn_sink[head]) - natural));
-  for (int d = threadIdx.x; d < kDv; d += 256) {
-    double o = 0;
-    for (int t = 0; t < length; ++t) {
-      const int64_t slot = find(t);
-      if (slot >= 0) o += exp(s[t] - peak) * dequantise(source(t), slot, d);
-    }
-    out[int64_t(row) * kDv + d] = sum > 0 ? o * factor / sum * share : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = sum > 0 ? natural : -INFINITY;
+    return slot >= 0 ? dot * factor * p.sm_scale : -INFINITY;
+  };
+  const auto value = [&](int t, int d) { return factor * dequantise(source(t), find(t), d); };
+  const float* sink = p.attn_sink ? p.attn_sink + head : nullptr;
+  naive_attend(length, kDv, s, score, value, sink, out + int64_t(row) * kDv, lse + row);
 }
