@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with a Hopper GPU should run: build and install, the tests marked `gpu`,
-# compute-sanitizer's memcheck over a small subset of them, the soak, and the benchmarks.
+# compute-sanitizer's memcheck over a small subset of them and of the native benchmarks' checks, the
+# soak, and the benchmarks.
 #
 #   scripts/gpu_check.sh [LOG_DIR]
 #
@@ -10,7 +11,10 @@
 # Environment:
 #   PYTHON    the interpreter to make the virtual environment build/gpu_venv with (python3)
 #   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
-#             the extra `test`, and compute-sanitizer must be on the PATH or among its packages
+#             the extra `test`, pytest-xdist, and compute-sanitizer and nvcc must be on the PATH or
+#             among its packages
+#   JOBS      processes that run the tests (8)
+#   TEST_SPACE  "whole" for all of FlashMLA's space of dense decode, not a quarter of it
 #   GRID      the benchmark's grid (targets)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +39,8 @@ step() {
 
 install() {
   "$python" -m venv build/gpu_venv &&
-    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' 'nvidia-cuda-sanitizer-api==13.0.*'
+    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' pytest-xdist nvidia-cuda-cccl \
+      'nvidia-cuda-sanitizer-api==13.0.*'
 }
 
 # Without a usable GPU the tests would be skipped, which must not pass for success.
@@ -51,31 +56,58 @@ sys.exit(jax_flashmla.kernel_refusal("cuda"))
 '
 }
 
-# The sanitizer of the Python packages, else the one on the PATH.
-sanitizer() {
+# Of the toolkit's programs that of the Python packages, else the one on the PATH.
+tool() {
   local packaged
   packaged=$("$python" -P -c '
-import importlib.util, pathlib
+import importlib.util, pathlib, sys
 spec = importlib.util.find_spec("nvidia")
 for folder in spec.submodule_search_locations if spec else []:
-    path = pathlib.Path(folder) / "cu13" / "bin" / "compute-sanitizer"
+    path = pathlib.Path(folder) / "cu13" / "bin" / sys.argv[1]
     if path.is_file():
         print(path)
         break
-')
-  echo "${packaged:-compute-sanitizer}"
+' "$1")
+  echo "${packaged:-$1}"
+}
+
+# Neighbouring tests, which are compiled alike, stay in one process.
+tests() {
+  XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -P -m pytest -m gpu \
+    -n "${JOBS:-8}" --dist worksteal --durations 30
 }
 
 small_subset="cuda-kernel and (outside or bad_block or num_new) or out_of_range or clamped"
 small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 
+sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
+  --kernel-name kns=flashmla)
+
 # Hostile values, every way of splitting, dropped rows. Each buffer is an allocation of its own, so
 # that reaching past one is seen.
 memcheck() {
-  XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(sanitizer)" --tool memcheck --error-exitcode 9 \
-    --report-api-errors no --kernel-name kns=flashmla \
+  XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(tool compute-sanitizer)" "${sanitizer_options[@]}" \
     "$python" -P -m pytest -q -m gpu tests/ops/test_dense_decode.py tests/ops/test_cache_append.py \
     -k "$small_subset"
+}
+
+# A few checks of each native benchmark but those that need several GPUs or take no `small`.
+native_memcheck() {
+  local nvcc objects=build/native source name status=0
+  nvcc=$(tool nvcc)
+  mkdir -p "$objects"
+  find csrc/sm90 benchmarks/native -name '*.cu' ! -name bench_all_reduce_sum.cu \
+    ! -name bench_dense_decode.cu -print0 |
+    xargs -0 -P "$(nproc)" -I{} sh -c '"$0" -O3 -std=c++20 -I csrc --expt-relaxed-constexpr \
+      -gencode=arch=compute_90a,code=sm_90a -c -o "$1/$(echo "$2" | tr / _).o" "$2"' \
+      "$nvcc" "$objects" {} || return
+  for source in "$objects"/benchmarks_native_*.o; do
+    name=$objects/$(basename "$source" .cu.o)
+    "$nvcc" -gencode=arch=compute_90a,code=sm_90a -L "$(dirname "$nvcc")/../lib" \
+      -o "$name" "$source" "$objects"/csrc_*.o &&
+      "$(tool compute-sanitizer)" "${sanitizer_options[@]}" "$name" small || status=1
+  done
+  return "$status"
 }
 
 if [ -z "${NO_VENV:-}" ]; then
@@ -83,8 +115,9 @@ if [ -z "${NO_VENV:-}" ]; then
   python=$PWD/build/gpu_venv/bin/python
 fi
 step info info
-step tests "$python" -P -m pytest -m gpu
+step tests tests
 step memcheck memcheck
+step native_memcheck native_memcheck
 step soak "$python" -P scripts/soak.py
 step reruns "$python" -P scripts/soak.py --reruns 200
 for grid in "${GRID:-targets}" layers; do
