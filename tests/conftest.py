@@ -23,11 +23,16 @@ else:  # leave out most of LLVM's passes, in the processes that tests start too
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import beartype  # noqa: F401 (before the patch below)
+import hypothesis
 import jax
 import jaxtyping
 import pytest
 
 import cases
+
+# The same examples on every run; a first one is compiled for.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -120,7 +120,7 @@ counts = st.integers(-1, 4)
 
 @on_each_platform
 @pytest.mark.parametrize("step", [layered_step, whole_step])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     owned=st.lists(st.integers(0, 3), min_size=3, max_size=3),
     steps=st.lists(st.lists(counts, min_size=3, max_size=3), min_size=1, max_size=6),

@@ -12,7 +12,7 @@ from jax_flashmla import OutOfBlocks
 from jax_flashmla.context import ContextAllocator
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=12))
 def test_each_rank_holds_the_blocks_of_its_tokens(size: int, steps: list) -> None:
     allocator = ContextAllocator(size, num_blocks=20, block_size=3)

@@ -150,7 +150,7 @@ def test_bytes_are_those_of_a_plain_loop(name: str, dtype: str) -> None:
     check(name, hostile_rows(CacheFormat(name=name).d_qk, dtype))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     name=st.sampled_from(NAMES),
     dtype=st.sampled_from(["bfloat16", "float16"]),

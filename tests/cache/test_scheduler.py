@@ -125,8 +125,8 @@ class WithoutCaching(Model):
     caching = False
 
 
-Model.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
-WithoutCaching.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+Model.TestCase.settings = settings(max_examples=120, stateful_step_count=30)
+WithoutCaching.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestModel = Model.TestCase
 TestWithoutCaching = WithoutCaching.TestCase
 

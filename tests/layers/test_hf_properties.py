@@ -24,8 +24,6 @@ from jax_flashmla.layers.tensor_reader import TensorReader
 ALLOWED = (ValueError, TypeError, NotImplementedError)
 QUICK = settings(
     max_examples=150,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

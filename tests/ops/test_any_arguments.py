@@ -67,7 +67,7 @@ def outcome(call: Callable[[], Any]) -> Any:
         return None
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(
     q=floats(
         (2, 1, 2, 8), (2, 1, 2, 8), (1, 1, 2, 8), (2, 2, 2, 8), (2, 1, 3, 8), (2, 1, 2, 4), (8,)
@@ -91,7 +91,7 @@ def test_dense_decode(format: Any, **arguments: Any) -> None:
 few = st.none() | st.none() | odd_values
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     q=floats((2, 1, 2, 8), (2, 1, 2, 8), (2, 2, 2, 8), (2, 1, 2, 4)),
     blocks=floats((3, 2, 1, 8), (3, 2, 1, 8), (3, 2, 1, 8), (3, 2, 2, 8), (0, 2, 1, 8)),
@@ -115,7 +115,7 @@ def test_sparse_decode(**arguments: Any) -> None:
         tolerances.assert_decoded(got, expected, out=bound, lse=bound)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(
     blocks=floats((3, 2, 1, 8), (3, 2, 1, 8), (3, 2, 2, 8), (3, 2, 8)),
     rows=floats((2, 1, 1, 8), (2, 1, 1, 8), (2, 2, 1, 8), (2, 1, 8), (2, 0, 1, 8)),
@@ -134,7 +134,7 @@ def test_cache_append(**arguments: Any) -> None:
         np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     block_table=ints((2, 2), (2, 2), (2, 3), (2,)),
     cache_seqlens=st.none() | ints((2,), (2,), (3,)),

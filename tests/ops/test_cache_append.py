@@ -156,7 +156,7 @@ def test_only_num_new_rows_are_written(implementation, num_new):
 hostile = st.integers(-6, 22) | st.integers(INT32_MIN, INT32_MAX)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     positions=st.lists(hostile, min_size=3, max_size=3),

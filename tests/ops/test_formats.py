@@ -94,7 +94,7 @@ def test_append_leaves_the_pad_of_wide_rows(
     check_append(format, dtype, implementation, 1, [0, 3])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(CODED),
     seed=st.integers(0, 2**32 - 1),

@@ -157,7 +157,7 @@ def jitted(implementation: str) -> Any:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     ids=st.lists(ANY | st.integers(0, 2), min_size=8, max_size=8),
     lengths=st.lists(ANY, min_size=2, max_size=2),

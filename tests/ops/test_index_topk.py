@@ -181,7 +181,7 @@ def some_scores(draw: st.DrawFn) -> np.ndarray:
 ANY = st.integers(-(2**31), 2**31 - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=some_scores(),
     ids=st.lists(st.integers(0, 6) | st.integers(-2, 8) | ANY, min_size=8, max_size=8),

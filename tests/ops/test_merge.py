@@ -33,7 +33,7 @@ def assert_merged(got: tuple, expected: tuple) -> None:
     tolerances.assert_decoded(got, expected, out=tolerances.MERGE, lse=tolerances.MERGE)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=4))
 def test_parts_merge_to_the_whole_empty_ones_included(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), 41]

@@ -119,7 +119,7 @@ calls = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(calls.filter(lambda call: call.tokens > 0), min_size=2, max_size=5))
 def test_any_sequence_of_calls(sequence: list[Call]) -> None:
     check([*sequence, Call(20), Call(17, dtype="bfloat16")])

@@ -187,7 +187,7 @@ def jitted(implementation: str) -> Any:
 ANY = st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 100)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     indices=st.lists(ANY, min_size=1, max_size=12),
     extra_indices=st.lists(ANY, min_size=1, max_size=12),

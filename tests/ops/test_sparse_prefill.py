@@ -174,7 +174,7 @@ kernel = jax.jit(functools.partial(run, implementation="kernel"))
 ANY = st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 50)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(ANY, min_size=1, max_size=12), st.lists(ANY, min_size=3, max_size=3))
 @pytest.mark.usefixtures("on_cpu")
 def test_any_indices_and_lengths(indices: list[int], lengths: list[int]) -> None:
