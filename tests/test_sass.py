@@ -69,8 +69,9 @@ def instructions(tmp_path_factory) -> dict[str, collections.Counter[str]]:
         r"^\.text\.(\S+):$|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE
     )
     counts: dict[str, collections.Counter[str]] = {}
+    cubins = [path for path in sorted(folder.iterdir()) if b".text." in path.read_bytes()]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # a process each, which takes seconds
-        for text in pool.map(disassemble, sorted(folder.iterdir())):
+        for text in pool.map(disassemble, cubins):
             name = ""
             for match in line.finditer(text):
                 if match[1]:
