@@ -9,12 +9,11 @@ import numpy as np
 SMALL = 1 << 26  # bytes; larger arrays are cut on the device
 
 
-def last_of(array: Any, axes: int) -> np.ndarray:
-    """array[-1, ..., -1] along the first axes, in float32."""
-    last = (-1,) * axes
-    if getattr(array, "nbytes", 0) > SMALL:
-        return np.asarray(array[last]).astype(np.float32)
-    return np.asarray(array)[last].astype(np.float32)
+def heads_at(array: Any, *place: int) -> np.ndarray:
+    """array[place], [heads, columns] in float32."""
+    if array.nbytes <= SMALL:
+        array = np.asarray(array)
+    return np.asarray(array[place]).astype(np.float32)
 
 
 def attention_error(

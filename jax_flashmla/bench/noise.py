@@ -14,15 +14,18 @@ COUNT = 1 << 22  # larger arrays repeat them
 
 
 @functools.cache
-def _drawn(dtype: str) -> np.ndarray:
+def _drawn(dtype: str, scale: float) -> np.ndarray:
     numbers = np.random.default_rng(3).standard_normal(COUNT, np.float32)
-    return numbers.astype(jnp.dtype(dtype))
+    return (numbers * np.float32(scale)).astype(jnp.dtype(dtype))
 
 
-def host_normal(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
+def host_normal(
+    shape: tuple[int, ...], dtype: Any, seed: int = 0, scale: float = 1.0
+) -> np.ndarray:
     """Those of different seeds are the same sequence from different places on."""
     start = seed * 1_000_003 % COUNT
-    return np.resize(np.roll(_drawn(jnp.dtype(dtype).name), -start)[: math.prod(shape)], shape)
+    drawn = np.roll(_drawn(jnp.dtype(dtype).name, scale), -start)
+    return np.resize(drawn[: math.prod(shape)], shape)
 
 
 def normal(shape: tuple[int, ...], dtype: Any, device: jax.Device, seed: int = 0) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
-from jax_flashmla.bench.attention_error import attention_error, last_of
+from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, ITEMSIZE, Shape
 from jax_flashmla.bench.device import DECODE_TARGET
 from jax_flashmla.bench.noise import normal
@@ -79,6 +79,7 @@ def make_q(shape: Shape, dtype: Any, device: jax.Device) -> jax.Array:
 Decode = Callable[..., tuple[jax.Array, Any]]
 
 
+@partial(jax.jit, static_argnums=(0, 2))
 def make_schedule(
     shape: Shape, cache_seqlens: jax.Array, max_seqlen: int
 ) -> jax_flashmla.SplitSchedule:
@@ -198,9 +199,8 @@ def relative_error(
     tokens = int(shape.seqlens()[sequence])
     ids = table[sequence, : -(-tokens // format.block_size)]
     rows = np.asarray(_rows_at(format, pool, ids)).reshape(-1, D_QK)[:tokens]
-    return attention_error(
-        last_of(out[sequence], 1), last_of(q[sequence], 1), rows, d_v=D_V, sm_scale=D_QK**-0.5
-    )
+    got, asked = (heads_at(array, sequence, -1) for array in (out, q))
+    return attention_error(got, asked, rows, d_v=D_V, sm_scale=D_QK**-0.5)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
-from jax_flashmla.bench.attention_error import attention_error, last_of
+from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
@@ -104,6 +104,7 @@ def _pick(
     return (block * block_size + token % block_size).astype(np.int32)
 
 
+@partial(jax.jit, static_argnums=0)
 def make_schedule(shape: Shape) -> jax_flashmla.SplitSchedule | None:
     """The shape's schedule; None where there are more query tokens than one takes."""
     tiles = sum(-(-topk // TILE) for topk in (shape.topk, shape.extra_topk))
@@ -225,5 +226,5 @@ def relative_error(
     """The worst head's error, of the last query token, against naive attention."""
     rows = gather(format, blocks, tuple(x[-1, -1] for x in picks))
     return attention_error(
-        last_of(out, 2), last_of(q, 2), rows, d_v=D_V, sm_scale=format.d_qk**-0.5
+        heads_at(out, -1, -1), heads_at(q, -1, -1), rows, d_v=D_V, sm_scale=format.d_qk**-0.5
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flashmla
-from jax_flashmla.bench.attention_error import attention_error, last_of
+from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
@@ -108,6 +108,5 @@ def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Cal
 def relative_error(out: Any, q: jax.Array, kv: jax.Array, indices: jax.Array) -> float:
     """The worst head's error, of the last query token, against naive attention."""
     scale = q.shape[-1] ** -0.5
-    return attention_error(
-        last_of(out, 1), last_of(q, 1), kv[indices[-1], 0], d_v=D_V, sm_scale=scale
-    )
+    got, asked = heads_at(out, -1), heads_at(q, -1)
+    return attention_error(got, asked, kv[indices[-1], 0], d_v=D_V, sm_scale=scale)
