@@ -94,7 +94,7 @@ def test_sparse_shapes_have_their_own_columns(tmp_path):
     cells = dict(zip(header.split("|"), line.split("|"), strict=True))
     assert cells[" top k "] == " 2048 "
     assert cells[" format "] == " v32 "
-    assert (cells[" FlashMLA in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
+    assert (cells[" peer in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
     assert not {" lengths ", " of an extra cache "} & set(cells)
 
 
@@ -114,5 +114,5 @@ def test_numbers_have_three_digits(value, text):
 
 
 def test_a_table_of_no_known_kind_is_refused(targets, tmp_path):
-    with pytest.raises(ValueError, match="a table is runs, summary, shapes, step; got 'shape'"):
+    with pytest.raises(ValueError, match="a table is runs, card, compact, summary, shapes, step; got 'shape'"):
         rewritten(targets, tmp_path, "shape")
