@@ -46,9 +46,7 @@ def rows_of(folder: Path) -> list[tuple[str, list[float], float]]:
 def draw(folder: Path) -> Figure:
     """A line for each group: a dot for each shape, a bar and a number for their mean."""
     rows = rows_of(folder)
-    figure = Figure(
-        figsize=(9.6, MARGIN + LINE_HEIGHT * len(rows)), dpi=160, layout="constrained"
-    )
+    figure = Figure(figsize=(9.6, MARGIN + LINE_HEIGHT * len(rows)), dpi=160, layout="constrained")
     axes = figure.subplots()
     for place, (label, ratios, mean) in enumerate(rows):
         axes.plot(ratios, [place] * len(ratios), "o", color=FAINT, markersize=4, alpha=0.7)

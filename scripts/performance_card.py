@@ -65,7 +65,8 @@ def _gather(document: Document) -> str:
 
 
 def compact(folder: Path) -> str:
-    """One line for each file's groups: speed against the live peer and plain XLA, of the limit."""
+    """The card's picture, and one line for each file's groups: speed against the live peer and
+    plain XLA, share of the limit. For README.md."""
     lines = []
     for _, document in documents(folder):
         found = document["summary"]
@@ -88,4 +89,7 @@ def compact(folder: Path) -> str:
                 ]
             )
     header = ["Shapes", "number", "peer", "times the peer", "times plain XLA", "of the limit"]
-    return markdown(header, lines) if lines else ""
+    plot = folder / "speed.png"
+    place = f"benchmarks/results/{folder.name}/{plot.name}"
+    picture = f"![Speed against the peer in the same run]({place})\n\n" if plot.is_file() else ""
+    return picture + markdown(header, lines) if lines else ""

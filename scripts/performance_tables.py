@@ -23,7 +23,9 @@ COUNTERPARTS: dict[str, tuple[str, Result, Callable[[Result], bool]]] = {
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table, without the columns that no line fills."""
+    """A table, without the columns that no line fills; empty without lines."""
+    if not lines:
+        return ""
     filled = [i for i in range(len(header)) if any(line[i] for line in lines)]
     table = [header, ["---"] * len(header), *lines]
     return "".join("| " + " | ".join(line[i] for i in filled) + " |\n" for line in table)

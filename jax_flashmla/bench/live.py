@@ -34,6 +34,7 @@ class Torch:
         """Microseconds a call, of a CUDA graph of the calls, timed as our kernels are."""
         cuda = self.torch.cuda
         stream = cuda.Stream()
+        graph = cuda.CUDAGraph()
 
         def seconds_of(replays: int) -> float:
             start, end = (cuda.Event(enable_timing=True) for _ in range(2))
@@ -42,19 +43,18 @@ class Torch:
                 graph.replay()
             end.record(stream)
             cuda.synchronize()
-            return start.elapsed_time(end) / 1e3
+            return float(start.elapsed_time(end)) / 1e3
 
+        # Events are the device's own: a sample has no beginning or end to take away.
+        method = replace(method, lead_seconds=0.0, sustained_seconds=0.0)
         with cuda.stream(stream):
             calls[0]()
             cuda.synchronize()
-            graph = cuda.CUDAGraph()
             with cuda.graph(graph, stream=stream):
                 for call in calls:
                     call()
-            # Events are the device's own: a sample has no beginning or end to take away.
-            method = replace(method, lead_seconds=0.0, sustained_seconds=0.0)
             timing = take_samples(seconds_of, len(calls), method)
-        del graph
+        graph.reset()
         cuda.empty_cache()  # the next shape's results may be as large, and JAX has most memory
         return timing.us
 

@@ -9,6 +9,7 @@ from jax_flashmla.bench.indexer.shapes import ScoresShape, TopkShape
 from jax_flashmla.bench.operation import Axes, Operation
 from jax_flashmla.bench.shape import Result
 
+
 def _group(result: Result) -> str:
     """The kind of shape."""
     if result["heads"] == 0:

@@ -215,8 +215,8 @@ def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Cal
     x = normal((shape.b, 1, config.hidden_size), jnp.bfloat16, device)
     q = normal((shape.b, 1, shape.h_q, config.d_qk), jnp.bfloat16, device, seed=1)
     index = (
-    normal((shape.b, 1, INDEX_HEADS, 128), jnp.float8_e4m3fn, device, seed=2),
-    normal((shape.b, 1, INDEX_HEADS), jnp.float32, device, seed=3),
+        normal((shape.b, 1, INDEX_HEADS, 128), jnp.float8_e4m3fn, device, seed=2),
+        normal((shape.b, 1, INDEX_HEADS), jnp.float32, device, seed=3),
     )
     run = Step(config, weights, cache, x)
     return Calls(
