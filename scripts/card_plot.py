@@ -77,8 +77,9 @@ def draw(folder: Path) -> Figure:
 def _source(folder: Path) -> str:
     found: dict[str, Any] = {}
     for _, document in documents(folder):
-        commit = (document["commit"] or "unknown")[:7]
-        found[f"{document['hardware']['name']}, commit {commit}, {document['date'][:10]}"] = None
+        hardware, commit = document["hardware"], (document["commit"] or "unknown")[:7]
+        device = hardware.get("name", hardware["device"])
+        found[f"{device}, commit {commit}, {document['date'][:10]}"] = None
     return "; ".join(found)
 
 

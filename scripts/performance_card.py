@@ -7,6 +7,7 @@ same name.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from performance_tables import Document, markdown, number, shapes, summary
@@ -43,6 +44,7 @@ def _section(path: Path, document: Document) -> str:
         f"{document['hardware']['device']}, commit {(document['commit'] or 'unknown')[:7]}, "
         f"{document['date'][:10]}."
         + (f" The peer in the same run is {peer}." if peer else "")
+        + _recorded(document)
         + _gather(document)
         + "\n",
     ]
@@ -50,6 +52,21 @@ def _section(path: Path, document: Document) -> str:
     if plot.is_file():
         lines.append(f"![{title}: time of a call]({place}/{plot.name})\n")
     return "\n".join([*lines, summary(document), shapes(document)])
+
+
+def _recorded(document: Document) -> str:
+    """The speed over the shapes that the targets were set for."""
+    ratios = [
+        result["speedup_vs_live_peer"]
+        for result in document["shapes"]
+        if "peers" in result and "speedup_vs_live_peer" in result
+    ]
+    if not ratios:
+        return ""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return (
+        f" Over the {len(ratios)} shapes that are recorded of it, {number(mean)} times its speed."
+    )
 
 
 def _gather(document: Document) -> str:

@@ -55,7 +55,7 @@ def card(tmp_path):
     numbers = {"us_min": 80.0, "us_max": 83.0, "gbs": 2400.0, "tflops": 300.0}
     numbers |= {"limit_us": 40.0, "limit_fraction": 0.5}
     shapes = [
-        {**fields, **numbers, "h_q": 64, "us": 80.0, "speedup_vs_live_peer": 2.0},
+        {**fields, **numbers, "h_q": 64, "us": 80.0, "speedup_vs_live_peer": 2.0, "peers": {}},
         {**fields, **numbers, "h_q": 16, "us": 50.0, "speedup_vs_live_peer": 4.5},
     ]
     for shape in shapes:
@@ -81,6 +81,7 @@ def test_a_card_s_page_says_all_of_its_files(card):
     assert "### Sparse decode" in page
     assert "(../benchmarks/results/card/sparse_decode.png)" in page
     assert "656 B 2.60 (XLA 1.00): a source" in page
+    assert "Over the 1 shapes that are recorded of it, 2.00 times" in page
     groups = [line for line in page.splitlines() if line.startswith("| all")]
     assert groups[0].startswith("| all | 3.00 | 2.00 | 2 | 0.50 |")
     lines = [line for line in page.splitlines() if line.startswith("| 64 | 1 ")]
