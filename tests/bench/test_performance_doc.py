@@ -81,7 +81,7 @@ def test_a_card_s_page_says_all_of_its_files(card):
     assert "### Sparse decode" in page
     assert "(../benchmarks/results/card/sparse_decode.png)" in page
     assert "656 B 2.60 (XLA 1.00): a source" in page
-    assert "Over the 1 shapes that are recorded of it, 2.00 times" in page
+    assert "Over the shape recorded of it before, 2.00 times" in page
     groups = [line for line in page.splitlines() if line.startswith("| all")]
     assert groups[0].startswith("| all | 3.00 | 2.00 | 2 | 0.50 |")
     lines = [line for line in page.splitlines() if line.startswith("| 64 | 1 ")]
