@@ -64,9 +64,8 @@ def _recorded(document: Document) -> str:
     if not ratios:
         return ""
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return (
-        f" Over the {len(ratios)} shapes that are recorded of it, {number(mean)} times its speed."
-    )
+    count = "shape" if len(ratios) == 1 else f"{len(ratios)} shapes"
+    return f" Over the {count} recorded of it before, {number(mean)} times its speed."
 
 
 def _gather(document: Document) -> str:
