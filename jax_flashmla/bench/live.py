@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jax_flashmla.bench.measure import Method, take_samples
+
 PACKAGE, LIBRARY = "flash_mla", "_C_legacy*.so"
-WARM_REPLAYS, REPLAYS = 3, 9
 PEER_HEADS = (64, 128)  # it has kernels for: others are padded
 
 
@@ -30,28 +30,33 @@ class Torch:
         """A jax.Array's memory as a tensor."""
         return self.torch.from_dlpack(x)
 
-    def time_us(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """Microseconds a call, of a CUDA graph of the calls: the median of its replays."""
+    def time_us(self, calls: Sequence[Callable[[], Any]], method: Method) -> float:
+        """Microseconds a call, of a CUDA graph of the calls, timed as our kernels are."""
         cuda = self.torch.cuda
         stream = cuda.Stream()
-        milliseconds = []
+        graph = cuda.CUDAGraph()
+
+        def seconds_of(replays: int) -> float:
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            for _ in range(replays):
+                graph.replay()
+            end.record(stream)
+            cuda.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+        # Events are the device's own: a sample has no beginning or end to take away.
+        method = replace(method, lead_seconds=0.0, sustained_seconds=0.0)
         with cuda.stream(stream):
             calls[0]()
             cuda.synchronize()
-            graph = cuda.CUDAGraph()
             with cuda.graph(graph, stream=stream):
                 for call in calls:
                     call()
-            for _ in range(WARM_REPLAYS + REPLAYS):
-                start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(stream)
-                graph.replay()
-                end.record(stream)
-                cuda.synchronize()
-                milliseconds.append(start.elapsed_time(end))
-        del graph
+            timing = take_samples(seconds_of, len(calls), method)
+        graph.reset()
         cuda.empty_cache()  # the next shape's results may be as large, and JAX has most memory
-        return statistics.median(milliseconds[WARM_REPLAYS:]) * 1e3 / len(calls)
+        return timing.us
 
 
 @dataclass(frozen=True)

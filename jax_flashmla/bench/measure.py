@@ -6,11 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+BRIEF_REST_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Method:
     lead_seconds: float  # 0: none, a sample's beginning and end are in it
     rest_seconds: float  # before each sample
     warm_seconds: float  # untimed, after the rest; 0: none
-    sustained_seconds: float
+    sustained_seconds: float  # 0: no such sample
+
+    def brief(self) -> Method:
+        """For many shapes in little time: shorter rests, and nothing under lasting load."""
+        rest = min(self.rest_seconds, BRIEF_REST_SECONDS)
+        return replace(self, rest_seconds=rest, sustained_seconds=0.0)
 
     def caches(self, cache_bytes: int) -> int:
         """How many caches of `cache_bytes` one function reads."""
@@ -89,7 +96,7 @@ class Timing:
     us: float
     us_min: float
     us_max: float
-    us_sustained: float
+    us_sustained: float | None
 
 
 def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
@@ -106,6 +113,11 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
         jax.block_until_ready(out)
         return time.perf_counter() - start
 
+    return take_samples(seconds_of, calls, method)
+
+
+def take_samples(seconds_of: Callable[[int], float], calls: int, method: Method) -> Timing:
+    """Samples of whatever takes seconds_of(repeats), `calls` calls each time."""
     for _ in range(3):  # compile; record the command buffer; settle
         once = seconds_of(1)
 
@@ -122,7 +134,7 @@ def time_calls(run: Callable[[], Any], calls: int, method: Method) -> Timing:
         return (seconds_of(lead + runs) - before) / (runs * calls) * 1e6
 
     samples = [per_call(method.sample_seconds) for _ in range(method.samples)]
-    sustained = per_call(method.sustained_seconds)
+    sustained = per_call(method.sustained_seconds) if method.sustained_seconds > 0 else None
     return Timing(statistics.median(samples), min(samples), max(samples), sustained)
 
 
@@ -143,6 +155,7 @@ def measure_ceilings(device: jax.Device, method: Method) -> Ceilings:
     on_gpu = device.platform == "gpu"
     elements = (1 << 30) if on_gpu else (1 << 23)
     size, dtype = (8192, "bfloat16") if on_gpu else (1024, "float32")
+    method = replace(method, sustained_seconds=0.0)
     with jax.default_device(device):
         x = jnp.ones((elements,), jnp.float32)
         copy = jax.jit(lambda x: x + 1)

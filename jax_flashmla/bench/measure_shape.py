@@ -71,7 +71,7 @@ def measure_shape(
         result["peers"] = recorded
         result["speedup_vs_peers"] = recorded["best_us"] / timing.us
     if peer is not None:
-        result |= _beside(operation, shape, calls, timing, peer)
+        result |= _beside(operation, shape, calls, timing, peer, setup.method)
     if profile:
         kernels = profile_kernels(partial(function, *arguments), calls.kernel.calls)
         result["kernels"] = [dataclasses.asdict(kernel) for kernel in kernels]
@@ -82,15 +82,20 @@ def _limit(shape: Shape, calls: Calls, setup: Setup) -> tuple[float, Result]:
     """Microseconds below which a call cannot go, and what they are made of where that is timed."""
     if calls.alone is None:
         return setup.limits.us(shape), {}
-    timing = time_calls(
-        partial(calls.alone.function, *calls.alone.arguments), calls.alone.calls, setup.method
-    )
+    method = dataclasses.replace(setup.method, sustained_seconds=0.0)
+    run = partial(calls.alone.function, *calls.alone.arguments)
+    timing = time_calls(run, calls.alone.calls, method)
     read_us = calls.read_once / setup.limits.read_gbs / 1e3
     return timing.us + read_us, {"alone_us": timing.us, "read_once_us": read_us}
 
 
 def _beside(
-    operation: Operation, shape: Shape, calls: Calls, timing: Timing, peer: Torch
+    operation: Operation,
+    shape: Shape,
+    calls: Calls,
+    timing: Timing,
+    peer: Torch,
+    method: Method,
 ) -> Result:
     """The peer's time and its result's error, or why it has none; empty where it has no kernel."""
     if operation.live_peer is None:
@@ -102,7 +107,7 @@ def _beside(
             return {}
         out = np.asarray(peer_calls[-1]().float().cpu())
         error = calls.error((out,))
-        us = peer.time_us(peer_calls)
+        us = peer.time_us(peer_calls, method)
     except Exception as failure:
         return {"live_peer_error": first_line(failure)}
     if not error <= PEER_ERROR:
@@ -116,6 +121,7 @@ def _beside(
 
 def _baselines(calls: Calls, timing: Timing, method: Method) -> Result:
     """Each baseline's time, or why it has none: the shape's own time stands then."""
+    method = dataclasses.replace(method, sustained_seconds=0.0)
     result: Result = {}
     for name, baseline in calls.baselines.items():
         try:

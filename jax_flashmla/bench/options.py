@@ -26,6 +26,7 @@ class Options:
     block_size: int = 64  # tokens of a block
     xla: str = "subset"
     peers: bool = False  # also those that are timed in the same run
+    brief: bool = False  # shorter rests, nothing under lasting load
     layers: int | None = None  # calls in one jitted function; by default as the grid says
     commit: str | None = None
     json: Path | None = None
@@ -122,6 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time a peer beside each shape, in this run: needs PyTorch and sgl-flash-mla, for the "
         "indexer sgl-deep-gemm and sglang-kernel",
     )
+    parser.add_argument(
+        "--brief",
+        action="store_true",
+        help="take a third of the time: shorter rests, and no sample under lasting load",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     parser.add_argument(
         "--profile",
@@ -178,6 +184,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         block_size=arguments.block_size,
         xla=arguments.xla,
         peers=arguments.peers,
+        brief=arguments.brief,
         layers=arguments.layers,
         commit=arguments.commit,
         json=arguments.json,

@@ -6,11 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla import CacheFormat
 from jax_flashmla.cache.quantise import quantise
 
-SLAB_TOKENS = 1 << 17
+SLAB_NUMBERS = 1 << 27  # of more, all are repeated
 
 
 class Pool:
@@ -31,25 +32,26 @@ class Pool:
 
 
 def random_blocks(format: CacheFormat, num_blocks: int, device: jax.Device) -> jax.Array:
-    """Rows of normal numbers, generated and stored in place, a slab at a time."""
-    slab = min(num_blocks, max(1, SLAB_TOKENS // format.block_size))
-
-    @partial(jax.jit, donate_argnums=0)
-    def fill(pool: jax.Array, start: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(1), start)
-        rows = jax.random.normal(key, (slab, format.block_size, format.d_qk), format.dtype)
-        stored = _store(format, rows)
-        return jax.lax.dynamic_update_slice(pool, stored, (start, *(0,) * (pool.ndim - 1)))
-
+    """Rows of normal numbers; a slab of them is stored again and again."""
+    slab = min(num_blocks, max(1, SLAB_NUMBERS // (format.block_size * format.d_qk)))
     with jax.default_device(device):
+        stored = _slab(format, slab)
         pool = format.allocate(num_blocks)
         for start in range(0, num_blocks, slab):
-            pool = fill(pool, jnp.int32(min(start, num_blocks - slab)))
+            pool = _place(pool, stored, np.int32(min(start, num_blocks - slab)))
     return pool
 
 
-def _store(format: CacheFormat, rows: jax.Array) -> jax.Array:
-    """Blocks of rows [blocks, block_size, d_qk]."""
+@partial(jax.jit, donate_argnums=0)
+def _place(pool: jax.Array, stored: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(pool, stored, (start, *(0,) * (pool.ndim - 1)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _slab(format: CacheFormat, num_blocks: int) -> jax.Array:
+    """Blocks of random rows."""
+    ends = (num_blocks, format.block_size, format.d_qk)
+    rows = jax.random.normal(jax.random.key(1), ends, format.dtype)
     if format.name == "dense":
         return rows[:, :, None]
     planes = quantise(format, rows)

@@ -67,6 +67,8 @@ def measure(
     operation = OPERATIONS[options.operation]
     layers = options.layers_of(grid)
     method = METHODS[device.platform]
+    if options.brief:
+        method = method.brief()
     if layers is not None:
         method = dataclasses.replace(method, min_calls=layers, max_calls=layers)
     with console.status("measuring what XLA reaches on this device"):

@@ -37,18 +37,24 @@ def quick_ceilings(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("warm_seconds", "lead_seconds", "runs_a_sample"),
-    [(0.0, 0.0, 1), (1e-12, 0.0, 2), (1e-12, 1e-12, 4)],
+    ("warm_seconds", "lead_seconds", "sustained_seconds", "runs"),
+    [(0.0, 0.0, 0.0, 5), (0.0, 0.0, 1e-12, 6), (1e-12, 0.0, 0.0, 10), (1e-12, 1e-12, 1e-12, 24)],
 )
 def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(
-    warm_seconds, lead_seconds, runs_a_sample
+    warm_seconds, lead_seconds, sustained_seconds, runs
 ):
-    runs = []
+    """Five samples, and one under lasting load."""
+    made = []
     method = dataclasses.replace(
-        METHODS["cpu"], samples=5, warm_seconds=warm_seconds, lead_seconds=lead_seconds
+        METHODS["cpu"],
+        samples=5,
+        warm_seconds=warm_seconds,
+        lead_seconds=lead_seconds,
+        sustained_seconds=sustained_seconds,
     )
-    timing = time_calls(lambda: runs.append(None), 1, method)
-    assert len(runs) == 3 + (5 + 1) * runs_a_sample  # five samples, one under lasting load
+    timing = time_calls(lambda: made.append(None), 1, method)
+    assert len(made) == 3 + runs
+    assert (timing.us_sustained is None) == (sustained_seconds == 0)
     assert timing.us_min <= timing.us <= timing.us_max
 
 

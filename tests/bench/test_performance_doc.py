@@ -9,19 +9,23 @@ import sys
 
 import pytest
 
+from jax_flashmla.bench.operations import OPERATIONS
+from jax_flashmla.bench.summary import summarise
+
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "performance_doc.py"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("performance_doc", SCRIPT)
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-performance_doc = load_script()
+performance_doc = load_script("performance_doc")
+card_plot = load_script("card_plot")
 PAGE = performance_doc.PAGE.read_text()
 
 
@@ -34,7 +38,72 @@ def test_the_page_is_what_the_script_makes():
 def test_no_results_are_left_out(path):
     card = path.parent.name
     assert f"<!-- table: runs {card} -->" in PAGE
-    assert f" {card}/{path.name} -->" in PAGE
+    of_card = f"<!-- table: card {card} -->" in PAGE
+    assert f" {card}/{path.name} -->" in PAGE or (of_card and f"{card}/{path.name}): grid" in PAGE)
+
+
+def test_readme_is_what_the_script_makes():
+    page = (ROOT / "README.md").read_text()
+    assert "<!-- table: compact h100 -->" in page
+    assert performance_doc.rewrite(page, RESULTS) == page
+
+
+@pytest.fixture
+def card(tmp_path):
+    """A folder of a card with one file of results and its plot."""
+    fields = {"b": 64, "s_q": 1, "topk": 2048, "extra_topk": 0, "format": "v32", "s_k": 16384}
+    numbers = {"us_min": 80.0, "us_max": 83.0, "gbs": 2400.0, "tflops": 300.0}
+    numbers |= {"limit_us": 40.0, "limit_fraction": 0.5}
+    shapes = [
+        {**fields, **numbers, "h_q": 64, "us": 80.0, "speedup_vs_live_peer": 2.0, "peers": {}},
+        {**fields, **numbers, "h_q": 16, "us": 50.0, "speedup_vs_live_peer": 4.5},
+    ]
+    for shape in shapes:
+        shape |= {"query_tokens": 64, "gathered_tokens": 64 * 2048}
+    document = {
+        "hardware": {"device": "a card", "name": "a card"}, "commit": "0123456789", "grid": "some",
+        "date": "2026-11-28T10:00:00", "operation": "sparse_decode", "interrupted": False,
+        "ceilings": {"gather_gbs": {"656": 1000.0}}, "shapes": shapes,
+        "limits": {"gather_gbs": {"656": 2600.0}, "gather_source": "a source"},
+        "summary": summarise(OPERATIONS["sparse_decode"], shapes),
+    }  # fmt: skip
+    folder = tmp_path / "card"
+    folder.mkdir()
+    (folder / "sparse_decode.json").write_text(json.dumps(document))
+    (folder / "other.json").write_text(json.dumps({"steps": []}))
+    for name in ("sparse_decode.png", "speed.png"):
+        (folder / name).touch()
+    return folder
+
+
+def test_a_card_s_page_says_all_of_its_files(card):
+    page = performance_doc.card(card)
+    assert "### Sparse decode" in page
+    assert "(../benchmarks/results/card/sparse_decode.png)" in page
+    assert "656 B 2.60 (XLA 1.00): a source" in page
+    assert "Over the shape recorded of it before, 2.00 times" in page
+    groups = [line for line in page.splitlines() if line.startswith("| all")]
+    assert groups[0].startswith("| all | 3.00 | 2.00 | 2 | 0.50 |")
+    lines = [line for line in page.splitlines() if line.startswith("| 64 | 1 ")]
+    assert [line.split("|")[-2].strip() for line in lines] == ["", "1.60"]  # beside 64 heads
+
+
+def test_a_compact_table_has_a_line_for_each_group(card):
+    table = performance_doc.compact(card)
+    assert table.startswith("![Speed against the peer in the same run](benchmarks/results/card/")
+    first, *_ = [line for line in table.splitlines() if line.startswith("| **")]
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    peer = "FlashMLA's frozen Hopper kernel"
+    assert cells == ["**Sparse decode**, all", "2", peer, "3.00 (least 2.00)", "0.50"]
+    (card / "sparse_decode.json").unlink()
+    assert performance_doc.compact(card) == ""
+
+
+def test_a_card_s_plot_has_each_shape_and_the_means(card):
+    (axes,) = card_plot.draw(card).axes
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    assert [sorted(x) for x in dots] == [[2.0, 4.5], [4.5], [2.0]]
+    assert [text.get_text() for text in axes.texts] == ["3.00", "4.50", "2.00"]
 
 
 @pytest.fixture
@@ -94,7 +163,7 @@ def test_sparse_shapes_have_their_own_columns(tmp_path):
     cells = dict(zip(header.split("|"), line.split("|"), strict=True))
     assert cells[" top k "] == " 2048 "
     assert cells[" format "] == " v32 "
-    assert (cells[" FlashMLA in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
+    assert (cells[" peer in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
     assert not {" lengths ", " of an extra cache "} & set(cells)
 
 
@@ -114,5 +183,7 @@ def test_numbers_have_three_digits(value, text):
 
 
 def test_a_table_of_no_known_kind_is_refused(targets, tmp_path):
-    with pytest.raises(ValueError, match="a table is runs, summary, shapes, step; got 'shape'"):
+    with pytest.raises(
+        ValueError, match="a table is runs, card, compact, summary, shapes, step; got 'shape'"
+    ):
         rewritten(targets, tmp_path, "shape")

@@ -125,7 +125,7 @@ class Event:
 
 def make(**ops: Any) -> FlashMLA:
     """ops: those to replace."""
-    graph = types.SimpleNamespace(replay=lambda: None)
+    graph = types.SimpleNamespace(replay=lambda: None, reset=lambda: None)
     cuda = types.SimpleNamespace(
         Stream=object,
         stream=contextlib.nullcontext,

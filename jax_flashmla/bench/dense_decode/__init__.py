@@ -14,6 +14,8 @@ SHORT_US = 60.0  # shapes of larger batches whose limit is below this are short
 
 def _group(result: Result) -> str:
     """The kind of shape: what bounds it differs."""
+    if result["format"] != "dense":
+        return f"{result['format']}, {result['h_q']} heads"
     if result["b"] <= SMALL_BATCH:
         return f"b <= {SMALL_BATCH}"
     comparison = "<" if result["limit_us"] < SHORT_US else ">="

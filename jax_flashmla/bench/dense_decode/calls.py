@@ -12,9 +12,10 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
-from jax_flashmla.bench import naive
+from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, ITEMSIZE, Shape
 from jax_flashmla.bench.device import DECODE_TARGET
+from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
@@ -71,14 +72,14 @@ def make_tables(shape: Shape, caches: int, block_size: int) -> list[np.ndarray]:
 
 def make_q(shape: Shape, dtype: Any, device: jax.Device) -> jax.Array:
     """Random queries [b, s_q, h_q, D_QK]."""
-    with jax.default_device(device):
-        return jax.random.normal(jax.random.key(3), (shape.b, shape.s_q, shape.h_q, D_QK), dtype)
+    return normal((shape.b, shape.s_q, shape.h_q, D_QK), dtype, device)
 
 
 # (q, pool, tables, cache_seqlens) -> the last table's out, and something of each table's result
 Decode = Callable[..., tuple[jax.Array, Any]]
 
 
+@partial(jax.jit, static_argnums=(0, 2))
 def make_schedule(
     shape: Shape, cache_seqlens: jax.Array, max_seqlen: int
 ) -> jax_flashmla.SplitSchedule:
@@ -195,11 +196,13 @@ def relative_error(
 ) -> float:
     """The worst head's error, of the longest sequence's last query, against naive attention."""
     sequence = int(shape.seqlens().argmax())
-    tokens = shape.seqlens()[sequence : sequence + 1]
-    ids = table[sequence, : -(-int(tokens[0]) // format.block_size)]
-    rows = rows_of(format, pool[jnp.asarray(ids)]).reshape(1, -1, D_QK)
-    attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=D_QK**-0.5))
-    expected = np.asarray(attend(q[sequence, -1][None], rows, tokens)[0][0])
-    got = np.asarray(out[sequence, -1]).astype(np.float32)[: shape.h_q]  # a peer's are padded
-    norm = partial(np.linalg.norm, axis=-1)
-    return float((norm(got - expected) / norm(expected)).max())
+    tokens = int(shape.seqlens()[sequence])
+    ids = table[sequence, : -(-tokens // format.block_size)]
+    rows = np.asarray(_rows_at(format, pool, ids)).reshape(-1, D_QK)[:tokens]
+    got, asked = (heads_at(array, sequence, -1) for array in (out, q))
+    return attention_error(got, asked, rows, d_v=D_V, sm_scale=D_QK**-0.5)
+
+
+@partial(jax.jit, static_argnums=0)
+def _rows_at(format: CacheFormat, pool: jax.Array, ids: jax.Array) -> jax.Array:
+    return rows_of(format, pool[ids])

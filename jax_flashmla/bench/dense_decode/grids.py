@@ -45,17 +45,16 @@ def _off_table() -> tuple[Shape, ...]:
 
 
 def _fp8() -> tuple[Shape, ...]:
-    """Every shape that is recorded of the fp8 peer, and fewer heads."""
-    few = ((16, 4096), (64, 4096), (128, 4096), (256, 2048))
-    return (
-        *peers.recorded_fp8(),
-        *(
-            Shape(b, 1, h_q, s_k, "equal", format)
-            for format in peers.FP8_FORMATS
-            for h_q in (8, 32)
-            for b, s_k in few
-        ),
-    )
+    """Every shape that is recorded of the fp8 peer; few heads, over bfloat16 too."""
+    large = ((64, 4096), (128, 4096), (256, 2048))
+    formats = ("dense", *peers.FP8_FORMATS)
+    few_heads = [
+        Shape(b, 1, h_q, s_k, "equal", format)
+        for b, s_k in large
+        for h_q in (8, 16, 32)
+        for format in formats
+    ]
+    return tuple(dict.fromkeys([*peers.recorded_fp8(), *few_heads]))
 
 
 def _layers() -> tuple[Shape, ...]:

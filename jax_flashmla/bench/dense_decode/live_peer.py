@@ -1,4 +1,7 @@
-"""FlashMLA's dense decode beside ours: bf16, or fp8 with fp8 queries and one scale."""
+"""FlashMLA's dense decode beside ours: bf16, or fp8 with fp8 queries and one scale.
+
+Beside `v32` it has the same rows, stored anew as it reads them: 576 bytes each.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,35 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import CacheFormat
+from jax_flashmla.bench.dense_decode.calls import rows_of
 from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, Shape
 from jax_flashmla.bench.live import FlashMLA
 
 BLOCK_SIZE = 64  # the only one that it takes
-FORMATS = ("dense", "fp8_row")  # it reads rows of 1152 bytes, or of 576
+
+
+@partial(jax.jit, static_argnums=0)
+def _fp8_rows(format: CacheFormat, blocks: jax.Array) -> jax.Array:
+    """Blocks [num_blocks, block_size, 1, 576] of e4m3 codes, as uint8."""
+    codes = rows_of(format, blocks).astype(jnp.float8_e4m3fn)
+    return jax.lax.bitcast_convert_type(codes, jnp.uint8)
 
 
 def peer_calls(shape: Shape, arguments: tuple[Any, ...], peer: FlashMLA) -> list[Callable[[], Any]]:
     """As `operation.CallsPeer`; arguments are (q, blocks, tables, cache_seqlens)."""
     torch, ops = peer.torch, peer.ops
-    if shape.format not in FORMATS or arguments[1].shape[1] != BLOCK_SIZE:
+    blocks = arguments[1]
+    if blocks.shape[1] != BLOCK_SIZE:
         return []
-    q, blocks, seqlens = (peer.tensor(arguments[i]) for i in (0, 1, 3))
+    if shape.format == "v32":
+        blocks = _fp8_rows(CacheFormat(name="v32", block_size=BLOCK_SIZE), blocks)
+    q, blocks, seqlens = (peer.tensor(x) for x in (arguments[0], blocks, arguments[3]))
     scale = D_QK**-0.5
-    fp8 = shape.format == "fp8_row"
+    fp8 = shape.format != "dense"
     if fp8:
         q, blocks = q.to(torch.float8_e4m3fn), blocks.view(torch.float8_e4m3fn)
         schedule = ops.get_mla_decoding_metadata_dense_fp8(seqlens, shape.s_q * shape.h_q, 1)

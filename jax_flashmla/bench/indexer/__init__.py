@@ -9,15 +9,12 @@ from jax_flashmla.bench.indexer.shapes import ScoresShape, TopkShape
 from jax_flashmla.bench.operation import Axes, Operation
 from jax_flashmla.bench.shape import Result
 
-LARGE = 1 << 20  # tokens from which on reading them decides
-
 
 def _group(result: Result) -> str:
-    """The kind of shape: what bounds it differs."""
+    """The kind of shape."""
     if result["heads"] == 0:
         return "scores given"
-    size = ">=" if result["tokens"] >= LARGE else "<"
-    return f"{result['heads']} heads, tokens {size} 1M"
+    return f"{result['heads']} heads, s_q {result['s_q']}"
 
 
 def _panel_title(result: Result) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_flashmla import CacheFormat
 from jax_flashmla.bench.indexer.shapes import BLOCK_SIZE, COLUMNS, KEY_BYTES, ScoresShape
+from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
 
@@ -63,21 +64,20 @@ def make_inputs(shape: ScoresShape, pool: Pool, setup: Setup) -> Inputs:
         for cache in range(caches)
     ]
     rounds = calls // caches
-    given = shape.heads == 0
-    with jax.default_device(setup.device):
-        keys = jax.random.split(jax.random.key(3), caches + 2)
-        rows = (shape.b, shape.s_q, shape.heads)
-        tokens = blocks_of(shape) * BLOCK_SIZE
-        scores = [jax.random.normal(k, (*rows[:2], tokens)) for k in keys[2:]] if given else []
-        return Inputs(
-            q=jax.random.normal(keys[0], (*rows, COLUMNS), jnp.float32).astype(jnp.float8_e4m3fn),
-            weights=jax.random.normal(keys[1], rows, jnp.float32),
-            blocks=pool.blocks(FORMAT),
-            cache_seqlens=jnp.full(shape.b, shape.s_k, jnp.int32),
-            # Arrays of their own, of which XLA cannot know that some are the same.
-            tables=jax.device_put(tables * rounds, setup.device),
-            scores=scores * rounds,
-        )
+    device, rows = setup.device, (shape.b, shape.s_q, shape.heads)
+    scores = []
+    if shape.heads == 0:
+        ends = (*rows[:2], blocks_of(shape) * BLOCK_SIZE)
+        scores = [normal(ends, jnp.float32, device, seed) for seed in range(caches)]
+    return Inputs(
+        q=normal((*rows, COLUMNS), jnp.float8_e4m3fn, device),
+        weights=normal(rows, jnp.float32, device, seed=1),
+        blocks=pool.blocks(FORMAT),
+        cache_seqlens=jax.device_put(np.full(shape.b, shape.s_k, np.int32), device),
+        # Arrays of their own, of which XLA cannot know that some are the same.
+        tables=jax.device_put(tables * rounds, device),
+        scores=scores * rounds,
+    )
 
 
 def compose_scores(

@@ -18,7 +18,9 @@ def _v3() -> tuple[Shape, ...]:
 
 
 def _v32() -> tuple[Shape, ...]:
-    return tuple(Shape(32, h_q, s_k, "v32") for h_q in (16, 128) for s_k in (32768, 131072))
+    """V3.2's, and V3's layer of the same length, which attends to everything."""
+    sparse = [Shape(32, h_q, s_k, "v32") for h_q in (16, 128) for s_k in (32768, 131072)]
+    return (*sparse, *(Shape(32, h_q, 131072) for h_q in (16, 128)))
 
 
 def _tiny() -> tuple[Shape, ...]:

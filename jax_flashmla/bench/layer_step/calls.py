@@ -19,6 +19,7 @@ from jax_flashmla import (
     sparse_decode,
 )
 from jax_flashmla.bench.layer_step.shapes import INDEX_HEADS, TOPK, WIDTHS, Shape
+from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import random_blocks
 from jax_flashmla.bench.setup import Setup
@@ -66,10 +67,24 @@ def config_of(shape: Shape) -> MLAConfig:
     )
 
 
-def make_weights(config: MLAConfig, layers: int) -> list[MLAParams]:
-    """Random bfloat16 weights for each layer."""
-    init = jax.jit(lambda key: MLAParams.init(config, key, jnp.bfloat16))
-    return [init(key) for key in jax.random.split(jax.random.key(0), layers)]
+def make_weights(config: MLAConfig, layers: int, device: jax.Device) -> list[MLAParams]:
+    """Bfloat16 weights for each layer: the same random ones, in arrays of its own.
+
+    A projection's variance is 1 / hidden_size or more, so that y is about as large as x.
+    """
+
+    def weight(stored: jax.ShapeDtypeStruct) -> np.ndarray:
+        if len(stored.shape) == 1:  # of a norm
+            return np.ones(stored.shape, stored.dtype)
+        return host_normal(stored.shape, stored.dtype, scale=config.hidden_size**-0.5)
+
+    one = jax.device_put(jax.tree.map(weight, MLAParams.shapes(config, jnp.bfloat16)), device)
+    return [one, *(_copy(one) for _ in range(layers - 1))]
+
+
+@jax.jit
+def _copy(weights: MLAParams) -> MLAParams:
+    return jax.tree.map(jnp.copy, weights)
 
 
 def make_cache(shape: Shape, device: jax.Device) -> PagedCache:
@@ -99,8 +114,7 @@ def schedule_of(config: MLAConfig, cache: PagedCache) -> SplitSchedule | None:
     return None if config.indexer else cache.table.schedule(h_q=config.num_heads)
 
 
-@partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
-def step(
+def _step(
     config: MLAConfig,
     weights: list[Any],
     cache: PagedCache,
@@ -124,6 +138,16 @@ def step(
         ys.append(y)
         x = x + y
     return dataclasses.replace(cache, table=before), x, ys[0]
+
+
+step = jax.jit(_step, static_argnames=("config", "implementation"), donate_argnames="cache")
+# The same in pure JAX, which is not timed: no product's best kernel is looked for.
+reference_step = jax.jit(
+    partial(_step, implementation="xla"),
+    static_argnames="config",
+    donate_argnames="cache",
+    compiler_options={"xla_gpu_autotune_level": 0},
+)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -185,20 +209,15 @@ def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Cal
     """The step, and its attention kernels alone; with_xla nothing else."""
     del pool, with_xla
     config, device = config_of(shape), setup.device
-    with jax.default_device(device):
-        weights, cache = make_weights(config, shape.layers), make_cache(shape, device)
-        x, q, index_q, index_weights = (
-            jax.random.normal(jax.random.key(3 + i), (shape.b, 1, *ends), jnp.bfloat16)
-            for i, ends in enumerate(
-                (
-                    (config.hidden_size,),
-                    (shape.h_q, config.d_qk),
-                    (INDEX_HEADS, 128),
-                    (INDEX_HEADS,),
-                )
-            )
-        )
-        index = index_q.astype(jnp.float8_e4m3fn), index_weights.astype(jnp.float32)
+    weights = make_weights(config, shape.layers, device)
+    # On the device for good, as the step returns it, which would be compiled again otherwise.
+    cache = jax.device_put(make_cache(shape, device), device)
+    x = normal((shape.b, 1, config.hidden_size), jnp.bfloat16, device)
+    q = normal((shape.b, 1, shape.h_q, config.d_qk), jnp.bfloat16, device, seed=1)
+    index = (
+        normal((shape.b, 1, INDEX_HEADS, 128), jnp.float8_e4m3fn, device, seed=2),
+        normal((shape.b, 1, INDEX_HEADS), jnp.float32, device, seed=3),
+    )
     run = Step(config, weights, cache, x)
     return Calls(
         Timed(run, (), shape.layers),
@@ -217,7 +236,7 @@ def relative_error(result: tuple[jax.Array, jax.Array], run: Step) -> float:
     x, got = (np.asarray(a, np.float32) for a in result)
     if not np.isfinite(x).all():
         return float("nan")
-    run.cache, _, y = step(run.config, run.weights[:1], run.cache, run.x, implementation="xla")
+    run.cache, _, y = reference_step(run.config, run.weights[:1], run.cache, run.x)
     expected = np.asarray(y, np.float32)
     norm = partial(np.linalg.norm, axis=-1)
     return float((norm(got - expected) / norm(expected)).max())

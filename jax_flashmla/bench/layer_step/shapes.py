@@ -13,7 +13,7 @@ WIDTHS = {
     "tiny": (64, 32, 16, 16),
     "tiny_v32": (64, 32, 16, 16),
 }
-BIG_LAYER, LAYERS, FEW_LAYERS = 1_000_000_000, 16, 8
+BIG_LAYER, LAYERS, FEW_LAYERS = 1_000_000_000, 16, 4
 
 
 @dataclass(frozen=True, order=True)

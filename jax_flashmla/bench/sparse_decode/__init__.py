@@ -8,11 +8,14 @@ from jax_flashmla.bench.sparse_decode import peers
 from jax_flashmla.bench.sparse_decode.grids import GRIDS, XLA_SHAPES
 from jax_flashmla.bench.sparse_decode.shapes import FORMATS, Shape
 
+PROMPT = 16  # query tokens of a sequence; above, they are a chunk of a prompt
 FEW, MANY = 8, 64  # query tokens: up to FEW latencies decide, from MANY on all multiprocessors work
 
 
 def _group(result: Result) -> str:
     """The kind of shape: what bounds it differs."""
+    if result["s_q"] > PROMPT:
+        return f"prompts, h_q {result['h_q']}, {result['format']}"
     if result["query_tokens"] <= FEW:
         return f"n <= {FEW}"
     if result["query_tokens"] < MANY:

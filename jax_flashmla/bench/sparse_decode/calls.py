@@ -12,7 +12,8 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
-from jax_flashmla.bench import naive
+from jax_flashmla.bench.attention_error import attention_error, heads_at
+from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
@@ -103,6 +104,7 @@ def _pick(
     return (block * block_size + token % block_size).astype(np.int32)
 
 
+@partial(jax.jit, static_argnums=0)
 def make_schedule(shape: Shape) -> jax_flashmla.SplitSchedule | None:
     """The shape's schedule; None where there are more query tokens than one takes."""
     tiles = sum(-(-topk // TILE) for topk in (shape.topk, shape.extra_topk))
@@ -159,6 +161,7 @@ def package_decode(
     return partial(decode, schedule=schedule)
 
 
+@partial(jax.jit, static_argnums=0)
 def gather(format: CacheFormat, blocks: jax.Array, picks: Picks) -> jax.Array:
     """Rows [..., topk + extra_topk, d_qk] of slots [..., topk] and, if any, [..., extra_topk]."""
     rows = [
@@ -196,9 +199,8 @@ def make_calls(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Cal
     blocks = pool.blocks(format)
     # Arrays of their own, of which XLA cannot know that some are the same.
     picks = make_picks(shape, caches, setup.block_size) * (calls // caches)
+    q = normal((shape.b, shape.s_q, shape.h_q, shape.d_qk), setup.dtype, setup.device)
     with jax.default_device(setup.device):
-        q_shape = (shape.b, shape.s_q, shape.h_q, shape.d_qk)
-        q = jax.random.normal(jax.random.key(3), q_shape, setup.dtype)
         # FlashMLA's schedule was made beforehand. A stack of layers makes its own, once.
         schedule = None if setup.look_inside else make_schedule(shape)
     device_picks = jax.device_put(picks, setup.device)
@@ -222,11 +224,7 @@ def relative_error(
     out: Any, q: jax.Array, format: CacheFormat, blocks: jax.Array, picks: Picks
 ) -> float:
     """The worst head's error, of the last query token, against naive attention."""
-    last = [jnp.asarray(x[-1, -1]) for x in picks]
-    rows = gather(format, blocks, tuple(last))
-    attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=format.d_qk**-0.5))
-    attended = jnp.full(1, len(rows), jnp.int32)
-    expected = np.asarray(attend(q[-1, -1][None], rows[None], attended)[0][0])
-    got = np.asarray(out[-1, -1]).astype(np.float32)[: q.shape[2]]  # a peer's heads are padded
-    norm = partial(np.linalg.norm, axis=-1)
-    return float((norm(got - expected) / norm(expected)).max())
+    rows = gather(format, blocks, tuple(x[-1, -1] for x in picks))
+    return attention_error(
+        heads_at(out, -1, -1), heads_at(q, -1, -1), rows, d_v=D_V, sm_scale=format.d_qk**-0.5
+    )

@@ -56,6 +56,16 @@ def _prefill() -> tuple[Shape, ...]:
     return tuple(Shape(1, 4096, h_q, 2048) for h_q in (16, 64, 128))
 
 
+def _results() -> tuple[Shape, ...]:
+    """What benchmarks/results has: the targets, then what models ask beside them."""
+    few_heads = [Shape(b, 1, h_q, 2048) for h_q in (8, 16, 32) for b in (1, 32, 128, 256)]
+    bf16 = [Shape(b, 1, 16, 2048, 0, "dense") for b in (128, 256)]
+    drafts = [Shape(64, s_q, h_q, 2048) for s_q in (3, 4) for h_q in (64, 128)]
+    other_topk = [Shape(b, 1, h_q, 1024) for h_q in (64, 128) for b in (16, 128)]
+    no_rope = [Shape(b, 1, 64, 2048, 0, "v32_nope") for b in (128, 256)]
+    return (*_targets(), *few_heads, *bf16, *_prefill()[::-1], *drafts, *other_topk, *no_rope)
+
+
 def _layers() -> tuple[Shape, ...]:
     """Serving shapes, each as a stack of LAYERS layers in one jitted function."""
     return tuple(Shape(b, 1, h_q, 2048) for h_q in (16, 128) for b in (1, 8, 32, 128))
@@ -86,6 +96,7 @@ GRIDS = {
     "quick": Grid(_quick),
     "off_table": Grid(_off_table),
     "prefill": Grid(_prefill),
+    "results": Grid(_results),
     "layers": Grid(_layers, layers=LAYERS),
     "xla": Grid(lambda: XLA_SHAPES),
     "cpu": Grid(_cpu),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flashmla
-from jax_flashmla.bench import naive
+from jax_flashmla.bench.attention_error import attention_error, heads_at
+from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.sparse_prefill.shapes import D_V, ITEMSIZE, Shape
@@ -39,14 +40,14 @@ def make_pool(shapes: list[Shape], setup: Setup) -> None:
 
 def make_sources(shape: Shape, setup: Setup) -> Sources:
     """Random rows, and of each query token `topk` different ones in random order."""
+    kv = host_normal((shape.s_kv, 1, shape.d_qk), setup.dtype, seed=1)
     generator = np.random.default_rng(2)
     order = generator.permutation(shape.s_kv).astype(np.int32)
     sources = []
-    for i in range(setup.caches(shape)):
-        kv = jax.random.normal(jax.random.key(i), (shape.s_kv, 1, shape.d_qk), setup.dtype)
+    for _ in range(setup.caches(shape)):
         start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
         indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
-        sources.append((kv, jnp.asarray(indices)))
+        sources.append(jax.device_put((kv, indices), setup.device))
     return sources
 
 
@@ -85,10 +86,8 @@ def composed_prefill(q: jax.Array, sources: Sources) -> tuple[jax.Array, list[ja
 def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
     """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
     del pool
-    with jax.default_device(setup.device):
-        q_shape = (shape.s_q, shape.h_q, shape.d_qk)
-        q = jax.random.normal(jax.random.key(3), q_shape, setup.dtype)
-        made = make_sources(shape, setup)
+    q = normal((shape.s_q, shape.h_q, shape.d_qk), setup.dtype, setup.device)
+    made = make_sources(shape, setup)
     calls = setup.calls(shape)
     sources = made * (calls // len(made))
     baselines = {}
@@ -108,9 +107,6 @@ def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Cal
 
 def relative_error(out: Any, q: jax.Array, kv: jax.Array, indices: jax.Array) -> float:
     """The worst head's error, of the last query token, against naive attention."""
-    attend = jax.jit(partial(naive.attend, d_v=D_V, sm_scale=q.shape[-1] ** -0.5))
-    rows = kv[indices[-1], 0][None]
-    expected = np.asarray(attend(q[-1:], rows, jnp.full(1, indices.shape[1], jnp.int32))[0][0])
-    got = np.asarray(out[-1]).astype(np.float32)[: q.shape[1]]  # a peer's heads are padded
-    norm = partial(np.linalg.norm, axis=-1)
-    return float((norm(got - expected) / norm(expected)).max())
+    scale = q.shape[-1] ** -0.5
+    got, asked = heads_at(out, -1), heads_at(q, -1)
+    return attention_error(got, asked, kv[indices[-1], 0], d_v=D_V, sm_scale=scale)

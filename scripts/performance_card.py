@@ -1,0 +1,111 @@
+"""All that is recorded on one card of the operations, in Markdown, for performance_doc.py.
+
+A file of a card is <operation>.json or <operation>_<what>.json; its plot is beside it under the
+same name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from performance_tables import Document, markdown, number, shapes, summary
+
+TITLES = {  # operation -> heading, and its peer in the same run
+    "sparse_decode": ("Sparse decode", "FlashMLA's frozen Hopper kernel"),
+    "sparse_prefill": ("Sparse prefill", "FlashMLA's frozen Hopper kernel"),
+    "dense_decode": ("Dense decode over fp8 caches", "FlashMLA's fp8 kernel"),
+    "index_topk": ("Indexer: selection", "DeepGEMM's logits and SGLang's top-k"),
+    "index_scores": ("Indexer: scores", "DeepGEMM's logits"),
+    "layer_step": ("A layer's decoding step", ""),
+}
+
+
+def documents(folder: Path) -> list[tuple[Path, Document]]:
+    """A card's files, operation after operation."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    of_operations = [pair for pair in found if pair[1].get("operation") in TITLES]
+    return sorted(of_operations, key=lambda pair: list(TITLES).index(pair[1]["operation"]))
+
+
+def card(folder: Path) -> str:
+    """A section for each file: what ran, its plot, its groups, its shapes."""
+    return "\n".join(_section(path, document) for path, document in documents(folder))
+
+
+def _section(path: Path, document: Document) -> str:
+    title, peer = TITLES[document["operation"]]
+    place = f"../benchmarks/results/{path.parent.name}"
+    cut = ", interrupted" if document["interrupted"] else ""
+    lines = [
+        f"### {title}\n",
+        f"[{path.name}]({place}/{path.name}): grid `{document['grid']}`{cut}, "
+        f"{document['hardware']['device']}, commit {(document['commit'] or 'unknown')[:7]}, "
+        f"{document['date'][:10]}."
+        + (f" The peer in the same run is {peer}." if peer else "")
+        + _recorded(document)
+        + _gather(document)
+        + "\n",
+    ]
+    plot = path.with_suffix(".png")
+    if plot.is_file():
+        lines.append(f"![{title}: time of a call]({place}/{plot.name})\n")
+    return "\n".join([*lines, summary(document), shapes(document)])
+
+
+def _recorded(document: Document) -> str:
+    """The speed over the shapes that the targets were set for."""
+    ratios = [
+        result["speedup_vs_live_peer"]
+        for result in document["shapes"]
+        if "peers" in result and "speedup_vs_live_peer" in result
+    ]
+    if not ratios:
+        return ""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    count = "shape" if len(ratios) == 1 else f"{len(ratios)} shapes"
+    return f" Over the {count} recorded of it before, {number(mean)} times its speed."
+
+
+def _gather(document: Document) -> str:
+    """What the limit takes rows at random places to cost."""
+    rates = document["limits"].get("gather_gbs") or {}
+    measured = document["ceilings"].get("gather_gbs") or {}
+    if not rates:
+        return ""
+    each = ", ".join(
+        f"{size} B {gbs / 1e3:.2f} (XLA {measured[size] / 1e3:.2f})" for size, gbs in rates.items()
+    )
+    return f" Rows are gathered at, in TB/s: {each}: {document['limits']['gather_source']}."
+
+
+def compact(folder: Path) -> str:
+    """The card's picture, and one line for each file's groups: speed against the live peer and
+    plain XLA, share of the limit. For README.md."""
+    lines = []
+    for _, document in documents(folder):
+        found = document["summary"]
+        title, peer = TITLES[document["operation"]]
+        for group, limit in found.get("limit_fraction", {}).items():
+            live, xla = (
+                found.get(ratio, {}).get(group)
+                for ratio in ("speedup_vs_live_peer", "speedup_vs_xla")
+            )
+            name = f"**{title}**, all" if group == "all" else group
+            least = f" (least {number(live['least'])})" if live else ""
+            lines.append(
+                [
+                    name,
+                    str(limit["shapes"]),
+                    peer if group == "all" else "",
+                    f"{number(live['geometric_mean'])}{least}" if live else "",
+                    number(xla and xla["geometric_mean"]),
+                    number(limit["geometric_mean"]),
+                ]
+            )
+    header = ["Shapes", "number", "peer", "times the peer", "times plain XLA", "of the limit"]
+    plot = folder / "speed.png"
+    place = f"benchmarks/results/{folder.name}/{plot.name}"
+    picture = f"![Speed against the peer in the same run]({place})\n\n" if plot.is_file() else ""
+    return picture + markdown(header, lines) if lines else ""
