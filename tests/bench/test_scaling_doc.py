@@ -16,7 +16,7 @@ from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = ROOT / "csrc" / "sm90" / "all_reduce_sum" / "config.h"
-PARAMS = ROOT / "csrc" / "params" / "all_reduce_sum.h"
+PARAMS = ROOT / "csrc" / "params" / "peers.h"
 
 
 @pytest.fixture

@@ -141,6 +141,15 @@ def test_under_vmap_it_is_one_sum(cpu_mesh: Mesh) -> None:
     assert_everywhere(step(x), expected)
 
 
+def test_mapped_sums_that_are_too_many_go_through_psum(cpu_mesh: Mesh) -> None:
+    peers = connect_peers(cpu_mesh, "model")
+    x, _ = summands(cpu_mesh, (3, 1 << 18), "float32")
+    one = functools.partial(all_reduce_sum, axis="model", peers=peers)
+    text = mapped(cpu_mesh, jax.vmap(one)).lower(x).as_text()
+    assert CALL not in text
+    assert "all_reduce" in text
+
+
 def test_the_rule(cpu_mesh: Mesh) -> None:
     """Peers where they are given and take the sum, psum else; "kernel" and "xla" insist."""
     peers = connect_peers(cpu_mesh, "model")
@@ -211,7 +220,7 @@ def test_a_device_that_does_not_come() -> None:
     call = jax.ffi.ffi_call(CALL, jax.ShapeDtypeStruct((4,), np.float32))
     alone = jax.jit(functools.partial(call, group=np.int64(peers.group)))
     for _ in range(2):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="did not take part in this sum"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="did not take part in this call"):
             jax.block_until_ready(alone(jax.device_put(np.ones(4, np.float32), mesh.devices[0, 0])))
     assert peers.failed()
     peers.close()
