@@ -139,6 +139,7 @@ def merge_over(
         ValueError: the ranks cannot share the heads evenly.
     """
     n, heads = jax.lax.axis_size(axis), lse.ndim - 1
+    few = n * (out.size * out.dtype.itemsize + lse.size * 4) <= _limits.MAX_EXCHANGE_BYTES
     if heads_split:
         h_q = lse.shape[heads]
         if h_q % n:
@@ -150,9 +151,19 @@ def merge_over(
         if peers is not None and exchange_refusal(peers, axis, parts, gather=False) is None:
             outs, lses = exchange(parts, axis, peers=peers, gather=False)
             return merge_lse(outs, lses)
-        return merge_lse(*(jax.lax.all_to_all(x, axis, 0, 0) for x in parts))
+        if not few:
+            return merge_lse(*(jax.lax.all_to_all(x, axis, 0, 0) for x in parts))
+        rank = jax.lax.axis_index(axis)  # XLA gathers both arrays in one call, but cannot exchange
+        outs, lses = (jax.lax.all_gather(x, axis)[:, rank] for x in parts)
+        return merge_lse(outs, lses)
     if peers is not None and exchange_refusal(peers, axis, (out, lse), gather=True) is None:
         outs, lses = exchange((out, lse), axis, peers=peers, gather=True)
+        return merge_lse(outs, lses)
+    if few or n <= 4:  # from 8 ranks on a sum sends less
+        # Known to be the same on all ranks, where JAX keeps account of that.
+        mapped = axis in jax.sharding.get_abstract_mesh().manual_axes
+        to = "invarying" if mapped else "varying"
+        outs, lses = (jax.lax.all_gather(x, axis, to=to) for x in (out, lse))
         return merge_lse(outs, lses)
     lses = _gather(lse, axis, peers)
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0))

@@ -28,7 +28,9 @@ from scaling_model import (
     Card,
     Layout,
     Model,
+    attention_time,
     best_layout,
+    context_time,
     layer_time,
     memory,
     sum_time,
@@ -47,7 +49,7 @@ def runs(part: str) -> Iterator[tuple[Card, dict[str, Any], dict[str, Any]]]:
         document = json.loads(path.read_text())
         name = document["hardware"]["device"]
         card = next(card for card in CARDS.values() if card.name in name)
-        for result in document["results"]:
+        for result in document.get("results", ()):
             if result["part"] == part:
                 yield card, document, result
 
@@ -123,6 +125,55 @@ def data() -> str:
     return markdown(header.split(", "), lines)
 
 
+def context() -> str:
+    """One layer's attention with tokens over devices, by benchmarks/bench_context.py."""
+    lines = []
+    for path in sorted(RESULTS.glob("*/parallel/*context*.json")):
+        document = json.loads(path.read_text())
+        name = document["hardware"]["device"]
+        card = next(card for card in CARDS.values() if card.name in name)
+        times = {
+            (s["batch"], s["tokens"], s["devices"], s["heads_split"], s["peers"]): s["us"]
+            for s in document["shapes"]
+        }
+        for b, length, size, split, peers in times:
+            if size == 1 or peers:
+                continue
+            line = [card.name, str(document["processes"]), str(size), str(b), tokens(length)]
+            alone = times[b, length, 1, True, False]
+            line += ["split" if split else "all on each", number(alone)]
+            own = attention_time(card, V3, V3.heads, b, length / size)
+            for over_peers in (False, True):
+                us = times[b, length, size, split, over_peers]
+                kind = "peers" if over_peers else "psum"
+                model = own + context_time(b, V3.heads, size, kind, split)
+                line += [number(us), number(model), number(alone / us)]
+            lines.append(line)
+    header = "card, processes, devices, b, tokens, heads, one device"
+    for way in ("XLA's", "over peers"):
+        header += f", {way}, model, times one"
+    return markdown(header.split(", "), lines)
+
+
+def context_at_4() -> str:
+    """What the model gives for the targets: times one device, over peers and by XLA."""
+    lines = []
+    for card in CARDS.values():
+        for length in (131072, 524288):
+            alone = attention_time(card, V3, V3.heads, 1, length)
+            line = [card.name, tokens(length), number(alone)]
+            for size in (2, 4, 8):
+                own = attention_time(card, V3, V3.heads, 1, length / size)
+                for kind in ("peers", "psum"):
+                    us = own + context_time(1, V3.heads, size, kind)
+                    line.append(f"{number(us)} us, {number(alone / us)}")
+            lines.append(line)
+    header = "card, tokens, one device"
+    for size in (2, 4, 8):
+        header += f", {size} over peers, {size} by XLA"
+    return markdown(header.split(", "), lines)
+
+
 WORKLOADS = (
     (V3, 1, 131072),
     (V3, 32, 4096),
@@ -174,7 +225,7 @@ def v32_on_two_nodes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (constants, sums, check, data, devices, v32_on_two_nodes)
+    for function in (constants, sums, check, data, context, context_at_4, devices, v32_on_two_nodes)
 }
 
 

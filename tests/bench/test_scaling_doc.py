@@ -16,6 +16,8 @@ from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = ROOT / "csrc" / "sm90" / "all_reduce_sum" / "config.h"
+EXCHANGE = ROOT / "csrc" / "sm90" / "exchange" / "config.h"
+EXCHANGED = ROOT / "csrc" / "params" / "exchange.h"
 PARAMS = ROOT / "csrc" / "params" / "peers.h"
 
 
@@ -90,6 +92,9 @@ def test_limits_are_those_of_the_kernel(load) -> None:
     model = load("scaling_model")
     assert product("kSecondRoundBytes", CONFIG) == model.ONE_ROUND_BYTES
     assert model.PEERS_MOST == limits.MAX_SUM_BYTES
+    assert product("kMaxExchangeBytes", EXCHANGE) == limits.MAX_EXCHANGE_BYTES
+    assert product("kMaxExchanged", EXCHANGED) == limits.MAX_EXCHANGED
+    assert model.EXCHANGE_MOST == limits.MAX_EXCHANGE_BYTES
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/parallel/*.json")), ids=lambda p: p.stem)
