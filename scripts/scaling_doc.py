@@ -125,29 +125,40 @@ def data() -> str:
     return markdown(header.split(", "), lines)
 
 
-def context() -> str:
-    """One layer's attention with tokens over devices, by benchmarks/bench_context.py."""
-    lines = []
+def context_documents() -> Iterator[tuple[Card, dict[str, Any]]]:
+    """Measured by benchmarks/bench_context.py."""
     for path in sorted(RESULTS.glob("*/parallel/*context*.json")):
         document = json.loads(path.read_text())
         name = document["hardware"]["device"]
-        card = next(card for card in CARDS.values() if card.name in name)
-        times = {
-            (s["batch"], s["tokens"], s["devices"], s["heads_split"], s["peers"]): s["us"]
-            for s in document["shapes"]
-        }
-        for b, length, size, split, peers in times:
-            if size == 1 or peers:
+        yield next(card for card in CARDS.values() if card.name in name), document
+
+
+def context_model(card: Card, shape: dict[str, Any]) -> float:
+    """Microseconds of one layer's attention, with the tokens over devices."""
+    b, size = shape["batch"], shape["devices"]
+    kind = "peers" if shape["peers"] else "psum"
+    attention = attention_time(card, V3, V3.heads, b, shape["tokens"] / size)
+    return attention + context_time(b, V3.heads, size, kind, shape["heads_split"])
+
+
+def context() -> str:
+    lines = []
+    for card, document in context_documents():
+        shapes = document["shapes"]
+        for shape in shapes:
+            alike = [s for s in shapes if s["batch"] == shape["batch"]]
+            alike = [s for s in alike if s["tokens"] == shape["tokens"]]
+            alone = next(s["us"] for s in alike if s["devices"] == 1)
+            if shape["devices"] == 1 or shape["peers"]:
                 continue
-            line = [card.name, str(document["processes"]), str(size), str(b), tokens(length)]
-            alone = times[b, length, 1, True, False]
+            split = shape["heads_split"]
+            numbers = shape["devices"], shape["batch"], tokens(shape["tokens"])
+            line = [card.name, str(document["processes"]), *map(str, numbers)]
             line += ["split" if split else "all on each", number(alone)]
-            own = attention_time(card, V3, V3.heads, b, length / size)
-            for over_peers in (False, True):
-                us = times[b, length, size, split, over_peers]
-                kind = "peers" if over_peers else "psum"
-                model = own + context_time(b, V3.heads, size, kind, split)
-                line += [number(us), number(model), number(alone / us)]
+            for way in alike:
+                if way["devices"] == shape["devices"] and way["heads_split"] == split:
+                    times = number(way["us"]), number(context_model(card, way))
+                    line += [*times, number(alone / way["us"])]
             lines.append(line)
     header = "card, processes, devices, b, tokens, heads, one device"
     for way in ("XLA's", "over peers"):
@@ -155,8 +166,8 @@ def context() -> str:
     return markdown(header.split(", "), lines)
 
 
-def context_at_4() -> str:
-    """What the model gives for the targets: times one device, over peers and by XLA."""
+def context_sizes() -> str:
+    """By the model over 2, 4 and 8 devices: times one device, over peers and by XLA."""
     lines = []
     for card in CARDS.values():
         for length in (131072, 524288):
@@ -225,7 +236,16 @@ def v32_on_two_nodes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (constants, sums, check, data, context, context_at_4, devices, v32_on_two_nodes)
+    for function in (
+        constants,
+        sums,
+        check,
+        data,
+        context,
+        context_sizes,
+        devices,
+        v32_on_two_nodes,
+    )
 }
 
 
