@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +31,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import BlockTable, PagedCache, Peers, all_reduce_sum, connect_peers
-from jax_flashmla.bench import document, environment
+from jax_flashmla.bench import document, environment, processes
 from jax_flashmla.bench.command_buffers import compile_and_look
+from jax_flashmla.bench.processes import median_of_runs, put
 from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig, YarnConfig, decode
 
 BLOCK_SIZE = 64
@@ -64,40 +64,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", default=["sums", "tensor", "data"])
     parser.add_argument("--runs", type=int, default=15, help="of the step, in each of 7 samples")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0)
-    parser.add_argument("--address", default="localhost:45454", help="of process 0")
+    processes.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     parser.add_argument("--commit", metavar="HASH", help="where git does not know it")
     return parser.parse_args(argv)
 
 
-def put(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Host arrays to devices, of other processes too."""
-
-    def place(x: Any, spec: P) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-
-    return jax.tree.map(place, tree, specs)
-
-
 def sharded(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def time_runs(run: Callable[[], Any], runs: int) -> float:
-    """Microseconds a run: the median of 7 samples, each of as many runs in every process."""
-    times = []
-    for sample in range(9):
-        jax.block_until_ready(run())
-        start = time.perf_counter()
-        for _ in range(runs):
-            out = run()
-        jax.block_until_ready(out)
-        if sample >= 2:
-            times.append((time.perf_counter() - start) / runs * 1e6)
-    return statistics.median(times)
 
 
 def time_dispatch(run: Callable[[], Any]) -> float:
@@ -221,7 +195,7 @@ def measure_tensor(mesh: Mesh, b: int, arguments: argparse.Namespace) -> dict[st
     outs = {}
     for sums in ("none", "psum", "peers"):
         step = Step(mesh, arguments, b, heads="model", sums=sums, peers=peers)
-        result[f"{sums}_us"] = time_runs(step, arguments.runs) / arguments.layers
+        result[f"{sums}_us"] = median_of_runs(step, arguments.runs) / arguments.layers
         result[f"{sums}_dispatch_us"] = time_dispatch(step) / arguments.layers
         result[f"{sums}_graphs"] = step.capture and dataclasses.asdict(step.capture)
         outs[sums] = step()
@@ -248,7 +222,7 @@ def measure_sums(mesh: Mesh, b: int, arguments: argparse.Namespace) -> dict[str,
             return x
 
         run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("model"), out_specs=P("model")))
-        result[f"{sums}_us"] = time_runs(functools.partial(run, x), arguments.runs) / SUMS
+        result[f"{sums}_us"] = median_of_runs(functools.partial(run, x), arguments.runs) / SUMS
     return result
 
 
@@ -257,10 +231,10 @@ def measure_data(mesh: Mesh, b: int, arguments: argparse.Namespace) -> dict[str,
     result: dict[str, Any] = {"part": "data", "devices": mesh.size, "b": b}
     alone = Mesh(np.array(jax.local_devices()[:1]), ("model",))
     step = Step(alone, arguments, b, data="model")
-    result["alone_us"] = time_runs(step, arguments.runs) / arguments.layers
+    result["alone_us"] = median_of_runs(step, arguments.runs) / arguments.layers
     del step
     step = Step(mesh, arguments, b, data="model")
-    result["together_us"] = time_runs(step, arguments.runs) / arguments.layers
+    result["together_us"] = median_of_runs(step, arguments.runs) / arguments.layers
     result["of_linear"] = result["alone_us"] / result["together_us"]
     return result
 
@@ -272,10 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.json:
         document.check_folder(arguments.json)
-    if arguments.processes > 1:
-        jax.distributed.initialize(
-            arguments.address, arguments.processes, arguments.process, arguments.process
-        )
+    processes.join(arguments)
     devices = jax.devices()
     results: list[dict[str, Any]] = []
     document_of = {

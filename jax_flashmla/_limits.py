@@ -16,8 +16,10 @@ MAX_PROJECT_GROUPS = 65535  # a grid's second extent
 ROPE_LAYOUTS = {"interleaved": 0, "deinterleaved": 1, "half": 2, "none": 3}  # csrc/params/rope.h
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # DType in csrc/params/dtype.h
 MAX_TOPK = 4096  # of index_topk; kMaxTopk in csrc/params/index_topk.h
-MAX_PEERS = 8  # devices of a group; kMaxPeers in csrc/params/all_reduce_sum.h
+MAX_PEERS = 8  # devices of a group; kMaxPeers in csrc/params/peers.h
 MAX_SUM_BYTES = 2 * 1024 * 1024  # kMaxMessageBytes in csrc/sm90/all_reduce_sum/config.h
+MAX_EXCHANGED = 2  # arrays of one exchange; kMaxExchanged in csrc/params/exchange.h
+MAX_EXCHANGE_BYTES = 4 * 1024 * 1024  # kMaxExchangeBytes in csrc/sm90/exchange/config.h
 FORMATS = {  # Format in csrc/formats.h
     "dense": 0,
     "v32": 1,

@@ -7,8 +7,6 @@ over the axis, and gives each rank the result over all tokens.
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,6 +22,7 @@ from jax_flashmla.ops import dense_decode as _dense
 from jax_flashmla.ops import index_topk as _topk
 from jax_flashmla.ops import sparse_decode as _sparse
 from jax_flashmla.ops.all_reduce_sum import all_reduce_sum
+from jax_flashmla.ops.exchange import exchange, exchange_refusal
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.peers import Peers
 from jax_flashmla.reference.indexer import slots_of
@@ -55,8 +54,8 @@ def dense_decode(
         axis: the mesh axis that shares out the tokens.
         heads_split: q has this rank's share of the heads, in the order of ranks, and so have the
             results. It is gathered, and results are exchanged, which moves less than summing them.
-        peers: from `connect_peers(mesh, axis)`: what is small is then exchanged by `all_reduce_sum`
-            over peer memory.
+        peers: from `connect_peers(mesh, axis)`: what is small is then exchanged over peer memory,
+            in one kernel before attention (with heads_split) and one behind it.
         **options: as for `dense_decode`, except `context`; a schedule is made with context.
 
     Returns:
@@ -140,23 +139,32 @@ def merge_over(
         ValueError: the ranks cannot share the heads evenly.
     """
     n, heads = jax.lax.axis_size(axis), lse.ndim - 1
+    few = n * (out.size * out.dtype.itemsize + lse.size * 4) <= _limits.MAX_EXCHANGE_BYTES
     if heads_split:
         h_q = lse.shape[heads]
         if h_q % n:
             raise ValueError(f"axis must split h_q = {h_q} evenly, got {axis!r} of {n} ranks")
-        if not _sums(peers, lse.shape, out.shape[-1] * 4):
-            parts = (
-                x.reshape(*x.shape[:heads], n, h_q // n, *x.shape[heads + 1 :]) for x in (out, lse)
-            )
-            return merge_lse(*(jax.lax.all_to_all(x, axis, heads, 0) for x in parts))
-        own = functools.partial(
-            jax.lax.dynamic_slice_in_dim,
-            start_index=jax.lax.axis_index(axis) * (h_q // n),
-            slice_size=h_q // n,
-            axis=heads,
-        )
-        whole_out, whole_lse = merge_over(out, lse, axis=axis, peers=peers)
-        return own(whole_out), own(whole_lse)
+        parts = [
+            jnp.moveaxis(x.reshape(*x.shape[:heads], n, h_q // n, *x.shape[heads + 1 :]), heads, 0)
+            for x in (out, lse)
+        ]
+        if peers is not None and exchange_refusal(peers, axis, parts, gather=False) is None:
+            outs, lses = exchange(parts, axis, peers=peers, gather=False)
+            return merge_lse(outs, lses)
+        if not few:
+            return merge_lse(*(jax.lax.all_to_all(x, axis, 0, 0) for x in parts))
+        rank = jax.lax.axis_index(axis)  # XLA gathers both arrays in one call, but cannot exchange
+        outs, lses = (jax.lax.all_gather(x, axis)[:, rank] for x in parts)
+        return merge_lse(outs, lses)
+    if peers is not None and exchange_refusal(peers, axis, (out, lse), gather=True) is None:
+        outs, lses = exchange((out, lse), axis, peers=peers, gather=True)
+        return merge_lse(outs, lses)
+    if few or n <= 4:  # from 8 ranks on a sum sends less
+        # Known to be the same on all ranks, where JAX keeps account of that.
+        mapped = axis in jax.sharding.get_abstract_mesh().manual_axes
+        to = "invarying" if mapped else "varying"
+        outs, lses = (jax.lax.all_gather(x, axis, to=to) for x in (out, lse))
+        return merge_lse(outs, lses)
     lses = _gather(lse, axis, peers)
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
     top = jnp.where(top == -jnp.inf, 0.0, top)
@@ -247,12 +255,6 @@ def _descending(scores: jax.Array) -> jax.Array:
     return ~jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _sums(peers: Peers | None, shape: tuple[int, ...], item_bytes: int) -> bool:
-    """Whether what has this shape is summed over peer memory."""
-    nbytes = math.prod(shape) * item_bytes
-    return peers is not None and peers.refusal is None and nbytes <= _limits.MAX_SUM_BYTES
-
-
 def _gather(x: jax.Array, axis: str, peers: Peers | None) -> jax.Array:
     """All ranks' [n, ...], as a sum of what is 0 but in the rank's place: known to be the same."""
     parts = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
@@ -262,7 +264,8 @@ def _gather(x: jax.Array, axis: str, peers: Peers | None) -> jax.Array:
 def _gather_heads(q: jax.Array, axis: str, peers: Peers | None) -> jax.Array:
     """[..., h_q, d_qk] of all ranks' heads."""
     heads = q.ndim - 2
-    if not _sums(peers, q.shape, jax.lax.axis_size(axis) * q.dtype.itemsize):
+    if peers is None or exchange_refusal(peers, axis, (q,), gather=True) is not None:
         return jax.lax.all_gather(q, axis, axis=heads, tiled=True)
-    gathered = jnp.moveaxis(_gather(q, axis, peers), 0, heads)
+    (gathered,) = exchange((q,), axis, peers=peers, gather=True)
+    gathered = jnp.moveaxis(gathered, 0, heads)
     return gathered.reshape(*q.shape[:heads], -1, q.shape[-1])

@@ -28,7 +28,9 @@ from scaling_model import (
     Card,
     Layout,
     Model,
+    attention_time,
     best_layout,
+    context_time,
     layer_time,
     memory,
     sum_time,
@@ -47,7 +49,7 @@ def runs(part: str) -> Iterator[tuple[Card, dict[str, Any], dict[str, Any]]]:
         document = json.loads(path.read_text())
         name = document["hardware"]["device"]
         card = next(card for card in CARDS.values() if card.name in name)
-        for result in document["results"]:
+        for result in document.get("results", ()):
             if result["part"] == part:
                 yield card, document, result
 
@@ -123,6 +125,66 @@ def data() -> str:
     return markdown(header.split(", "), lines)
 
 
+def context_documents() -> Iterator[tuple[Card, dict[str, Any]]]:
+    """Measured by benchmarks/bench_context.py."""
+    for path in sorted(RESULTS.glob("*/parallel/*context*.json")):
+        document = json.loads(path.read_text())
+        name = document["hardware"]["device"]
+        yield next(card for card in CARDS.values() if card.name in name), document
+
+
+def context_model(card: Card, shape: dict[str, Any]) -> float:
+    """Microseconds of one layer's attention, with the tokens over devices."""
+    b, size = shape["batch"], shape["devices"]
+    kind = "peers" if shape["peers"] else "psum"
+    attention = attention_time(card, V3, V3.heads, b, shape["tokens"] / size)
+    return attention + context_time(b, V3.heads, size, kind, shape["heads_split"])
+
+
+def context() -> str:
+    lines = []
+    for card, document in context_documents():
+        shapes = document["shapes"]
+        for shape in shapes:
+            alike = [s for s in shapes if s["batch"] == shape["batch"]]
+            alike = [s for s in alike if s["tokens"] == shape["tokens"]]
+            alone = next(s["us"] for s in alike if s["devices"] == 1)
+            if shape["devices"] == 1 or shape["peers"]:
+                continue
+            split = shape["heads_split"]
+            numbers = shape["devices"], shape["batch"], tokens(shape["tokens"])
+            line = [card.name, str(document["processes"]), *map(str, numbers)]
+            line += ["split" if split else "all on each", number(alone)]
+            for way in alike:
+                if way["devices"] == shape["devices"] and way["heads_split"] == split:
+                    times = number(way["us"]), number(context_model(card, way))
+                    line += [*times, number(alone / way["us"])]
+            lines.append(line)
+    header = "card, processes, devices, b, tokens, heads, one device"
+    for way in ("XLA's", "over peers"):
+        header += f", {way}, model, times one"
+    return markdown(header.split(", "), lines)
+
+
+def context_sizes() -> str:
+    """By the model over 2, 4 and 8 devices: times one device, over peers and by XLA."""
+    lines = []
+    for card in CARDS.values():
+        for length in (131072, 524288):
+            alone = attention_time(card, V3, V3.heads, 1, length)
+            line = [card.name, tokens(length), number(alone)]
+            for size in (2, 4, 8):
+                own = attention_time(card, V3, V3.heads, 1, length / size)
+                for kind in ("peers", "psum"):
+                    us = own + context_time(1, V3.heads, size, kind)
+                    line.append(f"{number(us)} us, {number(alone / us)}")
+            lines.append(line)
+    header = "card, tokens, one device"
+    for size in (2, 4, 8):
+        header += f", {size} over peers, {size} by XLA"
+    return markdown(header.split(", "), lines)
+
+
 WORKLOADS = (
     (V3, 1, 131072),
     (V3, 32, 4096),
@@ -174,7 +236,16 @@ def v32_on_two_nodes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (constants, sums, check, data, devices, v32_on_two_nodes)
+    for function in (
+        constants,
+        sums,
+        check,
+        data,
+        context,
+        context_sizes,
+        devices,
+        v32_on_two_nodes,
+    )
 }
 
 

@@ -91,6 +91,8 @@ SKEW = 2.0  # and how far apart devices come to it, within a step
 PEERS_MOST = 2 * 1024 * 1024  # bytes; MAX_SUM_BYTES in jax_flashmla/_limits.py
 ONE_ROUND_BYTES = 448 * 1024  # kSecondRoundBytes in csrc/sm90/all_reduce_sum/config.h
 PSUM, PSUM_RATE = 21.0, 115e3
+EXCHANGE_MOST = 4 * 1024 * 1024  # bytes; MAX_EXCHANGE_BYTES in jax_flashmla/_limits.py
+MERGE = 2.0  # of partial results, by XLA
 
 
 def sum_time(bytes: float, devices: int, kind: str = "peers") -> float:
@@ -111,6 +113,38 @@ def exchange_time(bytes: float, devices: int, kind: str) -> float:
     alone = sum_time(bytes, devices, kind)
     over_peers = devices > 1 and kind == "peers" and bytes <= PEERS_MOST
     return alone + SKEW if over_peers else alone
+
+
+def send_time(bytes: float, devices: int, kind: str) -> float:
+    """So many bytes from each device to each other one, in one kernel over peers or by XLA."""
+    if kind == "peers" and devices * bytes <= EXCHANGE_MOST:
+        return PEERS + PEERS_OF_DEVICE * devices + (devices - 1) * bytes / PEERS_RATE + SKEW
+    return PSUM + (devices - 1) * bytes / PSUM_RATE
+
+
+def context_time(b: float, heads: int, devices: int, kind: str, heads_split: bool = False) -> float:
+    """Merging attention to devices' shares of the tokens (jax_flashmla/context.py).
+
+    Args:
+        heads: that each device attends with.
+        kind: "peers" or "psum", which stands for any of XLA's collectives.
+        heads_split: whether a device has but its share of them before and after.
+    """
+    if devices == 1:
+        return 0.0
+    results = b * heads * (512 * ITEMSIZE + 4)  # and their lse
+    few = devices * results <= EXCHANGE_MOST
+    if heads_split:
+        queries = b * heads / devices * 576 * ITEMSIZE
+        over_peers = few and kind == "peers"
+        sent = results / devices if over_peers or not few else results
+        calls = 1 if few else 2  # XLA exchanges results and lse by themselves, but gathers both
+        return send_time(queries, devices, kind) + calls * send_time(sent, devices, kind) + MERGE
+    if few or devices <= 4:
+        return send_time(results, devices, kind) + MERGE
+    summed = 4 * b * heads * 512  # in float32, weighted by the lse of all
+    lses = exchange_time(4 * b * heads * devices, devices, kind)
+    return lses + exchange_time(summed, devices, kind) + MERGE
 
 
 def attention_time(card: Card, model: Model, heads: int, b: float, tokens: float) -> float:
@@ -140,9 +174,7 @@ def layer_time(
         "rest": REST + REST_OF_SEQUENCE * mine,
         "attention": attention_time(card, model, heads, mine, tokens / layout.context),
         "heads": exchange_time(mine * model.hidden * ITEMSIZE, layout.heads, sums),
-        # The lse of all, then the weighted results in float32 (jax_flashmla/context.py).
-        "context": exchange_time(4 * mine * heads * layout.context, layout.context, sums)
-        + exchange_time(4 * mine * heads * 512, layout.context, sums),
+        "context": context_time(mine, heads, layout.context, sums),
     }
     return parts | {"layer": sum(parts.values())}
 

@@ -20,9 +20,11 @@ from jax_flashmla import (
     BlockTable,
     CacheFormat,
     PagedCache,
+    _limits,
     connect_peers,
     context,
     decode_specs,
+    merge_lse,
 )
 from jax_flashmla.context import ContextAllocator
 
@@ -150,9 +152,14 @@ def test_sparse_decode_is_that_of_one_device() -> None:
     tolerances.assert_decoded(got, expected, **tolerances.F32_DECODE)
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["few bytes", "many"])
 @pytest.mark.parametrize("by_peers", [False, True], ids=["XLA", "peers"])
 @pytest.mark.parametrize("heads_split", [False, True])
-def test_what_one_rank_attends_alone_is_its_own(heads_split: bool, by_peers: bool) -> None:
+def test_what_one_rank_attends_alone_is_its_own(
+    heads_split: bool, by_peers: bool, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not few:
+        monkeypatch.setattr(_limits, "MAX_EXCHANGE_BYTES", 0)
     rng = np.random.default_rng(cases.SEED)
     out = cases.normal(rng, (8, 3, 8, 5), "bfloat16")
     lse = cases.normal(rng, (8, 3, 8), "float32", 30.0)
@@ -174,6 +181,32 @@ def test_what_one_rank_attends_alone_is_its_own(heads_split: bool, by_peers: boo
     np.testing.assert_array_equal(got_lse[:2], lse[owner, [0, 1]])
     assert (got_out[2] == 0).all()
     assert np.isneginf(got_lse[2]).all()
+
+
+def test_merging_is_differentiable_and_may_be_mapped() -> None:
+    """As merge_lse of all parts is, with heads split and without."""
+    rng = np.random.default_rng(cases.SEED)
+    parts = cases.normal(rng, (8, 2, 8, 5), "float32"), cases.normal(rng, (8, 2, 8), "float32")
+
+    def loss(out: jax.Array, lse: jax.Array) -> jax.Array:
+        return jnp.sum(out**2) + jnp.sum(lse)
+
+    expected = jax.grad(lambda *x: loss(*merge_lse(*x)), argnums=(0, 1))(*parts)
+    whole = merge_lse(*parts)
+    for heads_split in (False, True):
+        merge = functools.partial(context.merge_over, axis="t", heads_split=heads_split)
+        spec = P(None, "t") if heads_split else P()
+        sharded = jax.shard_map(
+            lambda out, lse, merge=merge: merge(out[0], lse[0]),
+            mesh=mesh_of(t=8), in_specs=P("t"), out_specs=(spec, spec),
+        )  # fmt: skip
+        gradient = jax.grad(lambda *x, f=sharded: loss(*f(*x)), argnums=(0, 1))
+        for got, want in zip(jax.jit(gradient)(*parts), expected, strict=True):
+            tolerances.assert_close("gradient", got, want, tolerances.MERGE)
+        mapped = jax.vmap(merge, axis_name="t")(*parts)
+        for got, want in zip(mapped, whole, strict=True):
+            mine = np.stack(np.split(np.asarray(want), 8, axis=1)) if heads_split else want[None]
+            np.testing.assert_allclose(got, np.broadcast_to(mine, got.shape), rtol=1e-5, atol=1e-6)
 
 
 def test_heads_that_ranks_cannot_share_are_refused() -> None:

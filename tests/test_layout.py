@@ -112,7 +112,7 @@ def test_only_operations_describe_operations():
     """And nothing below ops/ knows one by name."""
     importers = importers_of("jax_flashmla._xla.operation") - {"export"}
     names = ("make_schedule", "dense_decode", "sparse_decode", "cache_append")
-    names += ("sparse_prefill", "index_scores", "index_topk", "all_reduce_sum")
+    names += ("sparse_prefill", "index_scores", "index_topk", "all_reduce_sum", "exchange")
     names += ("latent_append", "project")
     assert importers == {f"ops.{name}" for name in names}
     for path in sorted((PACKAGE / "_xla").glob("*.py")):
@@ -237,7 +237,7 @@ def test_only_the_plots_import_matplotlib():
 )
 def test_shared_headers_are_plain_cpp(path):
     plain = re.compile(
-        r"[a-z]+|(params/(cache_append|dtype|index_scores|rope)|schedule/pieces|formats|host_device|elements)\.h"
+        r"[a-z]+|(params/(cache_append|dtype|index_scores|peers|rope)|schedule/pieces|formats|host_device|elements)\.h"
     )  # standard ones, or our own
     assert not {header for header in includes(path) if not plain.fullmatch(header)}
 
@@ -266,7 +266,7 @@ def test_cpu_operations_do_not_know_cuda(path):
 
 @pytest.mark.parametrize("path", sources("ffi"), ids=lambda path: path.name)
 def test_ffi_takes_only_the_entry_points(path):
-    """No PTX wrapper and no kernel: at most `sm90/<op>/launch.h` and `cpu/<op>.h`."""
-    entry_points = re.compile(r"sm90/[a-z_]+/launch\.h|cpu/[a-z_]+\.h")
+    """No PTX wrapper and no kernel: `sm90/<op>/launch.h`, what opens groups, `cpu/<op>.h`."""
+    entry_points = re.compile(r"sm90/[a-z_]+/launch\.h|sm90/peers/workspace\.h|cpu/[a-z_]+\.h")
     inside = {header for header in includes(path) if header.startswith(("cpu/", "sm90/"))}
     assert all(entry_points.fullmatch(header) for header in inside)

@@ -29,6 +29,7 @@ KERNELS = (
     "index_scores_kernel",
     "index_topk_kernel",
     "all_reduce_sum_kernel",
+    "exchange_kernel",
 )
 
 
@@ -256,8 +257,10 @@ def test_the_merge_fits_beside_the_narrow_kernel(resources):
     assert 4 * narrow + 2 * allocated("merge_kernel") <= 16384
 
 
-def test_all_reduce_sum_needs_no_fence_and_no_atomics(instructions):
+def test_what_goes_over_peers_needs_no_fence_and_no_atomics(instructions):
     found = [n for kernel, n in instructions.items() if "all_reduce_sum_kernel" in kernel]
     assert len(found) == 15  # 3 types, groups of up to 2, 4 and 8, two rounds in the larger ones
-    for count in found:
+    exchanged = [n for kernel, n in instructions.items() if "exchange_kernel" in kernel]
+    assert len(exchanged) == 3
+    for count in found + exchanged:
         assert count["MEMBAR"] + count["ATOMG"] + count["RED"] + count["CALL"] == 0

@@ -1,6 +1,6 @@
-// Checks all_reduce_sum on all GPUs of the machine (2, 4 or 8 of them, at least 2), then times it:
-// back to back over many calls, replayed as graphs with one device held up, between two processes,
-// and with a member that does not come.
+// Checks all_reduce_sum and exchange on all GPUs of the machine (2, 4 or 8 of them, at least 2),
+// then times it: back to back over many calls, replayed as graphs with one device held up, between
+// two processes, and with a member that does not come.
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,6 +14,8 @@
 #include "sm90/all_reduce_sum/config.h"
 #include "sm90/all_reduce_sum/kernel.cuh"
 #include "sm90/all_reduce_sum/launch.h"
+#include "sm90/exchange/launch.h"
+#include "sm90/peers/workspace.h"
 
 using namespace flashmla;
 using sm90::all_reduce_sum::kMaxMessageBytes;
@@ -46,12 +48,31 @@ __global__ void check(const uint32_t* call, int size, Element* out, int64_t n, u
   }
 }
 
+// Segments of integers, each of its own sender and receiver; and those that have not come.
+__global__ void fill_segments(const uint32_t* call, int rank, int size, uint32_t* x, int64_t n) {
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size * n;
+       i += gridDim.x * blockDim.x) {
+    x[i] = __float_as_uint(value_of(*call, rank, i));
+  }
+}
+
+__global__ void check_segments(const uint32_t* call, int rank, int size, bool gather, uint32_t* out,
+                               int64_t n, uint32_t* wrong) {
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size * n;
+       i += gridDim.x * blockDim.x) {
+    const int from = i / n;
+    const int64_t at = i % n + (gather ? 0 : rank * n);
+    if (out[i] != __float_as_uint(value_of(*call, from, at))) atomicAdd(wrong, 1);
+    out[i] = 0;
+  }
+}
+
 __global__ void next(uint32_t* call) { ++*call; }
 
 __global__ void hold_up(const uint32_t* call, int rank, int size) {
   if (*call % (2 * size) != 2 * rank) return;
-  const auto begin = sm90::all_reduce_sum::nanoseconds();
-  while (sm90::all_reduce_sum::nanoseconds() - begin < 50'000) {
+  const auto begin = sm90::peers::nanoseconds();
+  while (sm90::peers::nanoseconds() - begin < 50'000) {
   }
 }
 
@@ -64,8 +85,8 @@ struct Device {
   explicit Device(int device, int rank) : rank(rank) {
     CHECK(cudaSetDevice(device));
     CHECK(cudaStreamCreate(&stream));
-    CHECK(cudaMalloc(&x, 2 * kMaxMessageBytes));
-    CHECK(cudaMalloc(&out, 2 * kMaxMessageBytes));
+    CHECK(cudaMalloc(&x, 4 * kMaxMessageBytes));
+    CHECK(cudaMalloc(&out, 4 * kMaxMessageBytes));
     CHECK(cudaMalloc(&call, 8));
     CHECK(cudaMemset(call, 0, 8));
     wrong = call + 1;
@@ -81,6 +102,34 @@ struct Device {
     fill<<<64, 256, 0, stream>>>(call, rank, static_cast<Element*>(x), n);
     CHECK_STATUS(sm90::run_all_reduce_sum(params(device, dtype, n), stream));
     check<<<64, 256, 0, stream>>>(call, size, static_cast<Element*>(out), n, wrong);
+    next<<<1, 1, 0, stream>>>(call);
+  }
+
+  // One or two arrays of segments, of `first` and `second` vectors of 16 bytes.
+  ExchangeParams segments(int device, int size, bool gather, int64_t first, int64_t second) const {
+    ExchangeParams params = {{}, second > 0 ? 2 : 1, size, gather, kGroup, device};
+    params.arrays[0] = {x, out, 16 * first};
+    if (second > 0) {
+      params.arrays[1] = {static_cast<char*>(x) + 16 * first * size,
+                          static_cast<char*>(out) + 16 * first * size, 16 * second};
+    }
+    return params;
+  }
+
+  void enqueue_segments(int device, int size, bool gather, int64_t first, int64_t second,
+                        bool skewed) {
+    if (skewed) hold_up<<<1, 1, 0, stream>>>(call, rank, size);
+    const ExchangeParams params = segments(device, size, gather, first, second);
+    for (int i = 0; i < params.count; ++i) {
+      fill_segments<<<64, 256, 0, stream>>>(call, rank, size, (uint32_t*)params.arrays[i].x,
+                                            params.arrays[i].bytes / 4);
+    }
+    CHECK_STATUS(sm90::run_exchange(params, stream));
+    for (int i = 0; i < params.count; ++i) {
+      check_segments<<<64, 256, 0, stream>>>(call, rank, size, gather,
+                                             static_cast<uint32_t*>(params.arrays[i].out),
+                                             params.arrays[i].bytes / 4, wrong);
+    }
     next<<<1, 1, 0, stream>>>(call);
   }
 
@@ -104,6 +153,12 @@ struct Calls {
     for (int i = 0; i < calls; ++i) {
       const DType dtype = std::array{DType::kBFloat16, DType::kFloat32, DType::kFloat16}[i % 3];
       const int64_t most = kMaxMessageBytes / itemsize(dtype);
+      if (random() % 3 == 0) {  // in the same mailboxes, between sums
+        const int64_t vectors = 1 + random() % (2u << (random() % 14));
+        const int64_t second = random() % 2 ? 0 : 1 + random() % 2000;
+        device.enqueue_segments(ordinal, size, random() % 2, vectors, second, skewed);
+        continue;
+      }
       // From one element to the most, small ones as often as large ones.
       const int64_t n = std::min<int64_t>(most, 1 + random() % (2u << (random() % 21)));
       if (dtype == DType::kBFloat16) {
@@ -257,6 +312,28 @@ void time_sizes(std::vector<Device>& devices, int size) {
   }
 }
 
+// What merging attention over context sends: 128 heads of 512 columns, and their lse.
+void time_exchanges(std::vector<Device>& devices, int size) {
+  for (int64_t b : {1, 2, 4}) {
+    for (bool gather : {false, true}) {
+      const int64_t heads = gather ? 128 : 128 / size;
+      const double us = time_graphs(devices, 200, [&](int i) {
+        const ExchangeParams params =
+            devices[i].segments(i, size, gather, b * heads * 64, b * heads / 4);
+        CHECK_STATUS(sm90::run_exchange(params, devices[i].stream));
+      });
+      std::printf("[%ld, 128 heads, 512] bf16 and lse, %s: %6.2f us\n", b,
+                  gather ? "gathered " : "exchanged", us);
+      std::fflush(stdout);
+    }
+    const double us = time_graphs(devices, 200, [&](int i) {
+      const ExchangeParams params = devices[i].segments(i, size, true, b * 128 / size * 72, 0);
+      CHECK_STATUS(sm90::run_exchange(params, devices[i].stream));
+    });
+    std::printf("[%ld, 128 heads, 576] bf16 queries gathered: %6.2f us\n", b, us);
+  }
+}
+
 // The same messages by a given number of blocks and rounds.
 void time_splits(std::vector<Device>& devices, int size) {
   using namespace sm90::all_reduce_sum;
@@ -270,7 +347,7 @@ void time_splits(std::vector<Device>& devices, int size) {
         if (region_vectors(split, size) > kRegionVectors) continue;
         const double us = time_graphs(devices, 100, [&](int i) {
           Workspace workspace;
-          CHECK_STATUS(find_workspace(kGroup, i, &workspace));
+          CHECK_STATUS(find_workspace("bench", kGroup, i, &workspace));
           auto kernel = all_reduce_sum_kernel<BFloat16, 2, false>;
           if (size > 2) {
             kernel = rounds == 2 ? all_reduce_sum_kernel<BFloat16, 4, true>
@@ -316,6 +393,7 @@ int main() {
   good &= report("6,100 calls in replayed graphs, a device held up", all_wrong(devices));
   good &= check_timeout(devices, size);
   if (!good) return 1;
+  time_exchanges(devices, size);
   time_sizes(devices, size);
   time_splits(devices, size);
   return 0;

@@ -6,17 +6,53 @@
 namespace flashmla::cpu {
 namespace {
 
+struct Membership {
+  Member member;
+  std::shared_ptr<Rendezvous> rendezvous;
+};
+
 std::mutex mutex;
 std::map<std::pair<int64_t, int>, Membership> memberships;  // by group and device
 
-}  // namespace
-
+// False where the device is not a member of the group.
 bool find_membership(int64_t group, int device, Membership* membership) {
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = memberships.find({group, device});
   if (found == memberships.end()) return false;
   *membership = found->second;
   return true;
+}
+
+}  // namespace
+
+Status meet_group(const char* operation, int64_t group, int device, const Shown& mine,
+                  const std::function<void(const Member&, const Shown*)>& work) {
+  Membership membership;
+  if (!find_membership(group, device, &membership)) {
+    return Status::FailedPrecondition(
+        std::string(operation) + ": device " + std::to_string(device) +
+        " is not connected to the others of its group: call connect_peers with the mesh that "
+        "shard_map is given");
+  }
+  const Member& member = membership.member;
+  Rendezvous& rendezvous = *membership.rendezvous;
+  rendezvous.shown[member.rank] = mine;
+  bool together = rendezvous.meet();
+  bool alike = true;
+  for (int rank = 0; together && rank < member.size; ++rank) {
+    const Shown& other = rendezvous.shown[rank];
+    alike &= other.call == mine.call && other.sizes == mine.sizes;
+  }
+  if (together && alike) work(member, rendezvous.shown.data());
+  together = together && rendezvous.meet();
+  if (!together) {
+    return Status::Internal(std::string(operation) +
+                            ": a device of the group did not take part in this call or an earlier "
+                            "one within the timeout of connect_peers");
+  }
+  if (alike) return Status::Ok();
+  return Status::Internal(std::string(operation) +
+                          ": the devices of the group make different calls");
 }
 
 Status open_group(const Member& member, std::string* handle) {

@@ -5,14 +5,22 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 
-#include "params/all_reduce_sum.h"
+#include "params/peers.h"
 #include "status.h"
 
 namespace flashmla::cpu {
+
+// What a device brings to a call.
+struct Shown {
+  int call;                           // which operation on what: alike on all devices
+  std::array<int64_t, 2> sizes;       // of its arrays: alike too
+  std::array<const void*, 2> x = {};  // the arrays
+};
 
 // Where the threads of a group meet: once to show their x, once more before any of them goes away
 // with it.
@@ -44,7 +52,7 @@ class Rendezvous {
     return failed_;
   }
 
-  std::array<AllReduceSumParams, kMaxPeers> shown = {};  // by rank; of the meeting's own members
+  std::array<Shown, kMaxPeers> shown = {};  // by rank; of the meeting's own members
 
  private:
   const int size_;
@@ -56,15 +64,12 @@ class Rendezvous {
   bool failed_ = false;
 };
 
-struct Membership {
-  Member member;
-  std::shared_ptr<Rendezvous> rendezvous;
-};
+// Shows x to the group's other devices, does `work` with what all of them show, by rank, and goes
+// when all have done theirs.
+Status meet_group(const char* operation, int64_t group, int device, const Shown& mine,
+                  const std::function<void(const Member&, const Shown*)>& work);
 
-// False where the device is not a member of the group.
-bool find_membership(int64_t group, int device, Membership* membership);
-
-// As in sm90/all_reduce_sum/workspace.h. No other process can be reached.
+// As in sm90/peers/workspace.h. No other process can be reached.
 Status open_group(const Member& member, std::string* handle);
 Status reach_member(int64_t group, int device, int peer_rank, int peer_device,
                     const std::string& handle);

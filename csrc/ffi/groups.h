@@ -1,5 +1,5 @@
-// The Python functions of a module that open and close the groups of all_reduce_sum, outside of
-// XLA. `Groups` has the platform's functions as static members.
+// The Python functions of a module that open and close the groups of all_reduce_sum and exchange,
+// outside of XLA. `Groups` has the platform's functions as static members.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "params/all_reduce_sum.h"
+#include "params/peers.h"
 #include "status.h"
 
 namespace flashmla::ffi {

@@ -5,7 +5,7 @@
 
 #include "ffi/groups.h"
 #include "ffi/module.h"
-#include "sm90/all_reduce_sum/launch.h"
+#include "sm90/peers/workspace.h"
 
 // sm90/<name>/launch.cu defines sm90::run_<name>.
 #define FLASHMLA_OPERATION(name, Params)                                                \

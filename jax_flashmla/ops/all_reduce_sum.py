@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_flashmla import _checks
+from jax_flashmla import _checks, _limits
 from jax_flashmla._xla.operation import Operation
 from jax_flashmla.peers import Peers, check_peers, peers_refusal
 
@@ -60,7 +60,10 @@ def all_reduce_sum(
 def _batch(
     operands: tuple[jax.Array], dims: tuple[int], **params: Any
 ) -> tuple[list[jax.Array], list[int]]:
-    return _operation.bind(*operands, **params), list(dims)
+    (x,) = operands
+    if x.size * x.dtype.itemsize > _limits.MAX_SUM_BYTES:  # all mapped sums together
+        return [jax.lax.psum(x, params["axis"])], list(dims)
+    return _operation.bind(x, **params), list(dims)
 
 
 _operation = Operation(

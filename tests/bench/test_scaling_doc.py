@@ -16,7 +16,9 @@ from jax_flashmla.layers import MLAConfig, MLAParams, RopeConfig
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIG = ROOT / "csrc" / "sm90" / "all_reduce_sum" / "config.h"
-PARAMS = ROOT / "csrc" / "params" / "all_reduce_sum.h"
+EXCHANGE = ROOT / "csrc" / "sm90" / "exchange" / "config.h"
+EXCHANGED = ROOT / "csrc" / "params" / "exchange.h"
+PARAMS = ROOT / "csrc" / "params" / "peers.h"
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_weights_are_those_of_the_layers(load) -> None:
 
 
 def test_the_model_is_near_what_was_measured(load) -> None:
-    """Layers without a sum and over peers, within a tenth; sequences over devices likewise."""
+    """Within a tenth: layers without a sum and over peers, sequences and tokens over devices."""
     scaling_doc, model = load("scaling_doc"), load("scaling_model")
     compared = 0
     for card, document, result in scaling_doc.runs("tensor"):
@@ -62,7 +64,13 @@ def test_the_model_is_near_what_was_measured(load) -> None:
         us = model.layer_time(card, model.V3, model.Layout(), result["b"], document["tokens"])
         assert us["layer"] == pytest.approx(result["together_us"], rel=0.1)
         compared += 1
-    assert compared >= 5
+    for card, document in scaling_doc.context_documents():
+        for shape in document["shapes"]:
+            if shape["devices"] > 1 and shape["peers"]:
+                us = scaling_doc.context_model(card, shape)
+                assert us == pytest.approx(shape["us"], rel=0.1)
+                compared += 1
+    assert compared >= 13
 
 
 def test_layouts_share_all_devices(load) -> None:
@@ -90,6 +98,9 @@ def test_limits_are_those_of_the_kernel(load) -> None:
     model = load("scaling_model")
     assert product("kSecondRoundBytes", CONFIG) == model.ONE_ROUND_BYTES
     assert model.PEERS_MOST == limits.MAX_SUM_BYTES
+    assert product("kMaxExchangeBytes", EXCHANGE) == limits.MAX_EXCHANGE_BYTES
+    assert product("kMaxExchanged", EXCHANGED) == limits.MAX_EXCHANGED
+    assert model.EXCHANGE_MOST == limits.MAX_EXCHANGE_BYTES
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/parallel/*.json")), ids=lambda p: p.stem)
@@ -97,4 +108,4 @@ def test_results_say_where_they_were_measured(path: pathlib.Path) -> None:
     document = json.loads(path.read_text())
     assert document["hardware"]["device"].startswith("NVIDIA H")
     assert document["commit"]
-    assert document["results"]
+    assert document.get("results") or document["shapes"]

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import BlockTable, CacheFormat, PagedCache
+from parallel import devices_of
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -136,3 +137,38 @@ def test_wrong_calls_are_named() -> None:
         with pytest.raises(error, match=message):
             call()
     assert not cache.blocks.is_deleted()
+
+
+@pytest.mark.gpu
+def test_blocks_go_between_gpus() -> None:
+    """From one GPU's cache into another's, and into one that both share, without the host."""
+    gpus = devices_of("cuda", 2)
+    caches = []
+    for gpu, first in zip(gpus, (0, 100), strict=True):
+        with jax.default_device(gpu):
+            caches.append(make_cache(FORMATS["one plane"], first=first))
+    moved = caches[0].get_sequence([5, -1, 2])
+    assert moved.blocks.devices() == {gpus[0]}
+    expected = numbers(caches[1].blocks), numbers(caches[1].index_blocks, layers=2)
+    for want in expected:
+        want[0, :, [7, 0]] = [[5 + 8 * i for i in range(want.shape[1])],
+                              [2 + 8 * i for i in range(want.shape[1])]]  # fmt: skip
+    after = caches[1].insert_sequences([moved], [[7, -1, 0]])
+    assert after.blocks.devices() == {gpus[1]}
+    np.testing.assert_array_equal(numbers(after.blocks), expected[0])
+    np.testing.assert_array_equal(numbers(after.index_blocks, layers=2), expected[1])
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=gpus)
+    by_block = NamedSharding(mesh, P("data"))
+    shared = make_cache(FORMATS["one plane"], first=50)
+    shared = dataclasses.replace(
+        shared,
+        blocks=jax.device_put(shared.blocks, by_block),
+        index_blocks=jax.device_put(shared.index_blocks, by_block),
+    )
+    before = numbers(shared.blocks, 2)
+    back = after.get_sequence([7, 0])
+    both = shared.insert_sequences([back], [[3, 1]], shard=(1, 2))
+    assert both.blocks.devices() == set(gpus)
+    before[1][:, [3, 1]] = [[5, 2], [13, 10], [21, 18]]
+    np.testing.assert_array_equal(numbers(both.blocks, 2), before)

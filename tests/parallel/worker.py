@@ -1,8 +1,8 @@
-"""One of several processes that run layers over all of their devices.
+"""One of several processes that run layers and long contexts over all of their devices.
 
     worker.py PLATFORM RANK PROCESSES ADDRESS
 
-Prints a line "passed" at its end.
+Prints what it has done, and a line "passed" at its end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import jax
 import numpy as np
 
 from jax_flashmla import connect_peers
-from parallel import check_layers, make_mesh
+from long_contexts import check_long_context
+from parallel import check_layers, check_moves, make_mesh
+
+TOKENS = {"cpu": 70, "cuda": 131_077}
 
 
 def main(platform: str, rank: int, processes: int, address: str) -> None:
@@ -29,9 +32,16 @@ def main(platform: str, rank: int, processes: int, address: str) -> None:
     peers = connect_peers(mesh, "model")
     assert (peers.refusal is None) == (platform == "cuda"), peers.refusal
     check_layers(mesh, peers)
+    print("layers", flush=True)
     if peers.refusal is None:
         assert not peers.failed()
         check_layers(mesh, None)
+    check_moves(make_mesh(list(by_rank.flat), data=by_rank.size))
+    print("moves", flush=True)
+    for connect in (connect_peers, None) if peers.refusal is None else (None,):
+        check_long_context(
+            list(by_rank.flat), TOKENS[platform], 2, heads_split=True, connect=connect
+        )
     jax.distributed.shutdown()  # together: the first to leave would be reported as lost
     print("passed", flush=True)
 

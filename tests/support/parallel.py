@@ -177,3 +177,25 @@ def check_layers(mesh: Mesh, peers: Peers | None) -> None:
             tolerances.assert_close("x", mine, expected[shard.index], tolerances.BF16_LAYER)
             first = copies.setdefault(str(shard.index), mine)
             np.testing.assert_array_equal(first.view(np.uint16), mine.view(np.uint16))
+
+
+def check_moves(mesh: Mesh) -> None:
+    """A sequence's blocks from the first share of a cache over "data" to its last, by the host."""
+    shares = mesh.shape["data"]
+    cache = make_caches(mesh.devices.flat[0].platform, shares)
+    blocks = np.asarray(cache.blocks)
+    numbers = np.arange(len(blocks)).reshape(-1, *[1] * (blocks.ndim - 1))
+    blocks = np.broadcast_to(numbers, blocks.shape).astype(blocks.dtype)
+    cache = put(
+        dataclasses.replace(cache, blocks=blocks), mesh, jax.tree.map(lambda _: P("data"), cache)
+    )
+    kept = jax.device_get(cache.get_sequence([3, 0], shard=(0, shares)))
+    of_layer = len(blocks) // (shares * LAYERS)
+    taken = of_layer * np.arange(LAYERS)[:, None] + np.array([3, 0])
+    np.testing.assert_array_equal(kept.blocks, blocks[taken])
+    after = cache.insert_sequences([kept], [[1, 2]], shard=(shares - 1, shares))
+    expected = blocks.copy()
+    to = of_layer * (LAYERS * (shares - 1) + np.arange(LAYERS)[:, None]) + np.array([1, 2])
+    expected[to] = blocks[taken]
+    for shard in after.blocks.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])

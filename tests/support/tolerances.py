@@ -26,6 +26,9 @@ OUT = Tolerance(absolute=8e-4, relative=2.01 / 128, cosine=5e-6)
 # off 2^-18 in each of 36 steps of 16 columns: 1e-6 where these add up as noise, here twice that.
 LSE = Tolerance(absolute=2e-6, relative=8.01 / 65536)
 
+# Of one kernel's outputs against another's, each of which may err as OUT says, on its own.
+TWO_OUTS = Tolerance(absolute=1.6e-3, relative=4.02 / 128, cosine=1e-5)
+
 # FlashMLA's own for sparse decode, against attention over the dequantised cache: as OUT. The
 # absolute bound is a little wider, for rows are fewer, and averages over them larger.
 SPARSE_OUT = Tolerance(absolute=1e-3, relative=2.01 / 128, cosine=5e-6)

@@ -1,23 +1,17 @@
-// How a mailbox is laid out, and which way a message takes.
+// Which way a message takes.
 #pragma once
 
 #include <cstdint>
 
-#include "params/all_reduce_sum.h"
+#include "params/peers.h"
+#include "sm90/peers/region.h"
 
 namespace flashmla::sm90::all_reduce_sum {
 
-constexpr int kThreads = 256;
-constexpr int kMaxBlocks = 128;
-constexpr int64_t kVectorBytes = 16;
+using namespace peers;
 
 // The longest message.
 constexpr int64_t kMaxMessageBytes = 2 * 1024 * 1024;
-
-// A thread block's part of a mailbox, once for each of two epochs.
-constexpr int64_t kRegionBytes = 64 * 1024;
-constexpr int64_t kRegionVectors = kRegionBytes / kVectorBytes;
-constexpr int64_t kMailboxBytes = int64_t{kMaxBlocks} * 2 * kRegionBytes;
 
 // Bytes that a device may send more in one round, for which the second one's latency is saved. Four
 // H200s, us in one round and in two: 112 KB 5.4 and 6.7, 448 KB 9.8 and 8.0.
@@ -34,9 +28,8 @@ struct Split {
 
 constexpr Split split_rounds(int64_t vectors, int size, bool two_rounds) {
   const int64_t segment = two_rounds ? (vectors + size - 1) / size : vectors;
-  int64_t blocks = (segment + kThreads - 1) / kThreads;
-  if (blocks > kMaxBlocks) blocks = kMaxBlocks;
-  return {two_rounds, static_cast<int>(blocks), segment, (segment + blocks - 1) / blocks};
+  const int blocks = blocks_for(segment);
+  return {two_rounds, blocks, segment, (segment + blocks - 1) / blocks};
 }
 
 // Vectors of a region that a block uses.

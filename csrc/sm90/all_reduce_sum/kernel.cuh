@@ -13,68 +13,17 @@
 // epoch is its own count in device memory, so a replayed graph goes on counting, and grids of other
 // sizes in between do not matter.
 //
-// Hazard: the calls of a device on one group must be ordered by its stream. No launch of this
-// kernel may start before the previous one has ended (programmatic dependent launch).
+// Hazard: the calls of a device on one group must be ordered by its stream, those of exchange too.
+// No launch of their kernels may start before the previous one has ended (programmatic dependent
+// launch).
 #pragma once
 
+#include "params/all_reduce_sum.h"
 #include "sm90/all_reduce_sum/config.h"
-#include "sm90/all_reduce_sum/mailbox.cuh"
 #include "sm90/all_reduce_sum/vector.cuh"
-#include "sm90/all_reduce_sum/workspace.h"
+#include "sm90/peers/receive.cuh"
 
 namespace flashmla::sm90::all_reduce_sum {
-
-// A block's view of its region in every mailbox: slots [2 rounds, size, chunk].
-struct Region {
-  const Workspace& workspace;
-  int64_t begin;  // of the region in any mailbox, in vectors
-  int64_t chunk;
-
-  __device__ __forceinline__ uint4* slot(int mailbox, int round, int from, int64_t i) const {
-    return workspace.mailboxes[mailbox] + begin + (round * workspace.size + from) * chunk + i;
-  }
-};
-
-// Waits for the words of a slot that was found incomplete. Gives up after the timeout: from then on
-// every word of the group is NaN, here at once, at the other devices as they receive it.
-__device__ __forceinline__ uint4 await(const uint4* slot, uint64_t timeout_ns, uint32_t* failed,
-                                       uint32_t* host_failed) {
-  const uint64_t since = nanoseconds();
-  uint4 v;
-  for (int polls = 1; !is_complete(v = load_slot(slot)); ++polls) {
-    if (polls % 256 != 0) continue;
-    const bool late = nanoseconds() - since > timeout_ns;
-    if (late) {
-      *static_cast<volatile uint32_t*>(failed) = 1;
-      *static_cast<volatile uint32_t*>(host_failed) = 1;
-    }
-    if (late || *static_cast<volatile uint32_t*>(failed) != 0) return kNaNs;
-  }
-  return v;
-}
-
-// What the others have sent, or kEmpty: parts [size]. All loads are under way at once.
-template <int kSize>
-__device__ __forceinline__ void look(const Region& region, int round, int64_t i,
-                                     uint4 (&parts)[kSize]) {
-  const int size = region.workspace.size, rank = region.workspace.rank;
-#pragma unroll
-  for (int from = 0; from < kSize; ++from) {
-    if (from < size && from != rank) parts[from] = load_slot(region.slot(rank, round, from, i));
-  }
-}
-
-// Waits for what look did not find, and leaves the slot empty.
-__device__ __forceinline__ uint4 take(const Region& region, int round, int from, int64_t i,
-                                      uint4 found) {
-  const Workspace& workspace = region.workspace;
-  uint4* slot = region.slot(workspace.rank, round, from, i);
-  if (!is_complete(found)) {
-    found = await(slot, workspace.timeout_ns, workspace.failed, workspace.host_failed);
-  }
-  empty(slot);
-  return found;
-}
 
 // kSize: at least the group's size.
 template <class Element, int kSize, bool kTwoRounds>
@@ -104,8 +53,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto vector_of = [&](int owner, int64_t i) {
     return (kTwoRounds ? owner * split.segment : 0) + first + i;
   };
-  // Another device, a different one for each at every step from 1 on.
-  const auto other = [&](int step) { return rank + step - (rank + step < size ? 0 : size); };
 
   // Round 1: x to those that sum it.
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
@@ -113,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int step = 1; step < kSize; ++step) {
       if (step >= size) break;
-      const int to = other(step);
+      const int to = other(workspace, step);
       const int64_t vector = vector_of(to, i);
       if (vector < vectors) send(region.slot(to, 0, rank, i), kTwoRounds ? load(vector) : whole);
     }
@@ -136,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kTwoRounds) {
 #pragma unroll
       for (int step = 1; step < kSize; ++step) {
-        if (step < size) send(region.slot(other(step), 1, rank, i), total);
+        if (step < size) send(region.slot(other(workspace, step), 1, rank, i), total);
       }
     }
   }

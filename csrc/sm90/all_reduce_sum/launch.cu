@@ -36,13 +36,8 @@ Status launch_size(const AllReduceSumParams& params, const Workspace& workspace,
 Status run_all_reduce_sum(const AllReduceSumParams& params, cudaStream_t stream) {
   using namespace all_reduce_sum;
   Workspace workspace;
-  Status status = find_workspace(params.group, params.device, &workspace);
+  Status status = find_workspace("all_reduce_sum", params.group, params.device, &workspace);
   if (!status.ok()) return status;
-  if (has_failed(params.group, params.device)) {
-    return Status::Internal(
-        "all_reduce_sum: a device of the group did not take part in an earlier sum within the "
-        "timeout of connect_peers; every sum since then is NaN");
-  }
   const int64_t bytes = params.elements * itemsize(params.dtype);
   if (bytes > kMaxMessageBytes) {
     return Status::InvalidArgument("all_reduce_sum takes at most " +

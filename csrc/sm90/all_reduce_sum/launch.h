@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 
 #include "params/all_reduce_sum.h"
-#include "sm90/all_reduce_sum/workspace.h"
 #include "status.h"
 
 namespace flashmla::sm90 {

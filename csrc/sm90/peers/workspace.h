@@ -5,12 +5,12 @@
 #include <cstdint>
 #include <string>
 
-#include "params/all_reduce_sum.h"
+#include "params/peers.h"
 #include "status.h"
 
 namespace flashmla::sm90 {
 
-namespace all_reduce_sum {
+namespace peers {
 
 // What the kernel is given, by value. A mailbox has, for each thread block, two regions in turn:
 // [kMaxBlocks, 2, kRegionVectors].
@@ -19,14 +19,15 @@ struct Workspace {
   uint64_t timeout_ns;
   uint4* mailboxes[kMaxPeers];  // by rank, as this device addresses them
   uint32_t* epochs;             // [kMaxBlocks] calls that a block has taken part in
-  uint32_t* failed;             // a member did not answer: every later sum is NaN
+  uint32_t* failed;             // a member did not answer: all later words are NaN
   uint32_t* host_failed;        // the same in the host's memory
 };
 
-// The workspace of an open group on a device, every member of which is reached.
-Status find_workspace(int64_t group, int device, Workspace* workspace);
+// The workspace of an open group on a device, every member of which is reached and none of which
+// has failed to come.
+Status find_workspace(const char* operation, int64_t group, int device, Workspace* workspace);
 
-}  // namespace all_reduce_sum
+}  // namespace peers
 
 // Makes the device a member: allocates its mailbox. `handle` is what another process reaches it by.
 Status open_group(const Member& member, std::string* handle);

@@ -1,4 +1,4 @@
-#include "sm90/all_reduce_sum/workspace.h"
+#include "sm90/peers/workspace.h"
 
 #include <cuda_runtime_api.h>
 
@@ -8,14 +8,14 @@
 #include <utility>
 #include <vector>
 
-#include "sm90/all_reduce_sum/config.h"
 #include "sm90/host/launch.h"
+#include "sm90/peers/region.h"
 
 namespace flashmla::sm90 {
-namespace all_reduce_sum {
+namespace peers {
 namespace {
 
-constexpr const char* kWhat = "all_reduce_sum";
+constexpr const char* kWhat = "connect_peers";
 
 struct Membership {
   Workspace workspace = {};
@@ -79,22 +79,27 @@ cudaError_t enable_peer_access(int device, int peer) {
 
 }  // namespace
 
-Status find_workspace(int64_t group, int device, Workspace* workspace) {
+Status find_workspace(const char* operation, int64_t group, int device, Workspace* workspace) {
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = memberships.find({group, device});
   if (found == memberships.end() || found->second.reached != found->second.workspace.size) {
     return Status::FailedPrecondition(
-        "all_reduce_sum: device " + std::to_string(device) +
+        std::string(operation) + ": device " + std::to_string(device) +
         " is not connected to the others of its group: call connect_peers with the mesh that "
         "shard_map is given, in every process");
+  }
+  if (*static_cast<volatile uint32_t*>(found->second.workspace.host_failed) != 0) {
+    return Status::Internal(std::string(operation) +
+                            ": a device of the group did not take part in an earlier call within "
+                            "the timeout of connect_peers; every result since then is NaN");
   }
   *workspace = found->second.workspace;
   return Status::Ok();
 }
 
-}  // namespace all_reduce_sum
+}  // namespace peers
 
-using namespace all_reduce_sum;
+using namespace peers;
 
 Status open_group(const Member& member, std::string* handle) {
   std::lock_guard<std::mutex> lock(mutex);

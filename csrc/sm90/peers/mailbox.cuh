@@ -3,14 +3,14 @@
 //
 // In the PTX memory model every word is one relaxed access at system scope, and no order between
 // words is relied on. Who emptied a slot, and when it is filled again, is ordered by the ends of
-// kernels: see kernel.cuh.
+// kernels: see all_reduce_sum/kernel.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-namespace flashmla::sm90::all_reduce_sum {
+namespace flashmla::sm90::peers {
 
 constexpr uint32_t kEmpty = 0xffffffff;     // a NaN in f32; two of them in bf16 and f16
 constexpr uint32_t kOtherNaN = 0x7fff7fff;  // as well, and sent in its place
@@ -54,4 +54,4 @@ __device__ __forceinline__ uint64_t nanoseconds() {
   return ns;
 }
 
-}  // namespace flashmla::sm90::all_reduce_sum
+}  // namespace flashmla::sm90::peers
