@@ -272,6 +272,33 @@ def _refuse_deleted(name: str, x: Any) -> None:
         )
 
 
+def refuse_donated(name: str, tree: Any) -> None:
+    """A pytree with arrays that a jitted function has taken over."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            raise ValueError(
+                f"{name} must have live arrays, got one that was donated or deleted: use the "
+                f"{name} that the donating call returned"
+            )
+
+
+def axis_size(name: str, axis: Any) -> int:
+    """Devices of a mesh axis, inside of a `jax.shard_map` over it."""
+    try:
+        return int(jax.lax.axis_size(axis))
+    except NameError:
+        mapped = jax.sharding.get_abstract_mesh().manual_axes
+        if not mapped:
+            raise ValueError(
+                f"{name} must be a mesh axis of the jax.shard_map that this is called inside of, "
+                f"got {axis!r} outside of any"
+            ) from None
+        raise ValueError(
+            f"{name} must be one of the axes {tuple(mapped)} that jax.shard_map maps here, got "
+            f"{axis!r}"
+        ) from None
+
+
 def dtype_names(dtypes: tuple[np.dtype, ...]) -> str:
     return one_of(dtype.name for dtype in dtypes)
 

@@ -67,6 +67,7 @@ def as_context(context: Any) -> Context | None:
     return None if size == 1 else Context(jnp.clip(rank, 0, size - 1), size)
 
 
-def context_of(axis: str) -> Context | None:
+def context_of(axis: str, name: str = "axis") -> Context | None:
     """Inside `jax.shard_map`, this device's rank among those of a mesh axis."""
-    return as_context((jax.lax.axis_index(axis), jax.lax.axis_size(axis)))
+    size = _checks.axis_size(name, axis)
+    return as_context((jax.lax.axis_index(axis), size))

@@ -64,9 +64,12 @@ def dense_decode(
     Raises:
         TypeError, ValueError, NotImplementedError: as `dense_decode`.
     """
+    size = _checks.axis_size("axis", axis)
+    if "context" in options:
+        raise TypeError("context must be left out: axis says it")
     if heads_split:
         q = _gather_heads(q, axis, peers)
-    context = (jax.lax.axis_index(axis), jax.lax.axis_size(axis))
+    context = (jax.lax.axis_index(axis), size)
     out, lse = _dense.dense_decode(
         q, blocks, block_table, cache_seqlens, context=context, **options
     )
@@ -100,6 +103,7 @@ def sparse_decode(
     Raises:
         TypeError, ValueError, NotImplementedError: as `sparse_decode`.
     """
+    _checks.axis_size("axis", axis)
     if attn_sink is not None:
         attn_sink = _checks.as_sink(attn_sink, q.shape[2])
     if heads_split:
@@ -138,7 +142,7 @@ def merge_over(
     Raises:
         ValueError: the ranks cannot share the heads evenly.
     """
-    n, heads = jax.lax.axis_size(axis), lse.ndim - 1
+    n, heads = _checks.axis_size("axis", axis), lse.ndim - 1
     few = n * (out.size * out.dtype.itemsize + lse.size * 4) <= _limits.MAX_EXCHANGE_BYTES
     if heads_split:
         h_q = lse.shape[heads]

@@ -1,10 +1,14 @@
-"""What can be wrong with the values of a block table: a debugging aid on the host."""
+"""Debugging aids on the host: what a cache is, and what can be wrong with its table's values."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
+from jax_flashmla import _checks
 from jax_flashmla.cache.table import BlockTable
 
 
@@ -16,6 +20,7 @@ def check_table(table: BlockTable, overflow: jax.Array, num_blocks: int) -> list
     table's columns are split, so are each sequence's tokens: of the devices of one batch, the
     r-th of n has every n-th from the r-th on.
     """
+    _checks.refuse_donated("cache", (table, overflow))
     batches, ranks = _slices(table.block_table, 0), _slices(table.block_table, 1)
     found = []
     for rows in batches:
@@ -30,6 +35,21 @@ def check_table(table: BlockTable, overflow: jax.Array, num_blocks: int) -> list
                 rows.start,
             )
     return found
+
+
+def describe(cache: Any) -> str:
+    """A PagedCache in a line, without its values; or its fields, where leaves are no arrays, as in
+    a tree of PartitionSpecs."""
+    leaves = jax.tree.leaves((cache.blocks, cache.table), is_leaf=lambda x: x is None)
+    if not all(hasattr(x, "shape") for x in leaves):
+        fields = (f"{x.name}={getattr(cache, x.name)!r}" for x in dataclasses.fields(cache))
+        return f"PagedCache({', '.join(fields)})"
+    b, max_blocks = cache.table.block_table.shape
+    index = "" if cache.index_blocks is None else f", index_format={cache.index_format}"
+    return (
+        f"PagedCache(b={b}, max_blocks={max_blocks}, num_blocks={cache.num_blocks}, "
+        f"layers={cache.layers}, format={cache.format}{index})"
+    )
 
 
 def _slices(block_table: jax.Array, axis: int) -> list[slice]:

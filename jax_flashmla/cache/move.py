@@ -77,6 +77,7 @@ def _insert(
 
 def get_all(cache: Any, block_ids: ArrayLike, shard: tuple[int, int]) -> CacheBlocks:
     """`PagedCache.get_sequence`."""
+    _check_movable("get_sequence", cache)
     ids, shard = check_ids(block_ids), check_shard(shard)
     index = cache.index_blocks
     return CacheBlocks(
@@ -89,6 +90,7 @@ def get_all(cache: Any, block_ids: ArrayLike, shard: tuple[int, int]) -> CacheBl
 
 def insert_all(cache: Any, sequences: Any, block_ids: Any, shard: tuple[int, int]) -> Any:
     """`PagedCache.insert_sequences`: nothing is written before all has been checked."""
+    _check_movable("insert_sequences", cache)
     shard, ids = check_shard(shard), [check_ids(x) for x in block_ids]
     if len(sequences) != len(ids):
         raise ValueError(
@@ -115,6 +117,13 @@ def insert_all(cache: Any, sequences: Any, block_ids: Any, shard: tuple[int, int
         if has_index:
             index = insert(index, cache.index_layers, moved.index_blocks, to, shard)
     return dataclasses.replace(cache, blocks=blocks, index_blocks=index)
+
+
+def _check_movable(method: str, cache: Any) -> None:
+    """That its arrays are there, with shardings of their own."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(cache)):
+        raise TypeError(f"{method} cannot be called under jit or shard_map, got a traced cache")
+    _checks.refuse_donated("cache", cache)
 
 
 def _check_moved(name: str, moved: Any, like: Blocks, layers: int, n: int) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks
 from jax_flashmla.cache import move, pool
-from jax_flashmla.cache.check import check_table
+from jax_flashmla.cache.check import check_table, describe
 from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.cache.move import CacheBlocks
 from jax_flashmla.cache.pool import Blocks, LayerView
@@ -383,12 +383,7 @@ class PagedCache:
         )
 
     def __repr__(self) -> str:
-        b, max_blocks = self.table.block_table.shape
-        index = "" if self.index_blocks is None else f", index_format={self.index_format}"
-        return (
-            f"PagedCache(b={b}, max_blocks={max_blocks}, num_blocks={self.num_blocks}, "
-            f"layers={self.layers}, format={self.format}{index})"
-        )
+        return describe(self)
 
     def check(self) -> list[str]:
         """What is wrong with the values, a sentence each: a debugging aid that reads the device.

@@ -115,13 +115,14 @@ class BlockTable:
             The table with its new lengths, the slots for `write`, and the tokens of each sequence
             that did not fit into its blocks [b] int32.
         """
+        _checks.refuse_donated("table", self)
         s_new = _checks.check_int("s_new", s_new, 1, _limits.INT32_MAX)
         b = self.cache_seqlens.shape[0]
         if num_new is None:
             num_new = jnp.full(b, s_new, jnp.int32)
         num_new = jnp.clip(_checks.as_per_sequence("num_new", num_new, b), 0, s_new)
         capacity = self.capacity(num_blocks)
-        here = None if context_axis is None else context_of(context_axis)
+        here = None if context_axis is None else context_of(context_axis, "context_axis")
         if here is not None:
             assert context_axis is not None
             capacity = here.agree(capacity, context_axis)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import CacheFormat, PagedCache, Slots, context, index_topk, quantise
+from jax_flashmla import CacheFormat, PagedCache, Slots, _checks, context, index_topk, quantise
 from jax_flashmla.layers.config import IndexerConfig, MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
@@ -117,7 +117,7 @@ def select_projected(
     cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
     longest = cache.table.max_seqlen
     if context_axis is not None:
-        longest *= jax.lax.axis_size(context_axis)
+        longest *= _checks.axis_size("context_axis", context_axis)
     longest = longest if prefix else min(longest, slots.s_new)
     if longest <= indexer.topk:
         return cache, ALL

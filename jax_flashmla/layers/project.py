@@ -41,7 +41,7 @@ def check_call(
             f"cache must have config.cache_format()'s d_qk = {config.d_qk}, d_v = "
             f"{config.kv_lora_rank} and h_kv = 1, got {cache.format}"
         )
-    ranks = 1 if context_axis is None else jax.lax.axis_size(context_axis)
+    ranks = 1 if context_axis is None else _checks.axis_size("context_axis", context_axis)
     shared = 1 if slots.share is None else slots.share.size
     if ranks != shared:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_call(
 
 def heads_per_device(config: MLAConfig, heads_axis: str | None) -> int:
     """Heads that one device has, where the mesh axis splits them; all of them for None."""
-    num_devices = 1 if heads_axis is None else jax.lax.axis_size(heads_axis)
+    num_devices = 1 if heads_axis is None else _checks.axis_size("heads_axis", heads_axis)
     if config.num_heads % num_devices:
         raise ValueError(
             f"heads_axis must split num_heads = {config.num_heads} evenly, got {heads_axis!r} of "

@@ -46,6 +46,7 @@ def all_reduce_sum(
     """
     _checks.check_implementation(implementation)
     _checks.refuse_foreign("x", x, "[...]")
+    _checks.axis_size("axis", axis)
     if peers is not None:
         check_peers(peers, axis)
     refusal = "it is not asked for" if implementation == "xla" else peers_refusal(peers, x)

@@ -115,3 +115,38 @@ def apart():
 def test_wrong_calls_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("table", lambda cache: cache.advance()),
+        ("table", lambda cache: cache.append(ROW)),
+        ("cache", lambda cache: cache.check()),
+        ("cache", lambda cache: cache.get_sequence([0])),
+        ("cache", lambda cache: cache.insert_sequences([], [])),
+    ],
+)
+def test_a_donated_cache_is_named(name, call):
+    cache = single()
+    jax.jit(lambda cache: cache.advance()[0], donate_argnums=0)(cache)
+    with pytest.raises(ValueError, match=f"^{name} must have live arrays, .* use the {name} that"):
+        call(cache)
+
+
+def test_moving_under_jit_is_refused():
+    kept = single().get_sequence([0])
+    for name, call in (
+        ("get_sequence", lambda cache: cache.get_sequence([0])),
+        ("insert_sequences", lambda cache: cache.insert_sequences([kept], [[1]])),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} cannot be called under jit"):
+            jax.jit(call)(single())
+
+
+def test_any_tree_of_a_cache_can_be_printed():
+    cache = single()
+    assert repr(cache).startswith("PagedCache(b=1, max_blocks=2, num_blocks=")
+    assert repr(jax.eval_shape(lambda x: x, cache)) == repr(cache)
+    for tree in (cache.specs(batch="data"), jax.tree.map(lambda _: None, cache)):
+        assert repr(tree).startswith("PagedCache(blocks=")
