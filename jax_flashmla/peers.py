@@ -64,8 +64,8 @@ def connect_peers(mesh: Mesh, axis: str, *, timeout: float = 60.0) -> Peers:
     """Connects the devices along an axis of a mesh, for `all_reduce_sum`.
 
     Called once, outside of jit; with the devices of several processes, by all processes of
-    `jax.distributed`. Called again with the same mesh and axis it gives the same peers. Each GPU
-    keeps 16 MiB for it, outside of XLA's memory.
+    `jax.distributed`. Called again with the same mesh and axis it gives the same peers, with their
+    first timeout. Each GPU keeps 16 MiB for it, outside of XLA's memory.
 
     Between GPUs of one host (2, 4 or 8, or any number up to 8, of compute capability 9.0) that can
     access each other's memory, as over NVLink, and between CPU devices of one process, peers are

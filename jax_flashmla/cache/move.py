@@ -44,8 +44,8 @@ def check_shard(shard: tuple[int, int]) -> tuple[int, int]:
     return _checks.check_int("shard[0]", shard[0], 0, size - 1), size
 
 
-def check_ids(block_ids: ArrayLike) -> jax.Array:
-    return _checks.as_int32("block_ids", block_ids, "[n]", may_be_empty=True)
+def check_ids(block_ids: ArrayLike, name: str = "block_ids") -> jax.Array:
+    return _checks.as_int32(name, block_ids, "[n]", may_be_empty=True)
 
 
 def get(blocks: Blocks, layers: int, ids: jax.Array, shard: tuple[int, int]) -> jax.Array:
@@ -91,7 +91,10 @@ def get_all(cache: Any, block_ids: ArrayLike, shard: tuple[int, int]) -> CacheBl
 def insert_all(cache: Any, sequences: Any, block_ids: Any, shard: tuple[int, int]) -> Any:
     """`PagedCache.insert_sequences`: nothing is written before all has been checked."""
     _check_movable("insert_sequences", cache)
-    shard, ids = check_shard(shard), [check_ids(x) for x in block_ids]
+    shard = check_shard(shard)
+    if isinstance(sequences, CacheBlocks):
+        raise TypeError("sequences must be a list of CacheBlocks, got one alone")
+    ids = [check_ids(x, f"block_ids[{i}]") for i, x in enumerate(block_ids)]
     if len(sequences) != len(ids):
         raise ValueError(
             f"block_ids must be as many as sequences, {len(sequences)}, got {len(ids)}"

@@ -130,6 +130,12 @@ def test_wrong_calls_are_named() -> None:
         (lambda: cache.insert_sequences([three], [[0, 1]]), ValueError, r"got bfloat16\[2, 2, 64"),
         (lambda: cache.insert_sequences([moved], []), ValueError, "as many as sequences, 1, got 0"),
         (lambda: cache.insert_sequences([1], [[0]]), TypeError, "must be CacheBlocks"),
+        (lambda: cache.insert_sequences(moved, [0, 1]), TypeError, "must be a list of CacheBlocks"),
+        (
+            lambda: cache.insert_sequences([moved], [0, 1]),
+            ValueError,
+            r"block_ids\[0\] must have rank 1",
+        ),
         (lambda: cache.get_sequence([[0]]), ValueError, "block_ids"),
         (lambda: cache.get_sequence([0], shard=(2, 2)), ValueError, r"shard\[0\]"),
         (lambda: cache.get_sequence([0], shard=(0, 3)), ValueError, r"shard\[1\] must divide"),
