@@ -165,6 +165,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--speculate must be at least 0, got {arguments.speculate}")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.cache_blocks is not None and arguments.cache_blocks < 1:
+        raise ValueError(f"--cache-blocks must be at least 1, got {arguments.cache_blocks}")
     if arguments.cache_format != "dense" and arguments.dtype == "float32":
         raise ValueError(
             "--dtype must be bfloat16 or float16 with --cache-format "

@@ -135,6 +135,7 @@ def edit(directory: pathlib.Path, **changes: object) -> None:
             "stop_strings must be non-empty",
         ),
         (["--prompt", "a", "--batch", "0"], "batch must be at least 1"),
+        (["--prompt", "a", "--cache-blocks", "0"], "--cache-blocks must be at least 1, got 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (
             ["--prompt", "a", "--max-new-tokens", "-3"],
