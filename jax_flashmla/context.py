@@ -189,7 +189,6 @@ def index_topk(
     cache_seqlens: jax.Array,
     *,
     axis: str,
-    peers: Peers | None = None,
     format: CacheFormat | None,
     topk: int,
     causal: bool = True,
@@ -209,7 +208,6 @@ def index_topk(
         blocks, block_table, first_block, layer_blocks: the rank's own.
         cache_seqlens: [b] int32, of whole sequences.
         axis: the mesh axis that shares out the tokens.
-        peers: as for `dense_decode`: ranks' best are then gathered in one kernel over peer memory.
         format, causal, implementation: as for `index_topk`.
         topk: how many of all tokens.
         scores: as for `index_topk`, of the rank's own tokens.
@@ -239,10 +237,11 @@ def index_topk(
         source, here, topk=topk, causal=causal, has_scores=has_scores, implementation=implementation
     )
     position = here.positions(local)
-    order = _order(best, position)
-    best, gathered = _gather_best(best, position, axis, peers)
-    ordered = jax.lax.sort((_order(best, gathered), gathered), dimension=2, num_keys=2)
-    last_order, last_position = (x[:, :, topk - 1 : topk] for x in ordered)
+    order = jnp.where(local < 0, _NEVER, _descending(best))
+    gathered = (jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (order, position))
+    last_order, last_position = (
+        x[:, :, topk - 1 : topk] for x in jax.lax.sort(tuple(gathered), dimension=2, num_keys=2)
+    )
     earlier = (order < last_order) | ((order == last_order) & (position <= last_position))
     local = jnp.sort(jnp.where(earlier & (local >= 0), local, _limits.INT32_MAX), axis=2)
     local = jnp.where(local == _limits.INT32_MAX, -1, local)
@@ -251,32 +250,6 @@ def index_topk(
 
 
 _NEVER = np.int32(_limits.INT32_MAX)  # behind the order of every score
-
-
-def _order(scores: jax.Array, positions: jax.Array) -> jax.Array:
-    """int32, the less the higher the score; behind all where the position is -1: nothing."""
-    return jnp.where(positions < 0, _NEVER, _descending(scores))
-
-
-def _gather_best(
-    scores: jax.Array, positions: jax.Array, axis: str, peers: Peers | None
-) -> tuple[jax.Array, jax.Array]:
-    """All ranks' float32 scores and int32 positions [b, s_q, topk], along the last axis."""
-    # Over peers a word of ones, as of -1, may change: -1 travels as the largest of all.
-    sent = jnp.where(positions < 0, _NEVER, positions)
-    words = scores, jax.lax.bitcast_convert_type(sent, jnp.float32)
-    if peers is None or exchange_refusal(peers, axis, words, gather=True) is not None:
-        scores, positions = (
-            jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (scores, positions)
-        )
-        return scores, positions
-    shape = (*scores.shape[:2], -1)
-    scores, words_back = (
-        jnp.moveaxis(x, 0, 2).reshape(shape)
-        for x in exchange(words, axis, peers=peers, gather=True)
-    )
-    sent = jax.lax.bitcast_convert_type(words_back, jnp.int32)
-    return scores, jnp.where(sent == _NEVER, -1, sent)
 
 
 def _descending(scores: jax.Array) -> jax.Array:

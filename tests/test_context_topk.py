@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import index_cases
 from index_cases import IndexCase, Problem
-from jax_flashmla import connect_peers, context, index_scores, index_topk
+from jax_flashmla import context, index_scores, index_topk
 from jax_flashmla.ops import index_topk as topk_module
 from stored import poisoned_blocks
 
@@ -57,11 +57,8 @@ CASES = [
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("by_peers", [False, True], ids=["XLA", "peers"])
 @pytest.mark.parametrize(("case", "size", "given"), CASES, ids=str)
-def test_ranks_select_what_one_device_does(
-    case: IndexCase, size: int, given: bool, by_peers: bool
-) -> None:
+def test_ranks_select_what_one_device_does(case: IndexCase, size: int, given: bool) -> None:
     problem = index_cases.make_problem(case)
     blocks, tables = share_keys(problem, size)
     fixed = {k: problem.arguments[k] for k in ("q", "weights", "cache_seqlens")}
@@ -77,15 +74,12 @@ def test_ranks_select_what_one_device_does(
             scores = index_scores(**arguments, context=here)
             arguments |= dict.fromkeys(("q", "weights", "blocks"), None)
             arguments |= {"scores": scores, "first_block": 0}
-        got = context.index_topk(
-            **arguments, axis="t", peers=peers, topk=case.topk, return_positions=True
-        )
+        got = context.index_topk(**arguments, axis="t", topk=case.topk, return_positions=True)
         return got[0][None], got[1][None]
 
     mesh = jax.make_mesh(
         (size,), ("t",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:size]
     )
-    peers = connect_peers(mesh, "t") if by_peers else None
     sharded = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=P("t"), out_specs=P("t")))
     check(problem, size, *map(np.asarray, sharded(blocks, tables)), tables)
 

@@ -82,7 +82,7 @@ def decode(
 
     cache, selection = selection_for(
         selection, config, params, x, cache, slots, layer, heads_axis, context_axis, implementation,
-        down=down, peers=peers,
+        down=down,
     )  # fmt: skip
     if selection.slots is not None:
         out = attend_selected(

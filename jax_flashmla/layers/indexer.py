@@ -9,16 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import (
-    CacheFormat,
-    PagedCache,
-    Peers,
-    Slots,
-    _checks,
-    context,
-    index_topk,
-    quantise,
-)
+from jax_flashmla import CacheFormat, PagedCache, Slots, _checks, context, index_topk, quantise
 from jax_flashmla.layers.config import IndexerConfig, MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
@@ -55,7 +46,6 @@ def select(
     prefix: bool = True,
     heads_axis: str | None = None,
     context_axis: str | None = None,
-    peers: Peers | None = None,
     implementation: str | None = None,
 ) -> tuple[PagedCache, Selection]:
     """Writes the new tokens' index keys, and selects the tokens that they attend to.
@@ -81,7 +71,6 @@ def select(
             selects for itself: the same tokens, as the indexer's heads are not split.
         context_axis: as for `decode`. Each device's slots are those that it has of the selected
             tokens.
-        peers: from `connect_peers` over context_axis; as for `context.index_topk`.
         implementation: as for `index_topk`.
 
     Returns:
@@ -93,9 +82,8 @@ def select(
     """
     check_call(config, params, x, cache, slots, heads_axis, context_axis)
     return select_projected(
-        None, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix,
-        peers=peers,
-    )  # fmt: skip
+        None, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
+    )
 
 
 def select_projected(
@@ -110,7 +98,6 @@ def select_projected(
     implementation: str | None,
     *,
     prefix: bool,
-    peers: Peers | None,
 ) -> tuple[PagedCache, Selection]:
     """As `select`, past its checks, where `down` may have x's projections already."""
     indexer = config.indexer
@@ -141,7 +128,7 @@ def select_projected(
     # The last query is a sequence's last token: move the padding to the front.
     padding = slots.s_new - slots.num_new
     q, weights = roll_tokens(q, padding), roll_tokens(weights, padding)
-    best = _select_best(indexer, q, weights, cache, layer, context_axis, implementation, peers)
+    best = _select_best(indexer, q, weights, cache, layer, context_axis, implementation)
     best = roll_tokens(best, -padding)
     if context_axis is not None:
         return cache, Selection(best, jnp.sum(best >= 0, axis=2, dtype=jnp.int32))
@@ -162,7 +149,6 @@ def selection_for(
     *,
     prefix: bool = True,
     down: Projected | None = None,
-    peers: Peers | None = None,
 ) -> tuple[PagedCache, Selection]:
     """What a layer attends to: the selection that it is given, or its own."""
     if selection is not None:
@@ -190,9 +176,8 @@ def selection_for(
         )
     check_call(config, params, x, cache, slots, heads_axis, context_axis)
     return select_projected(
-        down, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix,
-        peers=peers if heads_axis == context_axis else None,
-    )  # fmt: skip
+        down, config, params, x, cache, slots, layer, context_axis, implementation, prefix=prefix
+    )
 
 
 def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> CacheFormat:
@@ -219,14 +204,13 @@ def _select_best(
     layer: int | jax.Array | None,
     context_axis: str | None,
     implementation: str | None,
-    peers: Peers | None,
 ) -> jax.Array:
     """Slots [b, s, topk] for index queries [b, s, heads, head_dim] at the sequences' ends."""
     pool = cache.index_layer(layer)
     table, lengths = cache.table.block_table, cache.table.cache_seqlens
     topk = index_topk
     if context_axis is not None:
-        topk = functools.partial(context.index_topk, axis=context_axis, peers=peers)
+        topk = functools.partial(context.index_topk, axis=context_axis)
     if pool.format.name == "dense":
         best = topk(
             None,

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import layer_cases
 import sparse_layers
 import tolerances
-from jax_flashmla import BlockTable, PagedCache, Peers, connect_peers
+from jax_flashmla import BlockTable, PagedCache
 from jax_flashmla.cache.table import Share
 from jax_flashmla.context import ContextAllocator
 from jax_flashmla.layers import IndexerConfig, MLAConfig, MLAParams, decode, prefill
@@ -55,11 +55,11 @@ def share_cache(cache: PagedCache, batches: int, ranks: int) -> PagedCache:
 
 def run(
     config: MLAConfig, function: Callable, params: MLAParams, cache: PagedCache, x: jax.Array,
-    num_new: jax.Array, heads: str | None = None, context: str | None = None, **options: Peers,
+    num_new: jax.Array, heads: str | None = None, context: str | None = None,
 ) -> tuple[PagedCache, jax.Array]:  # fmt: skip
     cache, slots = cache.advance(x.shape[1], num_new, context_axis=context)
     axes = {"heads_axis": heads, "context_axis": context}
-    return function(config, params, x, cache, slots=slots, layer=1, **axes, **options)
+    return function(config, params, x, cache, slots=slots, layer=1, **axes)
 
 
 run_alone = jax.jit(run, static_argnums=(0, 1))
@@ -71,7 +71,7 @@ run_alone = jax.jit(run, static_argnums=(0, 1))
         (V3, {"x": 2, "t": 2, "y": 2}, "y", (prefill, prefill, decode, decode)),
         (FULL, {"t": 4}, "t", (decode,) * 4),
     ],
-    ids=["three axes", "tokens and heads on one axis, an indexer, over peers"],
+    ids=["three axes", "tokens and heads on one axis, an indexer"],
 )
 def test_steps_are_those_of_one_device(
     config: MLAConfig, sizes: dict[str, int], heads: str, functions: tuple[Callable, ...]
@@ -82,7 +82,6 @@ def test_steps_are_those_of_one_device(
         devices=jax.devices("cpu")[:n],
     )  # fmt: skip
     batch = "x" if "x" in sizes else None
-    options = {"peers": connect_peers(mesh, "t")} if heads == "t" else {}
     params = layer_cases.make_params(config)
     if config.indexer is None:
         one = layer_cases.make_cache(config, list(LENGTHS), layers=LAYERS)
@@ -99,7 +98,7 @@ def test_steps_are_those_of_one_device(
     steps = {
         function: jax.jit(
             jax.shard_map(
-                functools.partial(run, config, function, heads=heads, context="t", **options),
+                functools.partial(run, config, function, heads=heads, context="t"),
                 mesh=mesh,
                 in_specs=(param_specs, specs, P(batch), P(batch)),
                 out_specs=(specs, P(batch)),
