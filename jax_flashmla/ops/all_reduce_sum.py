@@ -27,7 +27,9 @@ def all_reduce_sum(
 
     All devices of the axis make the same sums in the same order, as the devices of one jitted
     function do. With `--xla_gpu_command_buffer_scheduling_mode=CONCURRENT`, which is not the
-    default, sums that do not depend on each other have no order: do not use peers then.
+    default, sums that do not depend on each other have no order: do not use peers then. On CPU
+    devices XLA runs what does not depend on each other in any order: there each sum over some
+    peers, and each exchange of `jax_flashmla.context`, must depend on the one before.
 
     Args:
         x: this device's summand, of any shape.

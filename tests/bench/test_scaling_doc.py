@@ -25,7 +25,7 @@ PARAMS = ROOT / "csrc" / "params" / "peers.h"
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     yield importlib.import_module
-    for name in ("scaling_doc", "scaling_model", "performance_doc"):
+    for name in ("scaling_doc", "scaling_model", "performance_doc", "performance_tables"):
         sys.modules.pop(name, None)
 
 

@@ -72,11 +72,13 @@ def test_bits_arrive(mesh: Mesh, shapes: tuple[tuple[int, ...], ...], gather: bo
 
     def step(*xs: jax.Array) -> list[jax.Array]:
         assert exchange_refusal(peers, "model", xs, gather) is None
-        for i in range(3):
-            one = jnp.ones((4 + 20_000 * i,), jnp.float32) + xs[0].ravel()[:1].astype("float32")
-            total = all_reduce_sum(one, "model", peers=peers)
-            outs = exchange(xs, "model", peers=peers, gather=gather)
+        last = np.float32(0)
+        for i in range(3):  # each call depends on the one before
+            ones = jnp.ones((4 + 20_000 * i,), jnp.float32) + last
+            total = all_reduce_sum(ones, "model", peers=peers)
             xs = [x + (0 * total[0]).astype(x.dtype) for x in xs]
+            outs = exchange(xs, "model", peers=peers, gather=gather)
+            last = 0 * outs[-1].ravel()[0].astype("float32")
         return [jax.lax.pcast(x, "model", to="varying") if gather else x for x in outs]
 
     got = mapped(mesh, step)(*(place(mesh, x) for x in xs))
