@@ -14,7 +14,7 @@
 # Environment:
 #   PYTHON    the interpreter to make the virtual environment build/gpu_venv with (python3)
 #   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
-#             the extra `test`, and pytest-xdist
+#             the extra `test`
 #   JOBS      processes that run the tests (8)
 #   TEST_SPACE  "whole" for all of FlashMLA's space of dense decode, not a quarter of it
 #   GRID      the benchmark's grid (targets)
@@ -42,7 +42,7 @@ step() {
 
 install() {
   "$python" -m venv build/gpu_venv &&
-    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' pytest-xdist
+    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]'
 }
 
 # Without a usable GPU the tests would be skipped, which must not pass for success.
