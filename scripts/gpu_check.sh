@@ -64,7 +64,9 @@ tests() {
     -n "${JOBS:-8}" --dist worksteal --durations 30
 }
 
-small_subset="cuda-kernel and (outside or bad_block or num_new) or out_of_range or clamped"
+small_subset="cuda-kernel and (outside or bad_block or num_new or hostile_values)"
+small_subset+=" or cuda-kernel and (rows_and_query or products_and_rotations) or sums_that_blocks"
+small_subset+=" or out_of_range or clamped"
 small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 
 sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
@@ -74,8 +76,8 @@ sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
 # that reaching past one is seen.
 memcheck() {
   XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer "${sanitizer_options[@]}" \
-    "$python" -P -m pytest -q -m gpu tests/ops/test_dense_decode.py tests/ops/test_cache_append.py \
-    -k "$small_subset"
+    "$python" -P -m pytest -q -m gpu -k "$small_subset" \
+    tests/ops/test_{dense_decode,cache_append,latent_append,project}.py
 }
 
 # A few checks of each native benchmark but those that need several GPUs or take no `small`.
