@@ -8,11 +8,13 @@
 # Logs, the benchmark's JSON and plots, and summary.txt go to LOG_DIR, by default $OUT, else build/gpu_check/.
 # Every step runs whatever became of those before it; the exit status is 0 if all passed.
 #
+# compute-sanitizer and nvcc are a CUDA toolkit's: the sanitizer's Python package lacks the launcher that
+# it starts programs with.
+#
 # Environment:
 #   PYTHON    the interpreter to make the virtual environment build/gpu_venv with (python3)
 #   NO_VENV   if set, PYTHON is used as it is: it must hold jax with CUDA support, jax_flashmla with
-#             the extra `test`, pytest-xdist, and compute-sanitizer and nvcc must be on the PATH or
-#             among its packages
+#             the extra `test`
 #   JOBS      processes that run the tests (8)
 #   TEST_SPACE  "whole" for all of FlashMLA's space of dense decode, not a quarter of it
 #   GRID      the benchmark's grid (targets)
@@ -23,6 +25,7 @@ mkdir -p "$logs"
 logs=$(cd "$logs" && pwd)
 : >"$logs/summary.txt"
 python=${PYTHON:-python3}
+PATH=$PATH:/usr/local/cuda/bin
 failures=0
 # Python runs with -P where it would otherwise find the sources here before the installed package.
 
@@ -39,8 +42,7 @@ step() {
 
 install() {
   "$python" -m venv build/gpu_venv &&
-    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]' pytest-xdist nvidia-cuda-cccl \
-      'nvidia-cuda-sanitizer-api==13.0.*'
+    build/gpu_venv/bin/pip install '.[test]' 'jax[cuda13]'
 }
 
 # Without a usable GPU the tests would be skipped, which must not pass for success.
@@ -56,28 +58,15 @@ sys.exit(jax_flashmla.kernel_refusal("cuda"))
 '
 }
 
-# Of the toolkit's programs that of the Python packages, else the one on the PATH.
-tool() {
-  local packaged
-  packaged=$("$python" -P -c '
-import importlib.util, pathlib, sys
-spec = importlib.util.find_spec("nvidia")
-for folder in spec.submodule_search_locations if spec else []:
-    path = pathlib.Path(folder) / "cu13" / "bin" / sys.argv[1]
-    if path.is_file():
-        print(path)
-        break
-' "$1")
-  echo "${packaged:-$1}"
-}
-
 # Neighbouring tests, which are compiled alike, stay in one process.
 tests() {
   XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -P -m pytest -m gpu \
     -n "${JOBS:-8}" --dist worksteal --durations 30
 }
 
-small_subset="cuda-kernel and (outside or bad_block or num_new) or out_of_range or clamped"
+small_subset="cuda-kernel and (outside or bad_block or num_new or hostile_values)"
+small_subset+=" or cuda-kernel and (rows_and_query or products_and_rotations) or sums_that_blocks"
+small_subset+=" or out_of_range or clamped"
 small_subset+=" or nothing_to_attend or number_of_parts or other_lengths"
 
 sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
@@ -86,26 +75,24 @@ sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
 # Hostile values, every way of splitting, dropped rows. Each buffer is an allocation of its own, so
 # that reaching past one is seen.
 memcheck() {
-  XLA_PYTHON_CLIENT_ALLOCATOR=platform "$(tool compute-sanitizer)" "${sanitizer_options[@]}" \
-    "$python" -P -m pytest -q -m gpu tests/ops/test_dense_decode.py tests/ops/test_cache_append.py \
-    -k "$small_subset"
+  XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer "${sanitizer_options[@]}" \
+    "$python" -P -m pytest -q -m gpu -k "$small_subset" \
+    tests/ops/test_{dense_decode,cache_append,latent_append,project}.py
 }
 
 # A few checks of each native benchmark but those that need several GPUs or take no `small`.
 native_memcheck() {
-  local nvcc objects=build/native source name status=0
-  nvcc=$(tool nvcc)
+  local objects=build/native source name status=0
   mkdir -p "$objects"
   find csrc/sm90 benchmarks/native -name '*.cu' ! -name bench_all_reduce_sum.cu \
     ! -name bench_dense_decode.cu -print0 |
-    xargs -0 -P "$(nproc)" -I{} sh -c '"$0" -O3 -std=c++20 -I csrc --expt-relaxed-constexpr \
-      -gencode=arch=compute_90a,code=sm_90a -c -o "$1/$(echo "$2" | tr / _).o" "$2"' \
-      "$nvcc" "$objects" {} || return
+    xargs -0 -P "$(nproc)" -I{} sh -c 'nvcc -O3 -std=c++20 -I csrc --expt-relaxed-constexpr \
+      -gencode=arch=compute_90a,code=sm_90a -c -o "$0/$(echo "$1" | tr / _).o" "$1"' \
+      "$objects" {} || return
   for source in "$objects"/benchmarks_native_*.o; do
     name=$objects/$(basename "$source" .cu.o)
-    "$nvcc" -gencode=arch=compute_90a,code=sm_90a -L "$(dirname "$nvcc")/../lib" \
-      -o "$name" "$source" "$objects"/csrc_*.o &&
-      "$(tool compute-sanitizer)" "${sanitizer_options[@]}" "$name" small || status=1
+    nvcc -gencode=arch=compute_90a,code=sm_90a -o "$name" "$source" "$objects"/csrc_*.o &&
+      compute-sanitizer "${sanitizer_options[@]}" "$name" small || status=1
   done
   return "$status"
 }

@@ -72,6 +72,8 @@ def test_demo(start, delay):
     process = start(*DEMO)
     time.sleep(delay)
     _, err = interrupt(process)
+    if process.returncode == -signal.SIGINT and "jax_flashmla" not in err:
+        pytest.skip("on a busy machine Python had not come to our code yet")
     assert process.returncode == 130
     assert err.splitlines() == ["interrupted"]
 

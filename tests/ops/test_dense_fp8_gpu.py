@@ -132,7 +132,7 @@ def test_kv_scale_may_be_any_number_and_traced(scale: float, h_q: int) -> None:
     run = jax.jit(dense_decode, static_argnames=("format", "implementation"))
     got, expected = (
         run(
-            q / 100,
+            jnp.asarray(q) / 100,
             *arrays,
             format=group.options["format"],
             kv_scale=jnp.float32(scale),
