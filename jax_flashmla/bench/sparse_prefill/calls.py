@@ -12,6 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla.bench.attention_error import attention_error, heads_at
+from jax_flashmla.bench.device import take
 from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
@@ -109,4 +110,5 @@ def relative_error(out: Any, q: jax.Array, kv: jax.Array, indices: jax.Array) ->
     """The worst head's error, of the last query token, against naive attention."""
     scale = q.shape[-1] ** -0.5
     got, asked = heads_at(out, -1), heads_at(q, -1)
-    return attention_error(got, asked, kv[indices[-1], 0], d_v=D_V, sm_scale=scale)
+    rows = np.asarray(take(kv, np.asarray(indices)[-1]))[:, 0]
+    return attention_error(got, asked, rows, d_v=D_V, sm_scale=scale)
