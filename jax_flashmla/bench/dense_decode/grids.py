@@ -46,7 +46,7 @@ def _off_table() -> tuple[Shape, ...]:
 
 def _fp8() -> tuple[Shape, ...]:
     """Every shape that is recorded of the fp8 peer; few heads, over bfloat16 too."""
-    large = ((64, 4096), (128, 4096), (256, 2048))
+    large = ((128, 4096), (256, 2048))
     formats = ("dense", *peers.FP8_FORMATS)
     few_heads = [
         Shape(b, 1, h_q, s_k, "equal", format)
