@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BRIEF_REST_SECONDS = 0.03
+BRIEF_REST_SECONDS = 0.02
 LONG_SECONDS = 0.02
 
 
