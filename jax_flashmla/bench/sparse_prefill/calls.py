@@ -40,16 +40,16 @@ def make_pool(shapes: list[Shape], setup: Setup) -> None:
 
 
 def make_sources(shape: Shape, setup: Setup) -> Sources:
-    """Random rows, and of each query token `topk` different ones in random order."""
+    """Random rows, and of each query token `topk` different ones in random order.
+
+    All calls' are the same, each in arrays of its own.
+    """
     kv = host_normal((shape.s_kv, 1, shape.d_qk), setup.dtype, seed=1)
     generator = np.random.default_rng(2)
     order = generator.permutation(shape.s_kv).astype(np.int32)
-    sources = []
-    for _ in range(setup.caches(shape)):
-        start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
-        indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
-        sources.append(jax.device_put((kv, indices), setup.device))
-    return sources
+    start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
+    indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
+    return [jax.device_put((kv, indices), setup.device) for _ in range(setup.caches(shape))]
 
 
 # (q, sources) -> the last call's out, and something of each call's result
