@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its path
 
-from performance_doc import RESULTS, ROOT, markdown, number, tokens
+from performance_doc import RESULTS, ROOT
+from performance_tables import markdown, number, tokens
 from scaling_model import (
     CARDS,
     H100,

@@ -51,7 +51,7 @@ class Method:
         rest = min(self.rest_seconds, BRIEF_REST_SECONDS)
         return replace(self, rest_seconds=rest, sustained_seconds=0.0)
 
-    def caches(self, cache_bytes: int, limit_us: float) -> int:
+    def caches(self, cache_bytes: int, limit_us: float = 1.0) -> int:
         """How many caches of `cache_bytes` one function reads, a call taking at least `limit_us`.
 
         No more than take it LONG_SECONDS: such long calls gain nothing by what L2 holds.
