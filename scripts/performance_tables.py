@@ -18,6 +18,7 @@ RATIOS = {  # key of a summary -> what it says
 COUNTERPARTS: dict[str, tuple[str, Result, Callable[[Result], bool]]] = {
     "dense_decode": ("times our bfloat16", {"format": "dense"}, lambda _: True),
     "sparse_decode": ("times ours of 64 heads", {"h_q": 64}, lambda result: result["h_q"] < 64),
+    "index_scores": ("times ours of 2 query tokens", {"s_q": 2}, lambda result: result["s_q"] > 2),
     "layer_step": ("times the layer with dense attention", {"model": "v3"}, lambda _: True),
 }
 

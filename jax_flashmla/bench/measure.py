@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BRIEF_REST_SECONDS = 0.03
+BRIEF_REST_SECONDS = 0.02
+LONG_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Method:
         rest = min(self.rest_seconds, BRIEF_REST_SECONDS)
         return replace(self, rest_seconds=rest, sustained_seconds=0.0)
 
-    def caches(self, cache_bytes: int) -> int:
-        """How many caches of `cache_bytes` one function reads."""
+    def caches(self, cache_bytes: int, limit_us: float = 1.0) -> int:
+        """How many caches of `cache_bytes` one function reads, a call taking at least `limit_us`.
+
+        No more than take it LONG_SECONDS: such long calls gain nothing by what L2 holds.
+        """
         wanted = math.ceil(self.cache_bytes / max(1, cache_bytes))
+        wanted = min(wanted, math.ceil(LONG_SECONDS * 1e6 / limit_us))
         return min(self.max_calls, max(self.min_calls, wanted))
 
     def rounds(self, caches: int, limit_us: float) -> int:

@@ -24,7 +24,7 @@ class Setup:
 
     def caches(self, shape: Shape) -> int:
         """Caches that one jitted function reads."""
-        return self.method.caches(shape.cache_bytes)
+        return self.method.caches(shape.cache_bytes, self.limits.us(shape))
 
     def calls(self, shape: Shape) -> int:
         """Calls in one jitted function, over its caches in turn."""

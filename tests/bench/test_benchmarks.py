@@ -65,11 +65,12 @@ def test_a_sample_is_warmed_up_untimed_if_the_method_says_so(
         (18_900_000, 9.2, 14, 4),  # fourteen of these take less than half a millisecond
         (590_000, 5.1, 128, 1),  # no more than max_calls
         (4_000_000, 6.0, 64, 2),
+        (9_400_000, 1_350.0, 15, 1),  # a prompt's: 28 of them would take long
     ],
 )
 def test_short_calls_read_their_caches_several_times(cache_bytes, limit_us, caches, rounds):
     method = METHODS["gpu"]
-    assert method.caches(cache_bytes) == caches
+    assert method.caches(cache_bytes, limit_us) == caches
     assert method.rounds(caches, limit_us) == rounds
 
 

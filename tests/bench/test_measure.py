@@ -9,6 +9,7 @@ import pytest
 from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.measure import METHODS, take_samples
 from jax_flashmla.bench.noise import COUNT, host_normal
+from jax_flashmla.bench.order import spread
 
 
 def test_samples_are_medians_of_the_time_of_a_call():
@@ -53,3 +54,12 @@ def test_error_is_the_worst_head_s():
     assert error == pytest.approx(0.25, rel=1e-5)
     out[0, -1, 0, 0] = np.nan
     assert not attention_error(heads_at(out, 0, -1), q, rows, d_v=6, sm_scale=0.3) <= 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 41, 72, 100])
+def test_any_beginning_of_a_spread_grid_is_a_fair_sample(n):
+    order = spread(range(n))
+    assert sorted(order) == list(range(n))
+    for length in range(8, n):
+        thirds = [sum(i * 3 // n == third for i in order[:length]) for third in range(3)]
+        assert max(thirds) - min(thirds) <= 3, (length, thirds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax_flashmla.bench.dense_decode import peers
 from jax_flashmla.bench.dense_decode.shapes import Shape
 from jax_flashmla.bench.operation import Grid
+from jax_flashmla.bench.order import spread
 
 # What a JAX user would otherwise run is measured beside these shapes.
 XLA_SHAPES = tuple(
@@ -46,7 +47,7 @@ def _off_table() -> tuple[Shape, ...]:
 
 def _fp8() -> tuple[Shape, ...]:
     """Every shape that is recorded of the fp8 peer; few heads, over bfloat16 too."""
-    large = ((64, 4096), (128, 4096), (256, 2048))
+    large = ((128, 4096), (256, 2048))
     formats = ("dense", *peers.FP8_FORMATS)
     few_heads = [
         Shape(b, 1, h_q, s_k, "equal", format)
@@ -54,7 +55,7 @@ def _fp8() -> tuple[Shape, ...]:
         for h_q in (8, 16, 32)
         for format in formats
     ]
-    return tuple(dict.fromkeys([*peers.recorded_fp8(), *few_heads]))
+    return tuple(dict.fromkeys([*few_heads, *spread(tuple(peers.recorded_fp8()))]))
 
 
 def _layers() -> tuple[Shape, ...]:

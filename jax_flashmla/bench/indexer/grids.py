@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax_flashmla.bench.indexer import peers
 from jax_flashmla.bench.indexer.shapes import ScoresShape, TopkShape
 from jax_flashmla.bench.operation import Grid
+from jax_flashmla.bench.order import spread
 
 K = 1024
 LENGTHS = (8 * K, 32 * K, 128 * K)
@@ -18,7 +19,7 @@ def _scores() -> tuple[ScoresShape, ...]:
     half = [ScoresShape(64, s_q, 32, 32 * K) for s_q in (1, 2, 4, 8)]
     prompt = [ScoresShape(1, 2 * K, 64, 64 * K)]
     known = [shape for shape in peers.recorded() if type(shape) is ScoresShape]
-    return tuple(dict.fromkeys([*few, *more, *half, *prompt, *known]))
+    return spread(list(dict.fromkeys([*few, *more, *half, *prompt, *known])))
 
 
 def _topk() -> tuple[TopkShape, ...]:
@@ -28,7 +29,7 @@ def _topk() -> tuple[TopkShape, ...]:
     half = [TopkShape(b, 1, 32, s_k) for s_k in LENGTHS[:2] for b in (1, 16, 64)]
     draft = [TopkShape(b, 2, 64, s_k) for s_k in LENGTHS[:2] for b in (1, 16, 64)]
     given = [s for s in peers.recorded() if isinstance(s, TopkShape) and s.given]
-    return (*few, *middle, *half, *draft, *given)
+    return spread([*few, *middle, *half, *draft, *given])
 
 
 SCORES_XLA = (ScoresShape(1, 1, 64, 32 * K), ScoresShape(16, 1, 64, 32 * K))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import CacheFormat
+from jax_flashmla.bench.device import take
 from jax_flashmla.bench.indexer.shapes import BLOCK_SIZE, COLUMNS, KEY_BYTES, ScoresShape
 from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.pools import Pool
@@ -107,11 +108,11 @@ def compose_scores(
 def last_scores(shape: ScoresShape, inputs: Inputs) -> np.ndarray:
     """Of the last query token of the last call, [s_k], in float64."""
     if shape.heads == 0:
-        return np.asarray(inputs.scores[-1][-1, -1, : shape.s_k], np.float64)
-    keys = np.asarray(inputs.blocks[inputs.tables[-1][-1]])
+        return np.asarray(inputs.scores[-1])[-1, -1, : shape.s_k].astype(np.float64)
+    keys = np.asarray(take(inputs.blocks, np.asarray(inputs.tables[-1])[-1]))
     codes = keys[:, : BLOCK_SIZE * COLUMNS].reshape(-1, COLUMNS).view(jnp.float8_e4m3fn)
     scales = np.ascontiguousarray(keys[:, BLOCK_SIZE * COLUMNS :]).view(np.float32).reshape(-1)
-    q = np.asarray(inputs.q[-1, -1]).astype(np.float64)
+    q = np.asarray(inputs.q)[-1, -1].astype(np.float64)
     products = np.maximum(codes.astype(np.float64) @ q.T, 0)
-    scores = products @ np.asarray(inputs.weights[-1, -1], np.float64) * scales
+    scores = products @ np.asarray(inputs.weights)[-1, -1].astype(np.float64) * scales
     return scores[: shape.s_k]

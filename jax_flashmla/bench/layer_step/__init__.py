@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_flashmla.bench.layer_step.shapes import Shape
 from jax_flashmla.bench.operation import Axes, Grid, MakesCalls, Operation
+from jax_flashmla.bench.order import spread
 from jax_flashmla.bench.shape import Result
 
 
@@ -37,7 +38,7 @@ OPERATION = Operation(
     "and the attention kernels timed alone",
     shape=Shape,
     grids={
-        "targets": Grid(lambda: _v3() + _v32()),
+        "targets": Grid(lambda: spread(_v3() + _v32())),
         "v3": Grid(_v3),
         "v32": Grid(_v32),
         "tiny": Grid(_tiny),

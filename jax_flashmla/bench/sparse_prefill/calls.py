@@ -12,6 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla.bench.attention_error import attention_error, heads_at
+from jax_flashmla.bench.device import take
 from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
@@ -39,16 +40,16 @@ def make_pool(shapes: list[Shape], setup: Setup) -> None:
 
 
 def make_sources(shape: Shape, setup: Setup) -> Sources:
-    """Random rows, and of each query token `topk` different ones in random order."""
+    """Random rows, and of each query token `topk` different ones in random order.
+
+    All calls' are the same, each in arrays of its own.
+    """
     kv = host_normal((shape.s_kv, 1, shape.d_qk), setup.dtype, seed=1)
     generator = np.random.default_rng(2)
     order = generator.permutation(shape.s_kv).astype(np.int32)
-    sources = []
-    for _ in range(setup.caches(shape)):
-        start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
-        indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
-        sources.append(jax.device_put((kv, indices), setup.device))
-    return sources
+    start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
+    indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
+    return [jax.device_put((kv, indices), setup.device) for _ in range(setup.caches(shape))]
 
 
 # (q, sources) -> the last call's out, and something of each call's result
@@ -109,4 +110,5 @@ def relative_error(out: Any, q: jax.Array, kv: jax.Array, indices: jax.Array) ->
     """The worst head's error, of the last query token, against naive attention."""
     scale = q.shape[-1] ** -0.5
     got, asked = heads_at(out, -1), heads_at(q, -1)
-    return attention_error(got, asked, kv[indices[-1], 0], d_v=D_V, sm_scale=scale)
+    rows = np.asarray(take(kv, np.asarray(indices)[-1]))[:, 0]
+    return attention_error(got, asked, rows, d_v=D_V, sm_scale=scale)
