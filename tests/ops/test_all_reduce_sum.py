@@ -86,8 +86,8 @@ SIZES = (5, 40_000, 1, 8192, 70_000, 3)
 def check_turns(mesh: Mesh, turns: int, repeat) -> None:
     """Each turn adds 1 to the means over devices of arrays of SIZES, one after the other.
 
-    Each is an array of its own: between two GPUs XLA's compiler (jax 0.11.2) crashed on the same
-    sums of slices of one array.
+    Each is an array of its own: for two GPUs XLA's compiler (jax 0.11.2) crashes on the same sums
+    of slices of one array that are written back, whatever the call does.
     """
     peers = connect_peers(mesh, "model")
     size = np.float32(mesh.shape["model"])
