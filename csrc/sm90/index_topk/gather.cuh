@@ -37,15 +37,17 @@ __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candi
   if (all < need || all > candidates.room) return all;
   const uint32_t there = smem_address(&smem.candidates_there);
   if (rank == 0) {
-    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 4);
+    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 8);
     mbarrier_wait(there, 0);
     return all;
   }
   const int earlier = __reduce_add_sync(~0u, lane < rank ? of_rank : 0);
+  const uint32_t scores = map_shared(smem_address(candidates.scores + earlier), 0);
   const uint32_t tokens = map_shared(smem_address(candidates.tokens + earlier), 0);
   const uint32_t mapped_there = map_shared(there, 0);
   __syncthreads();  // the block's candidates are stored
   for (int i = threadIdx.x; i < mine; i += kThreads) {
+    store_async(scores + i * 4, __float_as_uint(candidates.scores[i]), mapped_there);
     store_async(tokens + i * 4, candidates.tokens[i], mapped_there);
   }
   return all;
