@@ -7,7 +7,7 @@
 
 namespace flashmla::sm90::index_topk {
 
-// Before anything is sent. Blocks may send once `cluster_wait` lets them.
+// Before anything is sent; then `cluster_wait`.
 __device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blocks) {
   if (threadIdx.x == 0) {
     const uint32_t there = smem_address(&smem.counts_there);
@@ -26,7 +26,6 @@ __device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blo
 __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candidates& candidates,
                                       uint32_t blocks, int need) {
   const uint32_t rank = cluster_rank(), lane = threadIdx.x % 32;
-  cluster_wait();
   if (threadIdx.x < blocks) {
     store_async(map_shared(smem_address(&smem.block_candidates[rank]), threadIdx.x), mine,
                 map_shared(smem_address(&smem.counts_there), threadIdx.x));

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       .positions = args.positions + out,
                       .table = whole.table,
                       .topk = args.topk};
+  if (blocks > 1) cluster_wait();
   if (!args.given) wait_for_prerequisites();
   launch_dependents();
 
@@ -51,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   Bound bound = kNoBound;
   const bool is_short = seen <= kHeldScores;
   if (is_short) {
-    if (blocks > 1) cluster_wait();
     if (rank > 0) return;
     held.load_row(whole);
     if (held.count > args.topk) bound = held.range(smem);
