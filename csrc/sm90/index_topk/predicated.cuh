@@ -6,15 +6,6 @@
 
 namespace flashmla::sm90::index_topk {
 
-__device__ __forceinline__ void increment_if(bool yes, uint32_t address) {
-  asm volatile(
-      "{\n.reg .pred yes;\n"
-      "setp.ne.u32 yes, %1, 0;\n"
-      "@yes red.shared::cta.add.u32 [%0], 1;\n}\n" ::"r"(address),
-      "r"(uint32_t{yes})
-      : "memory");
-}
-
 __device__ __forceinline__ void store_if(bool yes, uint32_t address, float x) {
   asm volatile(
       "{\n.reg .pred yes;\n"

@@ -36,7 +36,7 @@ struct Range {
   }
 };
 
-// Even bins over a range: the greater the score, the higher the bin; those above it, too.
+// Even bins over a range: the greater the score, the higher the bin, also of those above it.
 struct EvenBins {
   float least, width, bins_per_unit;
 
@@ -48,16 +48,17 @@ struct EvenBins {
   __device__ __forceinline__ bool exist() const {
     return bins_per_unit > 0 && bins_per_unit < INFINITY;
   }
-  // Where `bins` counts a score that is at least `least`.
-  __device__ __forceinline__ uint32_t address(uint32_t bins, float score) const {
-    return bins + bin(score) * 4;
+  // -1 if the score is below the range (by more than half a bin) or NaN. Integers are rounded to
+  // where a float has no others: conversions would take four times as long.
+  __device__ __forceinline__ int bin(float score) const {
+    constexpr float kFirst = (1 << 23) + 1;
+    const float sum = fmaf(score - least, bins_per_unit, kFirst);
+    const float kept = fminf(fmaxf(sum, kFirst - 1), kFirst + (kBins - 1));
+    return __float_as_int(kept) - __float_as_int(kFirst);
   }
-  // Of such a score. Integers are rounded to where a float has no others:
-  // conversions would take four times as long.
-  __device__ __forceinline__ uint32_t bin(float score) const {
-    constexpr float kIntegers = 1 << 23;
-    const float sum = fmaf(score - least, bins_per_unit, kIntegers);
-    return __float_as_uint(fminf(sum, kIntegers + (kBins - 1))) - __float_as_uint(kIntegers);
+  // bins[-1] is there, too: a branch for each score that does not count would take longer.
+  __device__ __forceinline__ void count(SharedStorage& smem, float score) const {
+    atomicAdd(smem.bins + bin(score), 1);
   }
   // About the least score of the bin.
   __device__ __forceinline__ float edge(int bin) const { return least + (bin - 0.5f) * width; }

@@ -28,19 +28,15 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Held& hel
                                             int need) {
   const EvenBins bins(bound);
   if (bins.exist()) {
-    const uint32_t counts = smem_address(smem.bins), close = smem_address(smem.close);
-    const uint32_t num_close = smem_address(&smem.num_close);
+    const uint32_t close = smem_address(smem.close), num_close = smem_address(&smem.num_close);
     if (threadIdx.x == 0) smem.num_close = 0;
-    held.for_each(
-        [&](float score) { increment_if(score >= bound.least, bins.address(counts, score)); });
+    held.for_each([&](float score) { bins.count(smem, score); });
     __syncthreads();
     const Found found = find_bin(smem, smem.bins, need);
     if (found.bin < 0) return kAll;
     if (found.within <= kThreads) {
-      held.for_each([&](float score) {
-        const bool is_close = bins.bin(score) == static_cast<uint32_t>(found.bin);
-        append_if(score >= bound.least && is_close, close, num_close, score);
-      });
+      held.for_each(
+          [&](float score) { append_if(bins.bin(score) == found.bin, close, num_close, score); });
       __syncthreads();
       return rank_close(smem, found.within, need - found.above);
     }

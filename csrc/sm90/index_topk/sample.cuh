@@ -63,13 +63,11 @@ __device__ __forceinline__ Bound guess_bound(SharedStorage& smem, const Sample& 
   sample.for_each([&](float score) { scores.add(score); });
   Bound range = scores.of_block(smem);
   Bound bound{-FLT_MAX, range.highest};
-  const uint32_t counts = smem_address(smem.bins);
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
     const EvenBins bins(range);
     if (!bins.exist()) break;
-    sample.for_each(
-        [&](float score) { increment_if(score >= range.least, bins.address(counts, score)); });
+    sample.for_each([&](float score) { bins.count(smem, score); });
     __syncthreads();
     const Found found = find_bin(smem, smem.bins, rank);
     clear_bins(smem);

@@ -28,6 +28,7 @@ struct Counts {
 };
 
 struct alignas(16) SharedStorage {
+  uint32_t below_bins[4];
   union {
     uint32_t bins[kBins];        // how many of the block's scores
     int32_t selected[kMaxTopk];  // items
