@@ -23,37 +23,23 @@ __device__ __forceinline__ int collect(SharedStorage& smem, const Slice& slice, 
     all += sums.y;
     if (all > candidates.room) continue;
     const int token = slice.begin + round.first;
-#pragma unroll 1
-    for (int i = 0; i * 4 < round.count; ++i) {
-      int place = first + places.lower(i);
-      for (uint32_t those = mask >> (4 * i) & 15; those != 0; those &= those - 1) {
-        candidates.tokens[place++] = token + i * 128 + __ffs(those) - 1;
+    const uint32_t scores = smem_address(candidates.scores);
+    const uint32_t tokens = smem_address(candidates.tokens);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= round.steps) break;
+      uint32_t place = (first + places.lower(i)) * 4;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const bool is_candidate = mask >> (4 * i + k) & 1;
+        store_if(is_candidate, scores + place, round.scores[i][k]);
+        store_if(is_candidate, tokens + place, token + i * 128 + k);
+        place += is_candidate ? 4 : 0;
       }
       first += places.total(i);
     }
   }
   return all;
-}
-
-// By all threads of the row's first block.
-__device__ __forceinline__ void load_scores(const Slice& row, const Candidates& candidates,
-                                            int count) {
-  constexpr int kAtOnce = 4;  // loads, which go out before the first one's store
-#pragma unroll 1
-  for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
-    float scores[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kThreads;
-      scores[k] = i < count ? row.scores[candidates.tokens[i]] : 0;
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int i = first + k * kThreads;
-      if (i < count) candidates.scores[i] = scores[k];
-    }
-  }
-  __syncthreads();
 }
 
 }  // namespace flashmla::sm90::index_topk

@@ -8,16 +8,21 @@
 namespace flashmla::sm90::index_topk {
 
 constexpr int kWarps = 16, kThreads = kWarps * 32;
-constexpr int kSteps = 8;  // of four scores, that a thread holds at once
+constexpr int kQuads = 4;  // of scores that may be selected, a thread's
+constexpr int kHeldScores = kThreads * kQuads * 4;
+constexpr int kSteps = 8;  // of four scores that are compared with a bound, a thread's at once
 constexpr int kRoundTokens = kThreads * kSteps * 4;
 constexpr int kMaxCluster = 8;    // blocks that share a row; more are not portable
 constexpr uint32_t kBins = 2048;  // of a digit: 11 bits
 
-// Candidates that a block has room for, and all blocks of a row together may have; there is always
-// room for the smallest sample of a row.
+constexpr int kStagedBlocks = 2048;  // of a row, whose ids are in shared memory
+
+// Candidates that a block has room for, and all blocks of a row together may have. Rows that fit
+// the registers have none.
 constexpr int candidate_room(int topk, int64_t max_tokens) {
-  const int most = 2 * topk + 2048;
-  return max_tokens >= most ? most : max_tokens < 256 ? 256 : static_cast<int>(max_tokens);
+  if (max_tokens <= kHeldScores) return 0;
+  const int room = (2 * topk + 2048 + 3) / 4 * 4;
+  return room < kHeldScores ? room : kHeldScores;
 }
 
 struct KernelArgs {

@@ -7,7 +7,7 @@
 
 namespace flashmla::sm90::index_topk {
 
-// Before anything is sent. Blocks may send once `cluster_wait` lets them.
+// Before anything is sent; then `cluster_wait`.
 __device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blocks) {
   if (threadIdx.x == 0) {
     const uint32_t there = smem_address(&smem.counts_there);
@@ -26,7 +26,6 @@ __device__ __forceinline__ void prepare_gather(SharedStorage& smem, uint32_t blo
 __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candidates& candidates,
                                       uint32_t blocks, int need) {
   const uint32_t rank = cluster_rank(), lane = threadIdx.x % 32;
-  cluster_wait();
   if (threadIdx.x < blocks) {
     store_async(map_shared(smem_address(&smem.block_candidates[rank]), threadIdx.x), mine,
                 map_shared(smem_address(&smem.counts_there), threadIdx.x));
@@ -37,15 +36,17 @@ __device__ __forceinline__ int gather(SharedStorage& smem, int mine, const Candi
   if (all < need || all > candidates.room) return all;
   const uint32_t there = smem_address(&smem.candidates_there);
   if (rank == 0) {
-    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 4);
+    if (threadIdx.x == 0) mbarrier_arrive_expect(there, (all - mine) * 8);
     mbarrier_wait(there, 0);
     return all;
   }
   const int earlier = __reduce_add_sync(~0u, lane < rank ? of_rank : 0);
+  const uint32_t scores = map_shared(smem_address(candidates.scores + earlier), 0);
   const uint32_t tokens = map_shared(smem_address(candidates.tokens + earlier), 0);
   const uint32_t mapped_there = map_shared(there, 0);
   __syncthreads();  // the block's candidates are stored
   for (int i = threadIdx.x; i < mine; i += kThreads) {
+    store_async(scores + i * 4, __float_as_uint(candidates.scores[i]), mapped_there);
     store_async(tokens + i * 4, candidates.tokens[i], mapped_there);
   }
   return all;

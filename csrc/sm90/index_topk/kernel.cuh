@@ -1,7 +1,8 @@
 // The index_topk kernel: a cluster of blocks selects from a row of scores, a block from each share.
 //
-//   a sample of the row -> a bound that a few more than topk scores reach -> candidates, gathered
-//   in the first block -> the topk-th highest of them -> slots and positions
+//   short row: all scores in registers -> the topk-th highest -> slots and positions
+//   long row: a sample of it -> a bound that a few more than topk scores reach -> candidates,
+//             gathered in the first block -> as a short row
 //
 // docs/kernels/indexer.md tells the whole story.
 #pragma once
@@ -29,50 +30,58 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int query = args.first_query + row % queries;
   // index_scores let this kernel start when whatever came before it was done: only the scores are
   // to be waited for.
-  int seqlen = args.given ? 0 : args.cache_seqlens[sequence];
-  wait_for_prerequisites();
-  launch_dependents();
-  if (args.given) seqlen = args.cache_seqlens[sequence];
-  const int length = static_cast<int>(min(max(int64_t{seqlen}, int64_t{0}), args.max_tokens));
+  if (args.given) wait_for_prerequisites();
+  const int64_t seqlen = args.cache_seqlens[sequence];
+  const int length = static_cast<int>(min(max(seqlen, int64_t{0}), args.max_tokens));
   const int seen = max(args.causal ? length - (args.s_q - 1 - query) : length, 0);
-
   const Slice whole = Slice::of_row(args, row, sequence, seen);
-  const Slice slice = whole.share(blocks, rank);
-  for (int i = threadIdx.x * 32; i * 64 < seen; i += kThreads * 32) {  // looked up at the end
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(whole.table + i));
+  const bool staged = seen <= kStagedBlocks * 64;
+  if (staged && rank == 0) {
+    for (int i = threadIdx.x; i * 64 < seen; i += kThreads) smem.blocks[i] = whole.table[i];
   }
-  const Sample sample = Sample::of_row(candidates.scores, seen);
-  const bool all_are_candidates = seen <= args.topk;
-  Sample::Asked asked{};
-  if (!all_are_candidates) asked = sample.ask(whole);
-  Bound bound = kNoBound;
-  int count = collect(
-      smem, slice,
-      [&] {
-        if (!all_are_candidates) {
-          sample.load(whole, asked);
-          bound = guess_bound(smem, sample, seen, args.topk);
-        }
-        return bound.least;
-      },
-      candidates);
-  const int need = bound.least > kNoBound.least ? args.topk : 0;
-  if (blocks > 1) count = gather(smem, count, candidates, blocks, need);
-  __syncthreads();
   const int64_t out = (int64_t{sequence} * args.s_q + query) * args.topk;
   const Output output{.indices = args.indices + out,
                       .positions = args.positions + out,
                       .table = whole.table,
                       .topk = args.topk};
-  if (count < need || count > candidates.room) {
-    select_row(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
-    return;
+  if (blocks > 1) cluster_wait();
+  if (!args.given) wait_for_prerequisites();
+  launch_dependents();
+
+  Held held;
+  Bound bound = kNoBound;
+  const bool is_short = seen <= kHeldScores;
+  if (is_short) {
+    if (rank > 0) return;
+    held.load_row(whole);
+    if (held.count > args.topk) bound = held.range(smem);
+  } else {
+    const Slice slice = whole.share(blocks, rank);
+    Sample sample(whole, candidates.scores);
+    int count = collect(
+        smem, slice,
+        [&] {
+          sample.load_rest(whole);
+          bound = guess_bound(smem, sample, seen, args.topk);
+          return bound.least;
+        },
+        candidates);
+    const int need = bound.least > kNoBound.least ? args.topk : 0;
+    if (blocks > 1) count = gather(smem, count, candidates, blocks, need);
+    __syncthreads();
+    if (count < need || count > candidates.room) {
+      select_row(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
+      return;
+    }
+    if (rank > 0) return;
+    held.load_candidates(candidates, count);
   }
-  if (rank > 0) return;
-  load_scores(whole, candidates, count);
   Threshold threshold = kAll;
-  if (count > args.topk) threshold = refine(smem, candidates, count, bound, args.topk);
-  write_candidates(output, smem, candidates, count, threshold);
+  if (held.count > args.topk) threshold = refine(smem, held, bound, args.topk);
+  write_held(
+      output, smem, held, threshold,
+      [&](int item) { return is_short ? item : candidates.tokens[item]; },
+      [&](int token) { return staged ? smem.blocks[token / 64] : output.table[token / 64]; });
 }
 
 }  // namespace flashmla::sm90::index_topk

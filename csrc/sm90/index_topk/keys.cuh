@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "sm90/index_topk/predicated.cuh"
 #include "sm90/index_topk/shared_storage.cuh"
 
 namespace flashmla::sm90::index_topk {

@@ -25,13 +25,13 @@ Status check_supported(const IndexTopkParams& params) {
 }
 
 // Blocks that share a row: more while a share is more than a block holds at once and all blocks
-// have room at once, two on a multiprocessor.
+// have room at once, two on a multiprocessor; or more than half as much, and each has its own.
 int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
   int blocks = 1;
-  while (blocks < kMaxCluster && tokens > int64_t{blocks} * kRoundTokens &&
-         rows * blocks <= multiprocessors) {
-    blocks *= 2;
-  }
+  const auto more = [&](int64_t share, int64_t room) {
+    return blocks < kMaxCluster && tokens > blocks * share && rows * blocks <= room;
+  };
+  while (more(kRoundTokens, multiprocessors) || more(kHeldScores, multiprocessors / 2)) blocks *= 2;
   return blocks;
 }
 

@@ -6,28 +6,17 @@
 
 namespace flashmla::sm90::index_topk {
 
-// The load goes out where it stands, before barriers that follow. NaN if not `exist`.
-__device__ __forceinline__ void load_if(bool exist, const float* from, float (&x)[4]) {
-  x[0] = x[1] = x[2] = x[3] = NAN;
-  asm volatile(
-      "{\n.reg .pred exist;\n"
-      "setp.ne.u32 exist, %5, 0;\n"
-      "@exist ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-      : "l"(from), "r"(uint32_t{exist})
-      : "memory");
-}
-
 // A warp has a run of up to kSteps times 128 tokens, a thread four of each 128.
 struct Round {
   float scores[kSteps][4];  // NaN where there is no token, but not within four of which one is
+  int steps;                // the block's, up to kSteps
   int first;                // this thread's first token, of the slice; then every 128th four
   int count;                // its tokens, of the first count / 4 steps and count % 4 of the next
   uint32_t in_layer;        // bit 2 i: whether the block of step i's tokens is
 
   __device__ __forceinline__ void load(const Slice& slice, int begin) {
     const int lane = threadIdx.x % 32;
-    const int steps = (min(slice.count - begin, kRoundTokens) + 128 * kWarps - 1) / (128 * kWarps);
+    steps = (min(slice.count - begin, kRoundTokens) + 128 * kWarps - 1) / (128 * kWarps);
     const int run = begin + static_cast<int>(threadIdx.x / 32) * steps * 128;
     const int end = min(slice.count, run + steps * 128);
     first = run + lane * 4;

@@ -28,12 +28,15 @@ struct Counts {
 };
 
 struct alignas(16) SharedStorage {
+  uint32_t below_bins[4];
   union {
     uint32_t bins[kBins];        // how many of the block's scores
-    int32_t selected[kMaxTopk];  // tokens of the row
+    int32_t selected[kMaxTopk];  // items
   };
-  float close[kThreads];          // scores of the bin in which the threshold is
-  uint32_t warp_sums[2][kWarps];  // of two turns
+  uint16_t marks[kHeldScores / 8];  // of eight items: bits of those above the threshold, then equal
+  int32_t blocks[kStagedBlocks];    // ids, of the row
+  float close[kThreads];            // scores of the bin in which the threshold is
+  uint32_t warp_sums[2][kWarps];    // of two turns
   uint32_t warp_lowest[kWarps], warp_highest[kWarps];
   Counts warp_counts[kWarps];
   Counts block_counts[kMaxCluster];  // of the cluster
@@ -44,8 +47,8 @@ struct alignas(16) SharedStorage {
   int num_close;
 };
 
-// Tokens that may be selected, in the order of positions. In their place is, before there are any,
-// a sample of the row's scores, and once they are given up what the cluster's bins add up to.
+// Tokens that may be selected of a long row, in the order of positions. Once they are given up,
+// what the cluster's bins add up to is in their place.
 struct Candidates {
   float* scores;    // [room]
   int32_t* tokens;  // [room], of the row

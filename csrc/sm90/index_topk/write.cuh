@@ -1,7 +1,7 @@
 // Writes what is selected of the candidates, in the order of positions.
 #pragma once
 
-#include "sm90/index_topk/keys.cuh"
+#include "sm90/index_topk/held.cuh"
 #include "sm90/index_topk/sums.cuh"
 
 namespace flashmla::sm90::index_topk {
@@ -28,30 +28,40 @@ __device__ __forceinline__ int selected_of(Counts counts, const Threshold& thres
   return counts.above + min(counts.equal, threshold.equal);
 }
 
-// By all threads of the row's first block, which has all candidates. A thread takes a run of them.
-__device__ __forceinline__ void write_candidates(const Output& output, SharedStorage& smem,
-                                                 const Candidates& candidates, int count,
-                                                 const Threshold& threshold) {
-  static_assert(candidate_room(kMaxTopk, INT64_MAX) < 1 << 15, "two counts in 32 bits");
-  const int share = (count + kThreads - 1) / kThreads;
-  const int begin = min(static_cast<int>(threadIdx.x) * share, count);
-  const int end = min(begin + share, count);
-  uint32_t counts = 0;  // above, and equal << 16
-  for (int i = begin; i < end; ++i) {
-    const float score = candidates.scores[i];
-    counts += (score > threshold.score) + ((score == threshold.score) << 16);
+// By all threads of the block that holds all scores that may be selected. token_of(item) and
+// block_of(token) tell what is written.
+template <typename TokenOf, typename BlockOf>
+__device__ __forceinline__ void write_held(const Output& output, SharedStorage& smem,
+                                           const Held& held, const Threshold& threshold,
+                                           const TokenOf& token_of, const BlockOf& block_of) {
+  static_assert(kHeldScores < 1 << 15, "two counts in 32 bits");
+  static_assert(kQuads == 4, "a thread's 16 items, in order");
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    uint32_t marks = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      marks |= (held.scores[i][k] > threshold.score) << k;
+      marks |= (held.scores[i][k] == threshold.score) << (8 + k);
+    }
+    marks |= __shfl_down_sync(~0u, marks, 1) << 4;
+    if (threadIdx.x % 2 == 0) smem.marks[Held::first(i) / 8] = static_cast<uint16_t>(marks);
   }
+  __syncthreads();
+  const uint32_t marks = reinterpret_cast<const uint32_t*>(smem.marks)[threadIdx.x];
+  const uint32_t above = __byte_perm(marks, 0, 0x4420);
+  uint32_t equal = __byte_perm(marks, 0, 0x4431);
+  const uint32_t counts = __popc(above) | __popc(equal) << 16;
   const uint32_t up_to = inclusive_warp_sum(counts);
   const uint2 sums = sum_warps(__shfl_sync(~0u, up_to, 31), smem.warp_sums[1]);
   const uint32_t before = sums.x + up_to - counts;
-  Counts mine{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
-  for (int i = begin; i < end; ++i) {
-    const float score = candidates.scores[i];
-    const bool is_above = score > threshold.score, is_equal = score == threshold.score;
-    if (is_above || (is_equal && mine.equal < threshold.equal)) {
-      smem.selected[selected_of(mine, threshold)] = candidates.tokens[i];
-    }
-    mine.above += is_above, mine.equal += is_equal;
+  const Counts earlier{static_cast<int>(before & 0xFFFF), static_cast<int>(before >> 16)};
+  for (int room = max(threshold.equal - earlier.equal, 0); __popc(equal) > room;) {
+    equal ^= 1u << (31 - __clz(equal));  // the last one
+  }
+  int place = selected_of(earlier, threshold);
+  for (uint32_t those = above | equal; those != 0; those &= those - 1) {
+    smem.selected[place++] = static_cast<int>(threadIdx.x) * 16 + __ffs(those) - 1;
   }
   __syncthreads();
   const Counts all{static_cast<int>(sums.y & 0xFFFF), static_cast<int>(sums.y >> 16)};
@@ -63,8 +73,8 @@ __device__ __forceinline__ void write_candidates(const Output& output, SharedSto
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + k * kThreads;
-      token[k] = i < selected ? smem.selected[i] : 0;
-      block[k] = i < selected ? output.table[token[k] / 64] : 0;
+      token[k] = i < selected ? token_of(smem.selected[i]) : 0;
+      block[k] = i < selected ? block_of(token[k]) : 0;
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {

@@ -1,0 +1,67 @@
+// The range of a block's scores, and even bins over it.
+#pragma once
+
+#include <cfloat>
+
+#include "sm90/index_topk/keys.cuh"
+
+namespace flashmla::sm90::index_topk {
+
+// Lower bound of the scores that count, and about the highest of them.
+struct Bound {
+  float least, highest;
+};
+constexpr Bound kNoBound{-FLT_MAX, -FLT_MAX};  // of finite scores
+
+// NaN and -inf do not count.
+struct Range {
+  float lowest = INFINITY, highest = -INFINITY;
+
+  __device__ __forceinline__ void add(float score) {
+    lowest = fminf(lowest, score > -INFINITY ? score : INFINITY);
+    highest = fmaxf(highest, score);
+  }
+
+  // By all threads.
+  __device__ __forceinline__ Bound of_block(SharedStorage& smem) const {
+    const bool any = highest > -INFINITY;
+    uint32_t low = any ? key_of(lowest) : ~0u, high = any ? key_of(highest) : 0;
+    low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) smem.warp_lowest[warp] = low, smem.warp_highest[warp] = high;
+    __syncthreads();
+    low = __reduce_min_sync(~0u, lane < kWarps ? smem.warp_lowest[lane] : ~0u);
+    high = __reduce_max_sync(~0u, lane < kWarps ? smem.warp_highest[lane] : 0);
+    return high == 0 ? kNoBound : Bound{score_of(low), score_of(high)};
+  }
+};
+
+// Even bins over a range: the greater the score, the higher the bin, also of those above it.
+struct EvenBins {
+  float least, width, bins_per_unit;
+
+  __device__ __forceinline__ explicit EvenBins(Bound bound)
+      : least(bound.least), width((bound.highest - bound.least) * (1.0f / (kBins - 1))) {
+    bins_per_unit = __fdividef(1.0f, width);
+  }
+  // Not if the scores are infinite, almost, or equal.
+  __device__ __forceinline__ bool exist() const {
+    return bins_per_unit > 0 && bins_per_unit < INFINITY;
+  }
+  // -1 if the score is below the range (by more than half a bin) or NaN. Integers are rounded to
+  // where a float has no others: conversions would take four times as long.
+  __device__ __forceinline__ int bin(float score) const {
+    constexpr float kFirst = (1 << 23) + 1;
+    const float sum = fmaf(score - least, bins_per_unit, kFirst);
+    const float kept = fminf(fmaxf(sum, kFirst - 1), kFirst + (kBins - 1));
+    return __float_as_int(kept) - __float_as_int(kFirst);
+  }
+  // bins[-1] is there, too: a branch for each score that does not count would take longer.
+  __device__ __forceinline__ void count(SharedStorage& smem, float score) const {
+    atomicAdd(smem.bins + bin(score), 1);
+  }
+  // About the least score of the bin.
+  __device__ __forceinline__ float edge(int bin) const { return least + (bin - 0.5f) * width; }
+};
+
+}  // namespace flashmla::sm90::index_topk
