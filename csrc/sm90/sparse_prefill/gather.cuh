@@ -17,29 +17,30 @@ namespace flashmla::sm90::sparse_prefill {
 template <int kHeadDim>
 class LoadStream {
  public:
-  __device__ __forceinline__ LoadStream(const KernelArgs& args, int thread) : thread_(thread) {
+  __device__ __forceinline__ explicit LoadStream(const KernelArgs& args) {
     query_ = blockIdx.y - args.query_stride;
     enter_next(args);
   }
 
   // Finds the rows of the next load.
-  __device__ __forceinline__ void prepare() {
+  __device__ __forceinline__ void prepare(int thread) {
     asm volatile("" : "+r"(row_));  // not before: it may still be on its way
-    const int lane = thread_ % 32;
+    const int lane = thread % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
   }
 
   // Begins the load that was prepared, into a slot that nobody uses any more, and goes on to the
   // next.
-  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot) {
+  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot,
+                                       int thread) {
     if (query_ >= args.s_q) return;
     if (tile_ < 0)
-      load_heads(args, smem, slot);
+      load_heads(args, smem, slot, thread);
     else
-      load_tile(args, smem, slot);
+      load_tile(args, smem, slot, thread);
     if (++tile_ * kTileTokens >= length_) enter_next(args);
-    const int token = (thread_ / 32 - kWarpgroupWarps) * kTokenGroup + thread_ % kTokenGroup;
+    const int token = (thread / 32 - kWarpgroupWarps) * kTokenGroup + thread % kTokenGroup;
     const int i = tile_ * kTileTokens + token;
     row_ = -1;
     if (tile_ >= 0 && i < length_) row_ = __ldg(args.indices + int64_t{query_} * args.topk + i);
@@ -49,7 +50,6 @@ class LoadStream {
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr bool kRope = kHeadDim > kValueDim;
 
-  int thread_;
   int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
   int length_;              // indices of the query token that count
   int row_;                 // of that token of the next tile; -1: none
@@ -64,11 +64,11 @@ class LoadStream {
     tile_ = -1;
   }
 
-  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem,
-                                             int slot) const {
+  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem, int slot,
+                                             int thread) const {
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    if (thread_ == kLoadingThread) {
+    if (thread == kLoadingThread) {
       fence_async_proxy();  // the slot held what cp.async and stmatrix wrote
       const int first_row = query_ * args.h_q + first_head();
       const uint32_t target = smem_address(smem.latent[slot]);
@@ -83,7 +83,7 @@ class LoadStream {
       }
     }
     __syncwarp();
-    if (thread_ % 32 == 0) mbarrier_arrive(left);
+    if (thread % 32 == 0) mbarrier_arrive(left);
     mbarrier_arrive(left);
     mbarrier_arrive(right);
   }
@@ -104,23 +104,23 @@ class LoadStream {
     }
   }
 
-  __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem,
-                                            int slot) const {
-    const int group = thread_ / 32 - kWarpgroupWarps;
+  __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem, int slot,
+                                            int thread) const {
+    const int group = thread / 32 - kWarpgroupWarps;
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    const uint32_t offset = swizzled_offset(thread_ % 32 / 8, thread_ % 8);
+    const uint32_t offset = swizzled_offset(thread % 32 / 8, thread % 8);
     const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + offset;
     const uint8_t* source[2];
     bool valid[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       valid[j] = source_row_[j] < args.s_kv;
-      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread_ % 8 * 16;
+      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread % 8 * 16;
       copy_chunks<0, kHalfChunks>(skip_four(target, j), source[j], valid[j]);
     }
     const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row_) < args.s_kv);
-    if (thread_ % 32 == 0) {
+    if (thread % 32 == 0) {
       smem.attended[slot][group] = attended;
       mbarrier_arrive(left);
     }

@@ -12,16 +12,13 @@ namespace flashmla::sm90::sparse_prefill {
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   const int thread = reread_thread();
-  const bool leader = thread % 32 == 0;
-  const int first_row = thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4;
   const int half = thread / kWarpgroupThreads - 1;
   Ring ring;
-  bool odd = false;  // counting query tokens that are not empty
-  LoadStream<kHeadDim> stream(args, thread);
+  LoadStream<kHeadDim> stream(args);
 #pragma unroll 1
   for (int slot = 0; slot < kStages; ++slot) {
-    stream.prepare();
-    stream.load(args, smem, slot);
+    stream.prepare(thread);
+    stream.load(args, smem, slot, thread);
   }
 
   // The block's next query token that has tiles, from `query` on; zeros for those before it.
@@ -34,12 +31,13 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   // Loads into a slot once all value warps are through with what it holds. Keeps lanes together:
   // without that, the next wgmma can wait for ever.
   const auto refill = [&](Ring ring) {
-    stream.prepare();
+    const int thread = reread_thread();
+    stream.prepare(thread);
     __syncwarp();
     const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
-    if (leader) mbarrier_arrive(load_done);
+    if (thread % 32 == 0) mbarrier_arrive(load_done);
     mbarrier_wait(load_done, ring.parity);
-    stream.load(args, smem, ring.slot);
+    stream.load(args, smem, ring.slot, thread);
     __syncwarp();
   };
 
@@ -51,9 +49,10 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
 #pragma unroll
     for (float& x : o) x = 0.0f;
     for (bool first = true; tiles > 0; --tiles, first = false) {
+      const int row = output_row(0);
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-      const int power0 = smem.rescale[ring.slot][first_row];
-      const int power1 = smem.rescale[ring.slot][first_row + 8];
+      const int power0 = smem.rescale[ring.slot][row];
+      const int power1 = smem.rescale[ring.slot][row + 8];
       if (__any_sync(~0u, (power0 | power1) != 0)) {
         const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
@@ -72,7 +71,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
       }
       wgmma_commit();
       if (first) {  // the heads have been taken out of their slot, and the last output is stored
-        if (leader) wait_for_stores_read();
+        if (reread_thread() % 32 == 0) wait_for_stores_read();
         refill(ring.before());
       }
       wgmma_wait<0>();
@@ -81,15 +80,19 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
       ring.advance();
     }
     const int next = find_query(query + args.query_stride);
-    const int rows = count_heads(args) - thread % kWarpgroupThreads / 32 * 16;  // of the warp's
+    const int warp = reread_thread() / 32;
+    const auto& out_factor = smem.out_factor[smem.odd_query[warp]];
+    const int rows = count_heads(args) - warp % kWarpgroupWarps * 16;  // of the warp's
     if (next < args.s_q && rows >= 16) {
       // Through the slot of the next heads, once the score warpgroup has taken them.
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-      store_through<T>(args, smem, ring.slot, o, query, smem.out_factor[odd]);
+      store_through<T>(args, smem, ring.slot, o, query, out_factor);
     } else if (rows > 0) {
-      store_output<T>(args, o, query, smem.out_factor[odd]);
+      store_output<T>(args, o, query, out_factor);
     }
-    odd ^= true;
+    __syncwarp();
+    if (reread_thread() % 32 == 0) smem.odd_query[reread_thread() / 32] ^= 1;
+    __syncwarp();
     query = next;
   }
 }
