@@ -32,10 +32,10 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   // without that, the next wgmma can wait for ever.
   const auto refill = [&](Ring ring) {
     const int thread = reread_thread();
-    stream.prepare(thread);
-    __syncwarp();
     const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
+    __syncwarp();
     if (thread % 32 == 0) mbarrier_arrive(load_done);
+    stream.prepare(thread);
     mbarrier_wait(load_done, ring.parity);
     stream.load(args, smem, ring.slot, thread);
     __syncwarp();
