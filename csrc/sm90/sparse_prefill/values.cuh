@@ -36,8 +36,9 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
     __syncwarp();
     if (thread % 32 == 0) mbarrier_arrive(load_done);
     stream.prepare(thread);
+    const int slot = __shfl_sync(~0u, ring.slot, 0);  // uniform, which the compiler cannot know
     mbarrier_wait(load_done, ring.parity);
-    stream.load(args, smem, ring.slot, thread);
+    stream.load(args, smem, slot, thread);
     __syncwarp();
   };
 
