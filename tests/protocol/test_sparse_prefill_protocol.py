@@ -33,10 +33,11 @@ class Loads:
             first = self.count
             self.queries.append((first, range(first + 1, first + 1 + tiles)))
             for load in range(first, first + 1 + tiles):
-                for event in ("latent", "rope", "p"):
-                    if event == "p" and load == first:
+                # In the heads' slot the last query token's output is staged afterwards.
+                for event in ("latent", "rope", "staged" if load == first else "p"):
+                    if event == "staged" and first == 0:
                         continue
-                    buffer = "rope" if event == "p" else event, load % STAGES
+                    buffer = {"p": "rope", "staged": "latent"}.get(event, event), load % STAGES
                     written[buffer] = written.get(buffer, 0) + 1
                     self.versions[load, event] = written[buffer]
         self.tiles = [load for _, tiles in self.queries for load in tiles]
@@ -114,7 +115,6 @@ def score_warp(name: str, loads: Loads, drop: set, ready: bool) -> Role:
 
 def value_warp(name: str, loads: Loads, drop: set) -> Role:
     warp = Role(name, drop)
-    finished = 0
     powers: dict[int, int] = {}  # writes to a slot's rescale powers
     issued = 0
 
@@ -129,14 +129,16 @@ def value_warp(name: str, loads: Loads, drop: set) -> Role:
         warp.arrive(*of(issued, "full"), ("issued", name, issued % STAGES))
         issued += 1
 
+    def refill(load: int) -> None:
+        warp.arrive(*of(load, "load_done"))
+        warp.wait(("load_done", load % STAGES), load // STAGES)
+        load_next()
+
     for _ in range(STAGES):
         load_next()
-    for query, tiles in loads.queries:
-        if not tiles:
-            continue
-        warp.wait(("probabilities_stored", query % STAGES), query // STAGES)
-        warp.arrive(*of(query, "load_done"))
-        load_next()
+    queries = [query for query in loads.queries if query[1]]
+    followings = [*queries[1:], None]
+    for finished, ((heads, tiles), following) in enumerate(zip(queries, followings, strict=True)):
         for load in tiles:
             slot, round = load % STAGES, load // STAGES
             warp.wait(("probabilities_stored", slot), round)
@@ -146,14 +148,19 @@ def value_warp(name: str, loads: Loads, drop: set) -> Role:
             warp.wait(("values_go", slot), round)
             loads.read(warp, load, "p", ROPE)
             loads.read(warp, load, "latent", LATENT)
+            if load == tiles.start:
+                if heads > 0:  # what was staged has been stored
+                    warp.end(("latent", name, heads % STAGES))
+                refill(heads)
             warp.end(*of_slot(load, [*LATENT, *ROPE]), *rescale)
-            warp.arrive(*of(load, "load_done"))
-            warp.wait(("load_done", slot), round)
-            load_next()
+            refill(load)
+        if following:
+            slot = following[0] % STAGES
+            warp.wait(("probabilities_stored", slot), following[0] // STAGES)
+            warp.write(("latent", name, slot))
         factors = [("out_factor", score, finished % 2) for score in SCORES]
         warp.read(finished // 2 + 1, *factors)
         warp.end(*factors)
-        finished += 1
     return warp
 
 

@@ -42,6 +42,10 @@ struct RingIndex {
   int slot = 0;
   uint32_t parity = 0;
 
+  __device__ __forceinline__ RingIndex before() const {
+    return slot > 0 ? RingIndex{slot - 1, parity} : RingIndex{kStages - 1, parity ^ 1};
+  }
+
   __device__ __forceinline__ void advance() {
     if (++slot == kStages) {
       slot = 0;

@@ -43,6 +43,8 @@ struct KernelArgs {
   // Of `query_box` rows of [s_q * h_q] four latent chunks, or the rope chunk; coordinates 0, row,
   // chunk.
   CUtensorMap query_half_map, query_rope_map;
+  // Of sixteen rows of out four chunks; coordinates 0, row, chunk.
+  CUtensorMap out_map;
   const uint8_t* kv;
   const int32_t* indices;
   const int32_t* topk_length;  // null: topk
@@ -54,7 +56,6 @@ struct KernelArgs {
   uint32_t s_kv;
   int query_box;     // a multiple of eight
   int query_stride;  // from one of a block's query tokens to its next: grid.y
-  bool prefetches;   // whether rows are asked of L2 a tile ahead of their loads
   float sm_scale, scale_log2;
 
 #ifdef __CUDACC__

@@ -13,68 +13,47 @@ namespace flashmla::sm90::sparse_prefill {
 // its heads, then the tiles, of which the warp gathers one group of eight tokens.
 //
 // A lane copies 16 bytes of each chunk of two tokens. Products wait for what the warp does between
-// them, so its place is kept in registers and indices are fetched two tiles ahead.
+// them, so its place is kept in registers, and indices are fetched a tile ahead.
 template <int kHeadDim>
 class LoadStream {
  public:
-  __device__ __forceinline__ LoadStream(const KernelArgs& args, int thread) : thread_(thread) {
-    const int lane = thread % 32, group = thread / 32 - kWarpgroupWarps;
-    token_ = group * kTokenGroup + lane % kTokenGroup;
-    target_ = swizzled_offset(lane / 8, lane % 8);
+  __device__ __forceinline__ explicit LoadStream(const KernelArgs& args) {
     query_ = blockIdx.y - args.query_stride;
     enter_next(args);
   }
 
   // Finds the rows of the next load.
-  __device__ __forceinline__ void prepare() {
+  __device__ __forceinline__ void prepare(int thread) {
     asm volatile("" : "+r"(row_));  // not before: it may still be on its way
-    const int lane = thread_ % 32;
+    const int lane = thread % 32;
 #pragma unroll
     for (int j = 0; j < 2; ++j) source_row_[j] = __shfl_sync(~0u, row_, lane / 8 + 4 * j);
   }
 
   // Begins the load that was prepared, into a slot that nobody uses any more, and goes on to the
   // next.
-  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot) {
+  __device__ __forceinline__ void load(const KernelArgs& args, SharedStorage& smem, int slot,
+                                       int thread) {
     if (query_ >= args.s_q) return;
     if (tile_ < 0)
-      load_heads(args, smem, slot);
+      load_heads(args, smem, slot, thread);
     else
-      load_tile(args, smem, slot);
-    const bool first = tile_ < 0;
-    ++tile_;
-    if (tile_ * kTileTokens >= length_) {
-      enter_next(args);
-    } else if (first) {
-      row_ = fetch(args, 0);
-      row_after_ = fetch(args, 1);
-    } else {
-      row_ = row_after_;
-      if (args.prefetches && thread_ % 32 < kTokenGroup &&
-          static_cast<uint32_t>(row_) < args.s_kv) {
-        prefetch_bulk(args.kv + uint64_t{static_cast<uint32_t>(row_)} * kRowBytes, kRowBytes);
-      }
-      row_after_ = fetch(args, tile_ + 1);
-    }
+      load_tile(args, smem, slot, thread);
+    if (++tile_ * kTileTokens >= length_) enter_next(args);
+    const int token = (thread / 32 - kWarpgroupWarps) * kTokenGroup + thread % kTokenGroup;
+    const int i = tile_ * kTileTokens + token;
+    row_ = -1;
+    if (tile_ >= 0 && i < length_) row_ = __ldg(args.indices + int64_t{query_} * args.topk + i);
   }
 
  private:
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr bool kRope = kHeadDim > kValueDim;
 
-  int thread_;
   int query_, tile_;        // the next load; tile -1: the heads; query s_q or more: none
   int length_;              // indices of the query token that count
-  int token_;               // that this lane looks up, of each tile
-  int row_, row_after_;     // of that token of the next tile and the one after; -1: none
-  uint32_t target_;         // of this lane's copies of the first four tokens, within their group
+  int row_;                 // of that token of the next tile; -1: none
   uint32_t source_row_[2];  // that this lane copies from
-
-  // What this lane looks up of a tile of the query token; -1: nothing.
-  __device__ __forceinline__ int fetch(const KernelArgs& args, int tile) const {
-    const int i = tile * kTileTokens + token_;
-    return i < length_ ? __ldg(args.indices + int64_t{query_} * args.topk + i) : -1;
-  }
 
   __device__ __forceinline__ void enter_next(const KernelArgs& args) {
     length_ = 0;
@@ -85,11 +64,11 @@ class LoadStream {
     tile_ = -1;
   }
 
-  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem,
-                                             int slot) const {
+  __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem, int slot,
+                                             int thread) const {
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    if (thread_ == kLoadingThread) {
+    if (thread == kLoadingThread) {
       fence_async_proxy();  // the slot held what cp.async and stmatrix wrote
       const int first_row = query_ * args.h_q + first_head();
       const uint32_t target = smem_address(smem.latent[slot]);
@@ -104,7 +83,7 @@ class LoadStream {
       }
     }
     __syncwarp();
-    if (thread_ % 32 == 0) mbarrier_arrive(left);
+    if (thread % 32 == 0) mbarrier_arrive(left);
     mbarrier_arrive(left);
     mbarrier_arrive(right);
   }
@@ -125,22 +104,23 @@ class LoadStream {
     }
   }
 
-  __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem,
-                                            int slot) const {
-    const int group = thread_ / 32 - kWarpgroupWarps;
+  __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem, int slot,
+                                            int thread) const {
+    const int group = thread / 32 - kWarpgroupWarps;
     const uint32_t left = smem_address(&smem.left_full[slot]);
     const uint32_t right = smem_address(&smem.right_full[slot]);
-    const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + target_;
+    const uint32_t offset = swizzled_offset(thread % 32 / 8, thread % 8);
+    const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + offset;
     const uint8_t* source[2];
     bool valid[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       valid[j] = source_row_[j] < args.s_kv;
-      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread_ % 8 * 16;
+      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread % 8 * 16;
       copy_chunks<0, kHalfChunks>(skip_four(target, j), source[j], valid[j]);
     }
     const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row_) < args.s_kv);
-    if (thread_ % 32 == 0) {
+    if (thread % 32 == 0) {
       smem.attended[slot][group] = attended;
       mbarrier_arrive(left);
     }
@@ -149,7 +129,7 @@ class LoadStream {
     for (int j = 0; j < 2; ++j) {
       copy_chunks<kHalfChunks, kLatentChunks>(skip_four(target, j), source[j], valid[j]);
       if constexpr (kRope) {
-        const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + target_;
+        const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + offset;
         copy_16_or_zero(skip_four(rope, j), source[j] + kLatentChunks * kChunkRowBytes, valid[j]);
       }
     }

@@ -15,9 +15,6 @@ namespace {
 
 using namespace sparse_prefill;
 
-// More rows than L2 keeps, half of 50 MB near each multiprocessor, are asked of it beforehand.
-constexpr int64_t kPrefetchedBytes = 16 << 20;
-
 Status check_supported(const SparsePrefillParams& params) {
   if (params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("the Hopper sparse_prefill kernel takes 16-bit rows");
@@ -30,17 +27,27 @@ Status check_supported(const SparsePrefillParams& params) {
   return require_hopper();
 }
 
-// chunks: of 64 columns, that a load takes.
-Status make_query_map(const SparsePrefillParams& params, int box, int chunks, CUtensorMap* map) {
+// The map of a [s_q * h_q, columns] array of which boxes of `rows` by `chunks` of 64 columns are
+// copied.
+Status make_row_map(const SparsePrefillParams& params, const void* array, int columns, int rows,
+                    int chunks, CUtensorMap* map) {
   const bool bf16 = params.dtype == DType::kBFloat16;
-  const uint64_t rows = uint64_t(params.s_q) * params.h_q, row_bytes = params.d_qk * 2;
-  return make_tensor_map(params.q,
-                         bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                         CU_TENSOR_MAP_SWIZZLE_128B,
-                         {{64, 2, 64},
-                          {rows, row_bytes, uint32_t(box)},
-                          {uint64_t(params.d_qk) / 64, kChunkRowBytes, uint32_t(chunks)}},
-                         map);
+  return make_tensor_map(
+      array, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      CU_TENSOR_MAP_SWIZZLE_128B,
+      {{64, 2, 64},
+       {uint64_t(params.s_q) * params.h_q, uint64_t(columns) * 2, uint32_t(rows)},
+       {uint64_t(columns) / 64, kChunkRowBytes, uint32_t(chunks)}},
+      map);
+}
+
+Status make_maps(const SparsePrefillParams& params, KernelArgs* args) {
+  Status s = make_row_map(params, params.q, params.d_qk, args->query_box, kHalfChunks,
+                          &args->query_half_map);
+  if (s.ok())
+    s = make_row_map(params, params.q, params.d_qk, args->query_box, 1, &args->query_rope_map);
+  if (s.ok()) s = make_row_map(params, params.out, kValueDim, 16, kHalfChunks, &args->out_map);
+  return s;
 }
 
 template <typename T>
@@ -68,12 +75,9 @@ Status run_sparse_prefill(const SparsePrefillParams& params, cudaStream_t stream
                   .topk = params.topk,
                   .s_kv = static_cast<uint32_t>(params.s_kv),
                   .query_box = (std::min(params.h_q, kTileRows) + 7) / 8 * 8,
-                  .prefetches = int64_t{params.s_kv} * params.d_qk * 2 > kPrefetchedBytes,
                   .sm_scale = params.sm_scale,
                   .scale_log2 = params.sm_scale * 1.4426950408889634f};
-  Status status = make_query_map(params, args.query_box, kHalfChunks, &args.query_half_map);
-  if (status.ok()) status = make_query_map(params, args.query_box, 1, &args.query_rope_map);
-  if (!status.ok()) return status;
+  if (Status status = make_maps(params, &args); !status.ok()) return status;
   const int head_tiles = (params.h_q + kTileRows - 1) / kTileRows;
   const dim3 grid(head_tiles, std::clamp(multiprocessors / head_tiles, 1, params.s_q));
   args.query_stride = grid.y;

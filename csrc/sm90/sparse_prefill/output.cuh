@@ -1,7 +1,9 @@
 // The output of a value warpgroup: 64 heads by 256 of the 512 value columns.
 #pragma once
 
+#include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
+#include "sm90/ptx/tma.cuh"
 #include "sm90/sparse_prefill/shared_storage.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
@@ -65,6 +67,37 @@ __device__ __forceinline__ void store_output(const KernelArgs& args, const float
       target[i * 4 + threadIdx.x % 4] = uint4{v[r][i][0], v[r][i][1], v[r][i][2], v[r][i][3]};
     }
   }
+}
+
+// Has the normalised rows stored by TMA, through this warp's 8 KB of a slot that nobody uses: the
+// warp computes on meanwhile. All of its sixteen rows are the block's.
+template <typename T>
+__device__ __forceinline__ void store_through(const KernelArgs& args, SharedStorage& smem, int slot,
+                                              const float (&o)[128], int query,
+                                              const float (&out_factor)[kTileRows]) {
+  const int thread = reread_thread(), lane = thread % 32, half = thread / kWarpgroupThreads - 1;
+  const int first_row = thread % kWarpgroupThreads / 32 * 16;
+  const uint32_t staged =
+      smem_address(smem.latent[slot][half]) + first_row * (kHalfChunks * kChunkRowBytes);
+  const float factor[2] = {out_factor[first_row + lane / 4], out_factor[first_row + lane / 4 + 8]};
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // row j % 2, columns 16 k + 8 (j / 2) and the next
+      packed[j] = pack<T>(o[8 * k + 2 * j] * factor[j % 2], o[8 * k + 2 * j + 1] * factor[j % 2]);
+    }
+    store_matrix_x4(
+        staged + k / 4 * (16 * kChunkRowBytes) + swizzled_offset(lane & 15, k % 4 * 2 + lane / 16),
+        packed[0], packed[1], packed[2], packed[3]);
+  }
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) {
+    tma_store_3d(&args.out_map, staged, 0, result_row(args, query, first_row), half * kHalfChunks);
+    commit_stores();
+  }
+  __syncwarp();
 }
 
 template <typename T>

@@ -22,7 +22,7 @@ struct alignas(1024) SharedStorage {
   uint8_t rescale[kStages][kTileRows];      // divide the output so far by 2 to this power
   uint8_t attended[kStages][kTokenGroups];  // bit t: token t of the group
   float out_factor[2][kTileRows];           // 1 / sum, alternating between query tokens
-  uint8_t odd_query[kWarpgroupWarps];       // a score warp's own: counts query tokens
+  uint8_t odd_query[kThreads / 32];         // a warp's own: counts query tokens that are not empty
                                             // that are not empty
   // Barriers, one per slot, or one for all loads in turn.
   uint64_t left_full[kStages];             // columns 0-255, and which tokens are attended

@@ -12,39 +12,48 @@ namespace flashmla::sm90::sparse_prefill {
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   const int thread = reread_thread();
-  const bool leader = thread % 32 == 0;
-  const int first_row = thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4;
   const int half = thread / kWarpgroupThreads - 1;
   Ring ring;
-  bool odd = false;  // counting query tokens that are not empty
-  LoadStream<kHeadDim> stream(args, thread);
+  LoadStream<kHeadDim> stream(args);
 #pragma unroll 1
   for (int slot = 0; slot < kStages; ++slot) {
-    stream.prepare();
-    stream.load(args, smem, slot);
+    stream.prepare(thread);
+    stream.load(args, smem, slot, thread);
   }
 
-  for (int query = blockIdx.y; query < args.s_q; query += args.query_stride) {
-    int tiles = num_tiles(args.length_of(query));
-    if (tiles == 0) {
+  // The block's next query token that has tiles, from `query` on; zeros for those before it.
+  const auto find_query = [&](int query) {
+    for (; query < args.s_q && args.length_of(query) == 0; query += args.query_stride) {
       store_zeros<T>(args, query);
-      continue;
     }
-    stream.prepare();
-    // The score warpgroup has taken the heads out of their slot.
-    mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-    if (leader) mbarrier_arrive(smem_address(&smem.load_done[ring.slot]));
-    stream.load(args, smem, ring.slot);
+    return query;
+  };
+  // Loads into a slot once all value warps are through with what it holds. Keeps lanes together:
+  // without that, the next wgmma can wait for ever.
+  const auto refill = [&](Ring ring) {
+    const int thread = reread_thread();
+    const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
     __syncwarp();
-    ring.advance();
+    if (thread % 32 == 0) mbarrier_arrive(load_done);
+    stream.prepare(thread);
+    const int slot = __shfl_sync(~0u, ring.slot, 0);  // uniform, which the compiler cannot know
+    mbarrier_wait(load_done, ring.parity);
+    stream.load(args, smem, slot, thread);
+    __syncwarp();
+  };
+
+  for (int query = find_query(blockIdx.y); query < args.s_q;) {
+    int tiles = num_tiles(args.length_of(query));
+    ring.advance();  // past the heads
     // Zeros rather than products that overwrite: so no registers are kept for it between.
     float o[128];
 #pragma unroll
     for (float& x : o) x = 0.0f;
-    for (; tiles > 0; --tiles) {
+    for (bool first = true; tiles > 0; --tiles, first = false) {
+      const int row = output_row(0);
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
-      const int power0 = smem.rescale[ring.slot][first_row];
-      const int power1 = smem.rescale[ring.slot][first_row + 8];
+      const int power0 = smem.rescale[ring.slot][row];
+      const int power1 = smem.rescale[ring.slot][row + 8];
       if (__any_sync(~0u, (power0 | power1) != 0)) {
         const float factor0 = rescale_factor(power0), factor1 = rescale_factor(power1);
 #pragma unroll
@@ -55,28 +64,37 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
           mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
-      // The score warpgroup has seen that the tile is there, and ordered its
-      // copies before wgmma.
+      // The score warpgroup has seen that the tile is there, and ordered its copies before wgmma.
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k, 1);
       }
       wgmma_commit();
+      if (first) {  // the heads have been taken out of their slot, and the last output is stored
+        if (reread_thread() % 32 == 0) wait_for_stores_read();
+        refill(ring.before());
+      }
       wgmma_wait<0>();
       pin_registers(o);
-      stream.prepare();
-      __syncwarp();
-      const uint32_t load_done = smem_address(&smem.load_done[ring.slot]);
-      if (leader) mbarrier_arrive(load_done);
-      mbarrier_wait(load_done, ring.parity);
-      stream.load(args, smem, ring.slot);
-      // Keeps lanes together: without this, the next wgmma can wait for ever.
-      __syncwarp();
+      refill(ring);
       ring.advance();
     }
-    store_output<T>(args, o, query, smem.out_factor[odd]);
-    odd ^= true;
+    const int next = find_query(query + args.query_stride);
+    const int warp = reread_thread() / 32;
+    const auto& out_factor = smem.out_factor[smem.odd_query[warp]];
+    const int rows = count_heads(args) - warp % kWarpgroupWarps * 16;  // of the warp's
+    if (next < args.s_q && rows >= 16) {
+      // Through the slot of the next heads, once the score warpgroup has taken them.
+      mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot]), ring.parity);
+      store_through<T>(args, smem, ring.slot, o, query, out_factor);
+    } else if (rows > 0) {
+      store_output<T>(args, o, query, out_factor);
+    }
+    __syncwarp();
+    if (reread_thread() % 32 == 0) smem.odd_query[reread_thread() / 32] ^= 1;
+    __syncwarp();
+    query = next;
   }
 }
 
