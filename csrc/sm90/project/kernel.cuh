@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply_stages<T, kRows, kParts, kTransposed>(args, smem_address(ring), full, empty, steps,
                                                    sums);
   } else if (threadIdx.x == kWarpgroupThreads) {
-    load_stages<kRows, kParts>({args, &args.w_map[tile.weight], smem_address(ring), full, steps,
-                                tile.begin, group},
-                               empty);
+    load_stages<kRows, kParts>(
+        {args, &args.w_map[tile.weight], smem_address(ring), full, steps, tile.begin, group},
+        empty);
     load_ahead(args);
   }
   cluster_sync();
