@@ -57,4 +57,8 @@ Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream, 
   return Status::Internal("latent_append: unknown dtype of projected");
 }
 
+Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream) {
+  return run_latent_append(params, stream, false);
+}
+
 }  // namespace flashmla::sm90

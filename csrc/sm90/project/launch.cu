@@ -130,4 +130,8 @@ Status run_project(const ProjectParams& params, cudaStream_t stream, const Chain
   return project::launch_typed<__half, Float16>(params, chain, stream);
 }
 
+Status run_project(const ProjectParams& params, cudaStream_t stream) {
+  return run_project(params, stream, Chain{});
+}
+
 }  // namespace flashmla::sm90

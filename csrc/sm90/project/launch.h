@@ -24,6 +24,7 @@ struct Chain {
   Ahead ahead[kMaxAhead] = {};
 };
 
-Status run_project(const ProjectParams& params, cudaStream_t stream, const Chain& chain = {});
+Status run_project(const ProjectParams& params, cudaStream_t stream, const Chain& chain);
+Status run_project(const ProjectParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90
