@@ -237,7 +237,7 @@ def test_only_the_plots_import_matplotlib():
 )
 def test_shared_headers_are_plain_cpp(path):
     plain = re.compile(
-        r"[a-z]+|(params/(cache_append|dtype|index_scores|peers|rope)|schedule/pieces|formats|host_device|elements)\.h"
+        r"[a-z]+|(params/(cache_append|dtype|index_scores|peers|project|rope)|schedule/pieces|formats|host_device|elements)\.h"
     )  # standard ones, or our own
     assert not {header for header in includes(path) if not plain.fullmatch(header)}
 
