@@ -20,6 +20,7 @@ from jax_flashmla.ops.latent_append import latent_append
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 from jax_flashmla.ops.merge import merge_lse
 from jax_flashmla.ops.project import project
+from jax_flashmla.ops.project_twice import project_twice
 from jax_flashmla.ops.sparse_decode import sparse_decode
 from jax_flashmla.ops.sparse_prefill import sparse_prefill
 from jax_flashmla.peers import Peers, connect_peers
@@ -55,6 +56,7 @@ __all__ = [
     "make_schedule",
     "merge_lse",
     "project",
+    "project_twice",
     "quantise",
     "sparse_decode",
     "sparse_prefill",

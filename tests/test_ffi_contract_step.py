@@ -1,4 +1,4 @@
-"""The C++ side of latent_append and project refuses calls that would lead out of bounds."""
+"""The C++ side of latent_append, project, project_twice refuses calls that lead out of bounds."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +107,49 @@ def test_latent_append_refuses(wrong, match):
 @pytest.mark.parametrize(("wrong", "match"), PROJECT.values(), ids=PROJECT)
 def test_project_refuses(wrong, match):
     refused(project, match, **wrong)
+
+
+def project_twice(**wrong):
+    operands = {
+        "x": zeros(rows, groups, k) + 1,
+        "w": zeros(groups, k, n) + 1,
+        "v": zeros(4, 4, 24) + 1,  # 2 x 40 columns are 4 heads of 4 and 16 to be turned
+        "cos": f32(rows, 8),
+        "sin": f32(rows, 8),
+    }
+    results = {
+        "y": result(rows, 4, 24 + 16, dtype=jnp.bfloat16),
+        "between": result(rows, groups * n, dtype=jnp.bfloat16),
+    }
+    attributes = {"transposed": False, "layout": np.int32(2)}
+    return call("project_twice", *replaced(wrong, operands, results, attributes))
+
+
+def test_the_good_pair_is_taken():
+    y, between = project_twice()
+    np.testing.assert_array_equal(between.astype(jnp.float32), k)
+    np.testing.assert_array_equal(y[..., :24].astype(jnp.float32), 4 * k)
+    np.testing.assert_array_equal(y[..., 24:].astype(jnp.float32), 0)
+
+
+PROJECT_TWICE = {
+    "x of rank 2": ({"x": zeros(rows, k)}, "x must have shape"),
+    "x of another k": ({"x": zeros(rows, groups, k + 1)}, "w must have shape"),
+    "transposed": ({"transposed": True}, "w must have shape"),
+    "v in f32": ({"v": f32(4, 4, 24)}, "v must have the element type of x"),
+    "v of rank 2": ({"v": zeros(4, 24)}, "v must have shape"),
+    "no heads": ({"v": zeros(0, 4, 24)}, "v must have shape"),
+    "heads that do not divide": ({"v": zeros(3, 4, 24)}, "v must share out w's groups"),
+    "m past a head": ({"v": zeros(4, 21, 24)}, "v must share out w's groups"),
+    "an odd rest": ({"v": zeros(4, 5, 24)}, "v must share out w's groups"),
+    "short sin": ({"sin": f32(rows, 7)}, "sin must have shape"),
+    "cos of others": ({"cos": f32(rows + 1, 8)}, "cos must have shape"),
+    "short y": ({"y": result(rows, 4, 24, dtype=jnp.bfloat16)}, "y must have shape"),
+    "a short workspace": ({"between": result(rows, n, dtype=jnp.bfloat16)}, "between must have"),
+    "layout": ({"layout": np.int32(4)}, "layout must be between 0 and 3"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "match"), PROJECT_TWICE.values(), ids=PROJECT_TWICE)
+def test_project_twice_refuses(wrong, match):
+    refused(project_twice, match, **wrong)

@@ -113,7 +113,7 @@ def test_only_operations_describe_operations():
     importers = importers_of("jax_flashmla._xla.operation") - {"export"}
     names = ("make_schedule", "dense_decode", "sparse_decode", "cache_append")
     names += ("sparse_prefill", "index_scores", "index_topk", "all_reduce_sum", "exchange")
-    names += ("latent_append", "project")
+    names += ("latent_append", "project", "project_twice")
     assert importers == {f"ops.{name}" for name in names}
     for path in sorted((PACKAGE / "_xla").glob("*.py")):
         assert not [name for name in names if name in path.read_text()], path.name
@@ -237,7 +237,7 @@ def test_only_the_plots_import_matplotlib():
 )
 def test_shared_headers_are_plain_cpp(path):
     plain = re.compile(
-        r"[a-z]+|(params/(cache_append|dtype|index_scores|peers|rope)|schedule/pieces|formats|host_device|elements)\.h"
+        r"[a-z]+|(params/(cache_append|dtype|index_scores|peers|project|rope)|schedule/pieces|formats|host_device|elements)\.h"
     )  # standard ones, or our own
     assert not {header for header in includes(path) if not plain.fullmatch(header)}
 

@@ -9,5 +9,6 @@
 #include "ffi/latent_append.h"
 #include "ffi/make_schedule.h"
 #include "ffi/project.h"
+#include "ffi/project_twice.h"
 #include "ffi/sparse_decode.h"
 #include "ffi/sparse_prefill.h"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import PagedCache, Slots, latent_append, project
+from jax_flashmla import PagedCache, Slots, latent_append, project, project_twice
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import (
@@ -93,31 +94,39 @@ def latent_queries(
     config: MLAConfig, params: MLAParams, projected: Projected, implementation: str | None
 ) -> jax.Array:
     """Queries of latent attention [b, s, heads, d_qk]: up-projected, absorbed, rotated."""
-    weight = params.w_q if config.q_lora_rank is None else params.w_uq
-    q = multiply(projected.inputs, weight, implementation=implementation)
-    b, s, heads, columns = q.shape
-    q = project(
-        q.reshape(b * s, heads, columns),
-        params.w_uk.astype(q.dtype),
-        cos=projected.cos,
-        sin=projected.sin,
-        layout=config.rope.layout,
-        implementation=of_products(implementation),
-    )
+    x = projected.inputs
+    b, s, k = x.shape
+    weight = (params.w_q if config.q_lora_rank is None else params.w_uq).astype(x.dtype)
+    w_uk = params.w_uk.astype(x.dtype)
+    heads, implementation = w_uk.shape[0], of_products(implementation)
+    angles: dict[str, Any] = {
+        "cos": projected.cos,
+        "sin": projected.sin,
+        "layout": config.rope.layout,
+    }
+    if b * s > FEW_ROWS:
+        q = jnp.einsum("bsk,khd->bshd", x, weight).reshape(b * s, heads, -1)
+        q = project(q, w_uk, **angles, implementation=implementation)
+    else:
+        weight = weight.reshape(1, k, -1)
+        q = project_twice(
+            x.reshape(b * s, 1, k), weight, w_uk, **angles, implementation=implementation
+        )
     return q.reshape(b, s, heads, -1)
 
 
 def project_values(params: MLAParams, out: jax.Array, implementation: str | None) -> jax.Array:
     """Weighted latents [b, s, heads, kv_lora_rank] to [b, s, hidden]; of these heads alone."""
     b, s, heads, _ = out.shape
-    values = project(
-        out.reshape(b * s, heads, -1),
-        params.w_uv.astype(out.dtype),
-        transposed=True,
-        implementation=of_products(implementation),
-    )
-    w_o = params.w_o.reshape(-1, params.w_o.shape[-1])
-    return multiply(values.reshape(b, s, -1), w_o, implementation=implementation)
+    rows = out.reshape(b * s, heads, -1)
+    w_uv = params.w_uv.astype(out.dtype)
+    w_o = params.w_o.astype(out.dtype).reshape(1, -1, params.w_o.shape[-1])
+    implementation = of_products(implementation)
+    if b * s > FEW_ROWS:
+        values = project(rows, w_uv, transposed=True, implementation=implementation)
+        return jnp.einsum("bsk,kn->bsn", values.reshape(b, s, -1), w_o[0])
+    y = project_twice(rows, w_uv, w_o, transposed=True, implementation=implementation)
+    return y.reshape(b, s, -1)
 
 
 def multiply(x: jax.Array, *weights: jax.Array, implementation: str | None) -> jax.Array:

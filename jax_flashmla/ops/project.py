@@ -115,18 +115,22 @@ def _sizes(x: Any, weights: Sequence[Any], transposed: bool) -> tuple[int, list[
 def _refusal(x: Any, *arrays: Any, transposed: bool, **__: Any) -> str | None:
     """Why the Hopper kernel does not take a product; None where it does."""
     k, n = _sizes(x, arrays[:-2], transposed)
-    rows, groups, columns = x.shape
+    return refusal_of_sizes(x, k, [*n, x.shape[2]], groups=x.shape[1])
+
+
+def refusal_of_sizes(x: Any, k: int, columns: Sequence[int], *, groups: int) -> str | None:
+    """The same of a product by its sizes: columns are those of its weights, and of x's rows."""
     if x.dtype not in _checks.CACHE_DTYPES[:2]:
         return f"the sm90 kernel of project takes 16-bit floats, got {x.dtype}"
-    if rows > _limits.MAX_PROJECT_ROWS or groups > _limits.MAX_PROJECT_GROUPS:
+    if x.shape[0] > _limits.MAX_PROJECT_ROWS or groups > _limits.MAX_PROJECT_GROUPS:
         return (
             f"the sm90 kernel of project takes at most {_limits.MAX_PROJECT_ROWS} rows and "
-            f"{_limits.MAX_PROJECT_GROUPS} groups, got x of shape {x.shape}"
+            f"{_limits.MAX_PROJECT_GROUPS} groups, got {x.shape[0]} and {groups}"
         )
-    if any(size % 8 for size in (k, columns, *n)):  # TMA takes strides of 16 bytes
+    if any(size % 8 for size in (k, *columns)):  # TMA takes strides of 16 bytes
         return (
             "the sm90 kernel of project takes k, n and rope of a multiple of 8 columns, got "
-            f"k = {k}, n = {n} and rope = {columns - k}"
+            f"k = {k} and {list(columns)} columns"
         )
     return None
 

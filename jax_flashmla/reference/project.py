@@ -1,4 +1,4 @@
-"""project in pure JAX: one matrix product per group, and a rotation."""
+"""project and project_twice in pure JAX: a matrix product per group, and a rotation."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def project(
     if k < x.shape[-1]:
         parts.append(rotate(x[..., k:], cos[:, None], sin[:, None], layout))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def project_twice(
+    x: Float[Array, "rows groups k"],
+    w: Float[Array, "groups _ _"],
+    v: Float[Array, "heads m p"],
+    cos: Float[Array, "rows pairs"],
+    sin: Float[Array, "rows pairs"],
+    *,
+    layout: str,
+    transposed: bool,
+) -> Float[Array, "rows heads _"]:
+    none = cos[:, :0]
+    between = project(x, w, none, none, layout="none", transposed=transposed)
+    between = between.reshape(x.shape[0], v.shape[0], -1)
+    return project(between, v, cos, sin, layout=layout, transposed=False)

@@ -9,6 +9,7 @@
 #include "elements.h"
 #include "params/latent_append.h"
 #include "sm90/formats/quantise.cuh"
+#include "sm90/ptx/barrier.cuh"
 
 namespace flashmla::sm90::latent_append {
 
@@ -21,6 +22,13 @@ __device__ __forceinline__ void prefetch(const void* address) {
 
 __device__ __forceinline__ const void* address_of(const void* array, DType dtype, int i) {
   return static_cast<const char*>(array) + int64_t{i} * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+__device__ __forceinline__ void prefetch_weight(const void* weight, DType dtype, int n) {
+  const int step = dtype == DType::kFloat32 ? 32 : 64;  // 128 bytes
+  for (int i = threadIdx.x * step; i < n; i += kThreads * step) {
+    prefetch(address_of(weight, dtype, i));
+  }
 }
 
 __device__ __forceinline__ float load_weight(const void* weight, DType dtype, int i) {
@@ -72,7 +80,6 @@ __device__ __forceinline__ void rms_norm(const Element* row, int n, bool whole, 
   const int first = static_cast<int>(threadIdx.x) * kWidth;
   float sum = 0.0f;
   for (int column = first; column < n; column += kThreads * kWidth) {
-    prefetch(address_of(weight, weight_dtype, column));
     float x[kWidth];
     load_columns(row, column, n, whole, x);
 #pragma unroll
@@ -152,6 +159,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float sums[kWarps];
   const CacheAppendParams& cache = params.cache;
   const int64_t row = blockIdx.x;
+  launch_dependents();
+  prefetch_weight(blockIdx.y == 1 ? params.q_norm : params.kv_norm, params.norm_dtype,
+                  blockIdx.y == 1 ? params.q_rank : params.kv_rank);
+  wait_for_prerequisites();
   const Element* from = static_cast<const Element*>(params.projected) + row * params.columns;
   if (blockIdx.y == 1) {
     Element* to = static_cast<Element*>(params.q_latent) + row * params.q_rank;

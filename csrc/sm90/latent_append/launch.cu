@@ -9,50 +9,56 @@ namespace flashmla::sm90 {
 namespace {
 
 template <class Element, class Stored>
-Status launch_rows(const LatentAppendParams& params, cudaStream_t stream) {
+Status launch_rows(const LatentAppendParams& params, cudaStream_t stream, bool dependent) {
   using latent_append::kThreads;
   const CacheAppendParams& cache = params.cache;
   const bool whole =
       ((params.columns | params.q_rank | params.kv_rank) % latent_append::kWidth) == 0;
   const dim3 grid(static_cast<unsigned>(cache.b * cache.s_new), params.q_rank > 0 ? 2 : 1);
   const size_t shared_bytes = (cache.d * sizeof(Stored) + 15) / 16 * 16;
-  return launch(latent_append::latent_append_kernel<Element, Stored>,
-                {grid, kThreads, shared_bytes}, stream, "latent_append", params,
-                layout_of(cache.format), whole);
+  LaunchOptions options{grid, kThreads, shared_bytes};
+  options.dependent = dependent;
+  return launch(latent_append::latent_append_kernel<Element, Stored>, options, stream,
+                "latent_append", params, layout_of(cache.format), whole);
 }
 
 template <class Element>
-Status launch_stored(const LatentAppendParams& params, cudaStream_t stream) {
+Status launch_stored(const LatentAppendParams& params, cudaStream_t stream, bool dependent) {
   switch (params.cache.rows_dtype) {
     case DType::kBFloat16:
-      return launch_rows<Element, BFloat16>(params, stream);
+      return launch_rows<Element, BFloat16>(params, stream, dependent);
     case DType::kFloat16:
-      return launch_rows<Element, Float16>(params, stream);
+      return launch_rows<Element, Float16>(params, stream, dependent);
     case DType::kFloat32:
-      return launch_rows<Element, Float32>(params, stream);
+      return launch_rows<Element, Float32>(params, stream, dependent);
   }
   return Status::Internal("latent_append: unknown dtype of rows");
 }
 
 }  // namespace
 
-Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream) {
+Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream, bool dependent) {
   const CacheAppendParams& cache = params.cache;
   if (cache.updated != cache.blocks) {
     const int64_t bytes = cache.num_blocks * cache.block_bytes;
     const cudaError_t error =
         cudaMemcpyAsync(cache.updated, cache.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
     if (error != cudaSuccess) return to_status(error, "latent_append");
+    dependent = false;  // the kernel comes behind a copy
   }
   switch (params.dtype) {
     case DType::kBFloat16:
-      return launch_stored<BFloat16>(params, stream);
+      return launch_stored<BFloat16>(params, stream, dependent);
     case DType::kFloat16:
-      return launch_stored<Float16>(params, stream);
+      return launch_stored<Float16>(params, stream, dependent);
     case DType::kFloat32:
-      return launch_stored<Float32>(params, stream);
+      return launch_stored<Float32>(params, stream, dependent);
   }
   return Status::Internal("latent_append: unknown dtype of projected");
+}
+
+Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream) {
+  return run_latent_append(params, stream, false);
 }
 
 }  // namespace flashmla::sm90

@@ -7,6 +7,9 @@
 
 namespace flashmla::sm90 {
 
+// dependent: `projected` is made by the previous kernel of the stream, before whose end this one
+// may start.
+Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream, bool dependent);
 Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream);
 
 }  // namespace flashmla::sm90

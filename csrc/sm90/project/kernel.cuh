@@ -47,28 +47,61 @@ struct Steps {
   int begin, end;
 };
 
+// The loads of a block's ring. Weights of the first round are asked for before the kernel that
+// makes x has ended.
 template <int kRows, int kParts>
-__device__ __forceinline__ void load_stages(const KernelArgs& args, uint32_t ring, uint32_t full,
-                                            uint32_t empty, Steps steps, const Tile& tile,
-                                            int group) {
-  constexpr int kStageBytes = stage_bytes(kRows, kParts);
-  const CUtensorMap* w_map = &args.w_map[tile.weight];
-  for (int step = steps.begin, turn = 0; step < steps.end; ++step, ++turn) {
-    const int stage = turn % args.stages;
-    // In the first round this passes at once.
-    mbarrier_wait(empty + 8 * stage, (turn / args.stages & 1) ^ 1);
-    mbarrier_arrive_expect(full + 8 * stage, kStageBytes);
-    const uint32_t to = ring + stage * kStageBytes;
-    const int depth = step * kDepth;
+struct Loads {
+  const KernelArgs& args;
+  const CUtensorMap* w_map;
+  uint32_t ring, full;
+  Steps steps;
+  int column, group;
+
+  static constexpr int kStageBytes = stage_bytes(kRows, kParts);
+
+  __device__ __forceinline__ void load_weights(int turn) const {
+    const int stage = turn % args.stages, depth = (steps.begin + turn) * kDepth;
+    const uint32_t to = ring + stage * kStageBytes, barrier = full + 8 * stage;
     const bool transposed = args.params.transposed;
+    mbarrier_arrive_expect(barrier, kStageBytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {  // past the last column zeros are written
-      const int column = tile.begin + part * kPart;
-      tma_load_4d(to + part * kPartBytes, w_map, full + 8 * stage, transposed ? depth : column,
-                  transposed ? column : depth, group, 0, kEvictFirst);
+      const int at = column + part * kPart;
+      tma_load_4d(to + part * kPartBytes, w_map, barrier, transposed ? depth : at,
+                  transposed ? at : depth, group, 0, kEvictFirst);
     }
-    tma_load_4d(to + kParts * kPartBytes, &args.x_map, full + 8 * stage, depth, 0, group, 0,
-                kEvictNormal);
+  }
+
+  __device__ __forceinline__ void load_rows(int turn) const {
+    const int stage = turn % args.stages, depth = (steps.begin + turn) * kDepth;
+    tma_load_4d(ring + stage * kStageBytes + kParts * kPartBytes, &args.x_map, full + 8 * stage,
+                depth, 0, group, 0, kEvictNormal);
+  }
+};
+
+template <int kRows, int kParts>
+__device__ __forceinline__ void load_stages(const Loads<kRows, kParts>& loads, uint32_t empty) {
+  const int turns = loads.steps.end - loads.steps.begin, stages = loads.args.stages;
+  for (int turn = 0; turn < min(turns, stages); ++turn) loads.load_weights(turn);
+  wait_for_prerequisites();
+  for (int turn = 0; turn < min(turns, stages); ++turn) loads.load_rows(turn);
+  for (int turn = stages; turn < turns; ++turn) {
+    mbarrier_wait(empty + 8 * (turn % stages), (turn / stages & 1) ^ 1);
+    loads.load_weights(turn);
+    loads.load_rows(turn);
+  }
+}
+
+// This block's share of what a later call reads.
+__device__ __forceinline__ void load_ahead(const KernelArgs& args) {
+  constexpr int64_t kPiece = 8 * 1024;
+  const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
+  for (const Ahead& ahead : args.ahead) {
+    const char* data = static_cast<const char*>(ahead.data);
+    for (int64_t at = (blockIdx.x + int64_t{gridDim.x} * blockIdx.y) * kPiece; at < ahead.bytes;
+         at += blocks * kPiece) {
+      prefetch_bulk(data + at, static_cast<uint32_t>(min(kPiece, ahead.bytes - at)));
+    }
   }
 }
 
@@ -158,7 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ uint64_t full_barriers[kMaxStages], empty_barriers[kMaxStages];
   const int splits = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int number = static_cast<int>(blockIdx.x) / splits, group = static_cast<int>(blockIdx.y);
+  launch_dependents();
   if (number == args.tiles) {
+    wait_for_prerequisites();
     turn_columns<Element>(args.params, group, rank, splits);
     return;
   }
@@ -178,7 +213,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply_stages<T, kRows, kParts, kTransposed>(args, smem_address(ring), full, empty, steps,
                                                    sums);
   } else if (threadIdx.x == kWarpgroupThreads) {
-    load_stages<kRows, kParts>(args, smem_address(ring), full, empty, steps, tile, group);
+    load_stages<kRows, kParts>(
+        {args, &args.w_map[tile.weight], smem_address(ring), full, steps, tile.begin, group},
+        empty);
+    load_ahead(args);
   }
   cluster_sync();
   store_sums<Element, kParts>(args, smem_address(ring), splits, rank, tile, group);

@@ -1,0 +1,134 @@
+"""Two products that follow one another, as one call: the second reads its weights early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import _checks, _limits
+from jax_flashmla._xla import vmap
+from jax_flashmla._xla.operation import Operation
+from jax_flashmla.ops.project import refusal_of_sizes
+from jax_flashmla.reference.project import project_twice as reference
+
+
+def project_twice(
+    x: jax.Array,
+    w: jax.Array,
+    v: jax.Array,
+    *,
+    transposed: bool = False,
+    cos: jax.Array | None = None,
+    sin: jax.Array | None = None,
+    layout: str = "none",
+    implementation: str | None = None,
+) -> jax.Array:
+    """`project(project(x, w), v)`, where the first product's columns are shared out among heads.
+
+    A step has two such pairs: the up-projection of queries and W_UK, W_UV and the output
+    projection. As one call, the second product asks for its weights before the first one has ended.
+
+    Args:
+        x: [rows, groups, k], bfloat16, float16 or float32.
+        w: [groups, k, n] of x's dtype; transposed: [groups, n, k].
+        v: [heads, m, p] of x's dtype. The groups * n columns of the first product, which is rounded
+            to x's dtype, are [heads, m + rope].
+        transposed: whether the last axis of w is the one that is summed over.
+        cos: [rows, rope / 2] float32, of the last rope columns of each head, as for `project`.
+        sin: as cos.
+        layout: as for `project`.
+        implementation: as for `project`.
+
+    Returns:
+        y: [rows, heads, p + rope] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: a rank, shape, dtype or option that does not fit.
+        NotImplementedError: "kernel" where there is none.
+    """
+    _checks.check_implementation(implementation)
+    _checks.check_bool("transposed", transposed)
+    rows, groups, k = _checks.check_array("x", x, "[rows, groups, k]", _checks.CACHE_DTYPES)
+    dims = "[groups, n, k]" if transposed else "[groups, k, n]"
+    shape = _checks.check_array("w", w, dims, _checks.CACHE_DTYPES)
+    n = shape[1 if transposed else 2]
+    if shape != ((groups, n, k) if transposed else (groups, k, n)):
+        raise ValueError(
+            f"w must be {dims} with x's groups = {groups} and k = {k}, got shape {shape}"
+        )
+    heads, m, _ = _checks.check_array("v", v, "[heads, m, p]", _checks.CACHE_DTYPES)
+    for name, a in (("w", w), ("v", v)):
+        if a.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
+    if heads == 0 or groups * n % heads or groups * n // heads < m:
+        raise ValueError(
+            f"v must be [heads, m, p] with heads that share out w's groups * n = {groups * n} "
+            f"columns, at least m each, got shape {v.shape}"
+        )
+    rope = groups * n // heads - m
+    if layout not in _limits.ROPE_LAYOUTS:
+        raise ValueError(f"layout must be one of {tuple(_limits.ROPE_LAYOUTS)}, got {layout!r}")
+    if layout != "none" and rope % 2:
+        raise ValueError(f"w must have an even number of columns behind v's m, got {rope} a head")
+    pairs = 0 if layout == "none" else rope // 2
+    cos, sin = (
+        _checks.as_angles(name, a, (rows, pairs), "[rows, pairs]", layout)
+        for name, a in (("cos", cos), ("sin", sin))
+    )
+    operands = (*map(jnp.asarray, (x, w, v)), cos, sin)
+    if implementation is None and _refusal(*operands, transposed=transposed) is not None:
+        implementation = "xla"
+    (y,) = project_twice_op(
+        *operands, layout=layout, transposed=bool(transposed), implementation=implementation
+    )
+    return y
+
+
+def _refusal(x: Any, w: Any, v: Any, *_: Any, transposed: bool, **__: Any) -> str | None:
+    """Why the Hopper kernels do not take the products; None where they do."""
+    n = w.shape[1 if transposed else 2]
+    columns = x.shape[1] * n // v.shape[0]
+    return refusal_of_sizes(x, x.shape[2], [n], groups=x.shape[1]) or refusal_of_sizes(
+        x, v.shape[1], [columns, v.shape[2]], groups=v.shape[0]
+    )
+
+
+def _results(
+    x: Any, w: Any, v: Any, *_: Any, transposed: bool, **__: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    between = x.shape[1] * w.shape[1 if transposed else 2]
+    rope = between // v.shape[0] - v.shape[1]
+    y = (x.shape[0], v.shape[0], v.shape[2] + rope)
+    return [(y, x.dtype), ((x.shape[0], between), x.dtype)]
+
+
+def _batch(
+    operands: tuple[jax.Array, ...], dims: vmap.Dims, **params: Any
+) -> tuple[list[jax.Array], list[int]]:
+    if dims[1] is not None or dims[2] is not None:
+        each = vmap.call_each(lambda *x: project_twice_op.bind(*x, **params), operands, dims)
+        return each, [0, 0]
+    n = vmap.mapped_size(operands, dims)
+    x, w, v, cos, sin = operands
+    x, cos, sin = (vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[3]), (sin, dims[4])))
+    results = project_twice_op.bind(x, w, v, cos, sin, **params)
+    return [vmap.unfold(a, n) for a in results], [0, 0]
+
+
+project_twice_op = Operation(
+    "project_twice",
+    static=("layout", "transposed"),
+    results=_results,
+    num_results=1,
+    reference=lambda *operands, **params: [reference(*operands, **params)],
+    batch=_batch,
+    attributes=lambda *, layout, transposed: {
+        "transposed": transposed,
+        "layout": np.int32(_limits.ROPE_LAYOUTS[layout]),
+    },
+    refusal=_refusal,
+    left_to_xla=("cpu",),
+)
