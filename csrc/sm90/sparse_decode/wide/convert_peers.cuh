@@ -2,13 +2,13 @@
 // the shared memory of both blocks.
 //
 // The two blocks have different heads of the same query tokens. Each converts every other quarter
-// of a tile, and stores it to both. A warp has four rows of each quarter, a unit. While a tile's
-// are stored, the next tile's are on their way: that hides how long memory takes. They are
-// converted before their buffer is free.
+// of a tile, and stores it to both. A warp has 128 columns of each quarter, a unit, so that what it
+// sends lies together. While a tile's are stored, the next tile's are on their way: that hides how
+// long memory takes. They are converted before their buffer is free.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
-#include "sm90/sparse_decode/wide/plan.cuh"
+#include "sm90/sparse_decode/wide/rows.cuh"
 #include "sm90/sparse_decode/wide/target.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -26,97 +26,90 @@ struct PeerConverter {
   // loads by, so that waiting for one mostly means to wait for all.
   RawUnit raw[kUnits];
   uint4 rope[kUnits];
-  PieceOffsets<0> offsets;
-  int rank;
+  int rank, warp;
 
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
-  template <typename Format, typename AnyPlan>
-  __device__ __forceinline__ void load_from(const AnyPlan& plan) {
+  __device__ __forceinline__ void load(const RowPlaces& places, Source source) {
+    if (source == Source::kNone) return;
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      load_unit<Format>(raw[unit],
-                        GlobalRows<Format, AnyPlan>{plan, first_token(quarter_of(unit))});
+      const int first = rank * kQuarterTokens;
+      if (kSame || source == Source::kMain)
+        load_unit<Main>(raw[unit], rope[unit], {places[unit], first, warp});
+      else
+        load_unit<Extra>(raw[unit], rope[unit], {places[unit], first, warp});
     }
   }
 
-  template <typename AnyPlan>
-  __device__ __forceinline__ void load(const AnyPlan& plan, Source source) {
-    if (source == Source::kNone) return;
-    if (kSame || source == Source::kMain)
-      load_from<Main>(plan);
-    else
-      load_from<Extra>(plan);
-    if constexpr (kRope) {
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        RopeUnit<Main>::load(rope[unit],
-                             GlobalRows<Main, AnyPlan>{plan, first_token(quarter_of(unit))});
-      }
-    }
-  }
-
-  __device__ __forceinline__ Mend convert(uint32_t (&columns)[kUnitPieces][8], int unit,
+  __device__ __forceinline__ void convert(uint32_t (&columns)[kUnitPieces][8], int unit,
                                           Source source) {
-    if (kSame || source == Source::kMain) return convert_unit<T, Main, 0>(columns, raw[unit]);
-    return convert_unit<T, Extra, 0>(columns, raw[unit]);
+    if (kSame || source == Source::kMain)
+      convert_unit<T, Main>(columns, raw[unit]);
+    else
+      convert_unit<T, Extra>(columns, raw[unit]);
   }
 
   static __device__ __forceinline__ uint32_t kept_rope(Storage& smem, int unit) {
     return smem_address(&smem.rope[unit][threadIdx.x % kWarpgroupThreads]);
   }
 
+  // Sends the warp's chunks of a quarter.
+  __device__ __forceinline__ void send(const Target<2>& target, int quarter) const {
+    fence_async_proxy();
+    __syncwarp();
+    if (elect_lane()) {
+#pragma unroll
+      for (int c = 0; c < kWarpChunks; ++c) {
+        if (warp * kWarpChunks + c < kCodeChunks) target.send(warp * kWarpChunks + c, quarter);
+      }
+    }
+  }
+
   __device__ __forceinline__ void run(const sparse::KernelArgs& args, Storage& smem) {
-    const int lane = threadIdx.x % 32;
     rank = cluster_rank();
-    offsets.find();
+    warp = convert_warp();
+    const PieceOffsets offsets = PieceOffsets::of(warp);
     const uint32_t here = smem_address(&smem), peer_less = map_shared(here, rank ^ 1) - here;
     Planner<Main, Extra, Feed::kPeers> planner{args, smem};
     planner.start();
-    Source source = plan_rows(planner);
-    load(smem.plan[0], source);
-    if (source == Source::kNone) return;
-    Source next = plan_rows(planner);
+    RowPlaces places;
+    Source source = planner.next(places, warp);
+    load(places, source);
     for (uint32_t tile = 0; source != Source::kNone; ++tile) {
       const int buffer = Storage::buffer_of(tile);
       const uint32_t free = Storage::parity_of(tile) ^ 1;
       const Target<2> target{smem_address(smem.keys[buffer][0]),
                              smem_address(&smem.keys_full[buffer]), peer_less};
       uint32_t columns[kUnitPieces][8];
-      Mend mend = convert(columns, 0, source);
+      convert(columns, 0, source);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(0)]), free);
-      store_unit<Main>(target, offsets, columns, mend, quarter_of(0));
-      fence_async_proxy();
-      __syncwarp();
-      if (lane < kCodeChunks) target.send(lane, first_token(quarter_of(0)));
-      mend = convert(columns, 1, source);
+      store_unit<Main>(target, offsets, columns, quarter_of(0));
+      send(target, quarter_of(0));
+      convert(columns, 1, source);
       if constexpr (kRope) {  // kept in shared memory: registers are short
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) store_shared(kept_rope(smem, unit), rope[unit]);
       }
-      load(smem.plan[(tile + 1) % kPlans], next);
+      source = planner.next(places, warp);
+      load(places, source);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
-      store_unit<Main>(target, offsets, columns, mend, quarter_of(1));
+      store_unit<Main>(target, offsets, columns, quarter_of(1));
       if constexpr (kRope) {
         // Where probabilities lay, which are read with the last tokens.
         mbarrier_wait(smem_address(&smem.keys_empty[buffer][kQuarters - 1]), free);
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
-          RopeUnit<Main>::template store<T>(target, load_shared(kept_rope(smem, unit)),
-                                            first_token(quarter_of(unit)));
+          store_rope<T, Main>(target, load_shared(kept_rope(smem, unit)), quarter_of(unit));
         }
       }
-      fence_async_proxy();
-      __syncwarp();
-      if (lane < kCodeChunks) target.send(lane, first_token(quarter_of(1)));
-      if (lane == 0) {
-        if (threadIdx.x / 32 % kWarps == 0)
+      send(target, quarter_of(1));
+      if (threadIdx.x % 32 == 0) {
+        if (warp == 0)
           mbarrier_arrive_expect(target.full, Storage::kChunks * kChunkBytes / 2);
         else
           mbarrier_arrive(target.full);
       }
-      source = next;
-      if (next != Source::kNone) next = plan_rows(planner);
     }
   }
 };
