@@ -25,20 +25,34 @@ struct PeerConverter {
   // Of the next tile. All its loads go out together: the hardware has few counters to wait for
   // loads by, so that waiting for one mostly means to wait for all.
   RawUnit raw[kUnits];
-  uint4 rope[kUnits];
   int rank, warp;
 
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
-  __device__ __forceinline__ void load(const RowPlaces& places, Source source) {
-    if (source == Source::kNone) return;
+  // Where this thread keeps a unit's rope columns: registers are short.
+  static __device__ __forceinline__ uint32_t kept_rope(Storage& smem, uint32_t tile, int unit) {
+    return smem_address(&smem.rope[tile % 2][unit][threadIdx.x % kWarpgroupThreads]);
+  }
+
+  template <typename Format>
+  __device__ __forceinline__ void load_from(Storage& smem, const RowPlaces& places, uint32_t tile) {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      const int first = rank * kQuarterTokens;
-      if (kSame || source == Source::kMain)
-        load_unit<Main>(raw[unit], rope[unit], {places[unit], first, warp});
-      else
-        load_unit<Extra>(raw[unit], rope[unit], {places[unit], first, warp});
+      const UnitPlaces<Format> of_unit(places[unit], rank * kQuarterTokens, warp);
+      load_unit<Format>(raw[unit], of_unit);
+      if constexpr (kRope) copy_rope<Format>(kept_rope(smem, tile, unit), of_unit);
+    }
+    if constexpr (kRope) commit_copies();
+  }
+
+  __device__ __forceinline__ void load(Storage& smem, const RowPlaces& places, Source source,
+                                       uint32_t tile) {
+    if (source == Source::kNone) {
+      if constexpr (kRope) commit_copies();
+    } else if (kSame || source == Source::kMain) {
+      load_from<Main>(smem, places, tile);
+    } else {
+      load_from<Extra>(smem, places, tile);
     }
   }
 
@@ -48,10 +62,6 @@ struct PeerConverter {
       convert_unit<T, Main>(columns, raw[unit]);
     else
       convert_unit<T, Extra>(columns, raw[unit]);
-  }
-
-  static __device__ __forceinline__ uint32_t kept_rope(Storage& smem, int unit) {
-    return smem_address(&smem.rope[unit][threadIdx.x % kWarpgroupThreads]);
   }
 
   // Sends the warp's chunks of a quarter.
@@ -75,7 +85,7 @@ struct PeerConverter {
     planner.start();
     RowPlaces places;
     Source source = planner.next(places, warp);
-    load(places, source);
+    load(smem, places, source, 0);
     for (uint32_t tile = 0; source != Source::kNone; ++tile) {
       const int buffer = Storage::buffer_of(tile);
       const uint32_t free = Storage::parity_of(tile) ^ 1;
@@ -87,20 +97,17 @@ struct PeerConverter {
       store_unit<Main>(target, offsets, columns, quarter_of(0));
       send(target, quarter_of(0));
       convert(columns, 1, source);
-      if constexpr (kRope) {  // kept in shared memory: registers are short
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) store_shared(kept_rope(smem, unit), rope[unit]);
-      }
       source = planner.next(places, warp);
-      load(places, source);
+      load(smem, places, source, tile + 1);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(1));
       if constexpr (kRope) {
+        wait_copies<1>();
         // Where probabilities lay, which are read with the last tokens.
         mbarrier_wait(smem_address(&smem.keys_empty[buffer][kQuarters - 1]), free);
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
-          store_rope<T, Main>(target, load_shared(kept_rope(smem, unit)), quarter_of(unit));
+          store_rope<T, Main>(target, load_shared(kept_rope(smem, tile, unit)), quarter_of(unit));
         }
       }
       send(target, quarter_of(1));

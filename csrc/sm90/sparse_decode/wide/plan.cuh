@@ -11,7 +11,7 @@ constexpr int kLaneTokens = kTileTokens / 32;  // of a tile: the lane's number, 
 // Where a lane's tokens are.
 struct RowPlace {
   const uint8_t* row;
-  const uint8_t* scales;  // in the second plane
+  int32_t scales;  // in the second plane: how many times eight bytes further
 };
 using RowPlaces = RowPlace[kLaneTokens];
 
@@ -39,14 +39,16 @@ struct Planner {
   __device__ __forceinline__ Source next(RowPlaces& places, int warp) {
     if (tile >= tile_end) return Source::kNone;
     const Source source = tile >= tiles.main ? Source::kExtra : Source::kMain;
+    const uint8_t* layer = smem.layer[source == Source::kMain ? 0 : 1];
     uint32_t attended[kLaneTokens];
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
       bool found;
-      if (source == Source::kExtra)
-        found = find<Extra>(places[i], index[i], args.extra, smem.layer[1]);
+      if (std::is_same_v<Main, Extra> || source == Source::kMain)
+        found = find<Main>(places[i], index[i], source == Source::kMain ? args.main : args.extra,
+                           layer);
       else
-        found = find<Main>(places[i], index[i], args.main, smem.layer[0]);
+        found = find<Extra>(places[i], index[i], args.extra, layer);
       attended[i] = __ballot_sync(~0u, found);
     }
     if (warp == 0 && lane() == 0) {
@@ -96,10 +98,14 @@ struct Planner {
     const uint32_t block = source.block_of(index);
     const uint32_t offset = index - block * source.block_size;
     const uint8_t* base = layer + block * source.block_bytes;
-    place = {attended ? base + int64_t{offset} * source.row_bytes : kZeroRow, kZeroRow};
-    if (Format::kTwoPlanes && attended) {
-      place.scales =
-          base + int64_t{source.block_size} * Format::kRowBytes + offset * Format::kScaleBytes;
+    const int64_t row_bytes =
+        Format::kCodes == Codes::kNone ? source.row_bytes : int64_t{Format::kRowBytes};
+    place.row = attended ? base + offset * row_bytes : kZeroRow;
+    if constexpr (Format::kTwoPlanes) {
+      static_assert(Format::kScaleBytes == 8 && Format::kRowBytes % 8 == 0);
+      const int32_t further = source.block_size * (Format::kRowBytes / 8) -
+                              static_cast<int32_t>(offset) * (Format::kRowBytes / 8 - 1);
+      place.scales = attended ? further : 0;
     }
     return attended;
   }

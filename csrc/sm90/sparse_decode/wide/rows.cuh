@@ -28,7 +28,7 @@ struct UnitPlaces {
       const uint8_t* row = from(place.row, first + lane_row(r));
       codes[r] = row + (warp * kWarpChunks * 4 + lane_piece()) * kPieceBytes;
       if constexpr (Format::kTwoPlanes)
-        scales[r] = from(place.scales, first + lane_row(r));
+        scales[r] = row + int64_t{__shfl_sync(~0u, place.scales, first + lane_row(r))} * 8;
       else
         scales[r] = row + Format::kScaleOffset;
       scales[r] += warp * Lane::kWarpBytes;
@@ -39,10 +39,9 @@ struct UnitPlaces {
   }
 };
 
-// A unit to registers.
+// A unit but for its rope columns to registers.
 template <typename Format>
-__device__ __forceinline__ void load_unit(RawUnit& raw, uint4& rope,
-                                          const UnitPlaces<Format>& places) {
+__device__ __forceinline__ void load_unit(RawUnit& raw, const UnitPlaces<Format>& places) {
   using Lane = UnitScales<Format>;
 #pragma unroll
   for (int i = 0; i < kUnitPieces; ++i) {
@@ -62,7 +61,12 @@ __device__ __forceinline__ void load_unit(RawUnit& raw, uint4& rope,
       raw.scales[j] = load_bytes<Lane::kBytes>(places.scales[Lane::row_of(j)] + Lane::byte_of(j));
     }
   }
-  if constexpr (!RopeUnit<Format>::kNone) rope = load_16(places.rope);
+}
+
+// The lane's rope columns to shared memory.
+template <typename Format>
+__device__ __forceinline__ void copy_rope(uint32_t target, const UnitPlaces<Format>& places) {
+  if (threadIdx.x % 32 * 16 < RopeUnit<Format>::kBytes) copy_16(target, places.rope);
 }
 
 // A unit to its slot of the warp's ring.
@@ -95,9 +99,7 @@ __device__ __forceinline__ void copy_unit(uint32_t slot, const UnitPlaces<Format
     }
   }
   if constexpr (!RopeUnit<Format>::kNone) {
-    if (lane * 16 < RopeUnit<Format>::kBytes) {
-      copy_16(slot + Bytes::kCodes + Bytes::kScales + lane * 16, places.rope);
-    }
+    copy_rope<Format>(slot + Bytes::kCodes + Bytes::kScales + lane * 16, places);
   }
 }
 

@@ -63,8 +63,8 @@ struct alignas(1024) SharedStorage {
   uint8_t own_probabilities[kInRope ? 0 : kBuffers][kChunkBytes];  // [row][token]
   // Each converting warp's ring.
   uint8_t raw[kRing ? kWarps : 0][kSlots][kSlotBytes];
-  // What a converting thread has of a tile's rope columns, while the next tile's are loaded.
-  uint4 rope[kFeed == Feed::kPeers && kApart ? 2 : 0][kWarpgroupThreads];
+  // What the converting threads have of two tiles' rope columns, by unit.
+  uint4 rope[kFeed == Feed::kPeers && kApart ? 2 : 0][2][kWarpgroupThreads];
   uint8_t rescale[kBuffers][kRows];  // divide the output so far by 2 to this power
   // Of the last three pieces that are not empty: the next but one's may be written while the value
   // warpgroups still store.
