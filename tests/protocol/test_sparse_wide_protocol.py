@@ -1,9 +1,9 @@
 """The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/.
 
-Rows reach the buffers in one of three ways (`Feed`): from rings that each converting warp has for
-itself, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
+Rows reach the buffers in one of three ways (`Feed`): from rings that each score warp fills for a
+converting warp, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
 a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
-cluster one does, two quarters for four, and queries are there. One warp stands for each other
+cluster one does, and queries are there. Two quarters stand for four where rows are converted. One warp stands for each other
 warpgroup. The value products of a tile wait for the next scores to be issued where their keys are
 there already: `eager` is the order where they are not; what happens lies between the two.
 """
@@ -31,9 +31,9 @@ class Feed:
     sums: int = 3
 
 
-RING = Feed("ring", buffers=1, slots=7, in_rope=False)
+RING = Feed("ring", quarters=2, buffers=1, slots=3, in_rope=False)
 PEERS = Feed("peers", blocks=2, quarters=2)
-LONG_RING = replace(RING, slots=10)
+LONG_RING = replace(RING, slots=5)
 COPY = Feed("copy")
 
 
@@ -75,8 +75,9 @@ class Model:
     def places(self, block: int, tile: int) -> list[tuple]:
         return [self.place(block, part, tile) for part in self.parts]
 
-    def plan(self, block: int, tile: int) -> tuple:
-        return "plan", block, tile % self.feed.plans
+    def plan(self, planner: object, tile: int) -> tuple:
+        """Of the block, in a ring of the score warp, which fills it."""
+        return "plan", planner, tile % self.feed.plans
 
     def owners(self, quarter: int) -> list[int]:
         """The blocks that are told when a quarter's place is free."""
@@ -87,13 +88,28 @@ class Model:
         warp, tile = Role(f"{name}-{block}", self.drop), 0
         first = name == self.scores[0]
         mine = self.parts if len(self.scores) == 1 else [self.scores.index(name)]
-        holds = self.feed.buffers > 1
+        holds, rings = self.feed.buffers > 1, self.feed.slots > 0
+        planner = name if rings else block
 
         def load_query() -> None:
             if first and self.has_query:
                 warp.arrive(("query_issued", block))
 
+        issued, units = 0, self.feed.quarters * self.total
+
+        def fill(end: int) -> None:
+            nonlocal issued
+            for unit in range(issued, min(end, units) if rings else 0):
+                if unit % self.feed.quarters == 0:
+                    self.make_plan(warp, name, unit // self.feed.quarters)
+                raw = ("raw", name, unit % self.feed.slots)
+                warp.write(raw)
+                warp.end(raw)
+                warp.arrive(("raw_full", unit % self.feed.slots))
+                issued = unit + 1
+
         load_query()
+        fill(self.feed.slots)
         for n, tiles in enumerate(self.pieces):
             if self.has_query:
                 warp.wait(("query_full", block), n)
@@ -109,12 +125,13 @@ class Model:
                 warp.read(n + 1, *query)
                 if holds and not self.eager and tile > 0:
                     warp.arrive(go)
+                fill((tile + 1) * self.feed.quarters + self.feed.slots)
                 warp.end(*self.all_keys(block, tile), *query)
                 if self.feed.in_rope:
                     warp.end(*self.places(block, tile))
                 warp.arrive(self.at("scores_done", block, tile))
-                warp.read(tile // self.feed.plans + 1, self.plan(block, tile))
-                warp.end(self.plan(block, tile))
+                warp.read(tile // self.feed.plans + 1, self.plan(planner, tile))
+                warp.end(self.plan(planner, tile))
                 rescale = ("rescale", block, name, self.buffer(tile))
                 stored = [self.place(block, part, tile) for part in mine]
                 warp.write(rescale)
@@ -158,9 +175,9 @@ class Model:
             warp.end(*sums)
         return warp
 
-    def make_plan(self, warp: Role, block: int, tile: int) -> None:
-        warp.write(self.plan(block, tile))
-        warp.end(self.plan(block, tile))
+    def make_plan(self, warp: Role, planner: object, tile: int) -> None:
+        warp.write(self.plan(planner, tile))
+        warp.end(self.plan(planner, tile))
 
     def wait_empty(self, warp: Role, block: int, quarter: int, tile: int) -> None:
         empty = ("keys_empty", block, quarter, self.buffer(tile))
@@ -180,18 +197,19 @@ class Model:
         return warp
 
     def ring_warp(self) -> Role:
-        """A tile is planned when its first unit finds room in the ring."""
-        warp, planned = Role("convert", self.drop), 0
-        for tile in range(-1, self.total):
-            for quarter in self.quarters if tile >= 0 else ():
+        warp, unit = Role("convert", self.drop), 0
+        for tile in range(self.total):
+            for quarter in self.quarters:
+                slot, round = unit % self.feed.slots, unit // self.feed.slots
+                raw = [("raw", name, slot) for name in self.scores]
+                warp.wait(("raw_full", slot), round)
+                warp.read(round + 1, *raw)
+                warp.end(*raw)
                 self.wait_empty(warp, 0, quarter, tile)
                 warp.write(self.keys(0, quarter, tile))
-            if tile >= 0:
-                warp.end(*self.all_keys(0, tile))
-                warp.arrive(self.at("keys_full", 0, tile))
-            while planned < self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
-                self.make_plan(warp, 0, planned)
-                planned += 1
+                unit += 1
+            warp.end(*self.all_keys(0, tile))
+            warp.arrive(self.at("keys_full", 0, tile))
         return warp
 
     def peer_warp(self, block: int) -> Role:
@@ -200,10 +218,10 @@ class Model:
         self.make_plan(warp, block, 0)
         for tile in range(self.total):
             mine = self.keys(block, block, tile), self.place(block, block, tile)
-            self.wait_empty(warp, block, block, tile)
-            warp.write(mine[0])
             if tile + 1 < self.total:
                 self.make_plan(warp, block, tile + 1)
+            self.wait_empty(warp, block, block, tile)
+            warp.write(mine[0])
             self.wait_empty(warp, block, self.quarters[-1], tile)
             warp.write(mine[1])
             warp.end(*mine)
@@ -240,6 +258,7 @@ class Model:
             "scores_done": len(self.scores),
             "probabilities_stored": len(self.scores),
             "values_go": len(self.scores),
+            "raw_full": len(self.scores),
         }
         roles = [
             *(self.score_warp(block, name) for block in blocks for name in self.scores),
@@ -285,6 +304,7 @@ def test_every_interleaving_is_safe(feed, pieces, eager):
         (COPY, "left", "probabilities_stored"),
         (COPY, "convert", "keys_empty"),
         (RING, "score", "keys_full"),
+        (RING, "convert", "raw_full"),
         (RING, "left", "probabilities_stored"),
         (RING, "convert", "keys_empty"),
         (PEERS, "score", "keys_full"),
@@ -298,7 +318,7 @@ def test_what_each_wait_is_for(feed, role, barrier):
         Model(feed, [3, 2], drop=frozenset({(role, barrier)})).explore()
 
 
-@pytest.mark.parametrize(("feed", "plans"), [(RING, 2), (PEERS, 2)], ids=["ring", "peers"])
+@pytest.mark.parametrize(("feed", "plans"), [(RING, 2), (PEERS, 3)], ids=["ring", "peers"])
 def test_a_ring_of_plans_must_be_longer_than_what_is_planned_ahead(feed, plans):
     with pytest.raises(Violation, match="plan"):
         Model(replace(feed, plans=plans), [7]).explore()

@@ -43,7 +43,8 @@ __device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows
       for (int lane = 1; lane <= 2; lane *= 2) {
         peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], lane));
       }
-      power[r] = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
+      power[r] = raise_reference(rows.reference[r], peak[r] * scale_log2);
+      rows.sum[r] *= rescale_factor(power[r]);
     }
   }
   const int thread = threadIdx.x % kWarpgroupThreads;

@@ -46,7 +46,7 @@ __device__ void run_convert(const sparse::KernelArgs& args,
                             SharedStorage<Main, Extra, kFeed>& smem) {
   if constexpr (kFeed == Feed::kCopy) {
     Planner<Main, Extra, kFeed> planner{args, smem};
-    const int warp = convert_warp();
+    const int warp = warp_of_four();
     planner.start();
     RowPlaces places;
     for (uint32_t tile = 0; planner.next(places, warp) != Source::kNone; ++tile) {
@@ -56,8 +56,7 @@ __device__ void run_convert(const sparse::KernelArgs& args,
     PeerConverter<T, Main, Extra> converter;
     converter.run(args, smem);
   } else {
-    RingConverter<T, Main, Extra> converter{smem, {args, smem}};
-    converter.run();
+    convert_ring<T>(args, smem);
   }
 }
 

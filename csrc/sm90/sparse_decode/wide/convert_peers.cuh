@@ -22,46 +22,70 @@ struct PeerConverter {
   static constexpr int kCodeChunks =
       Main::kCodeColumns < kValueDim ? Main::kCodeColumns / 64 : kLatentChunks;
 
-  // Of the next tile. All its loads go out together: the hardware has few counters to wait for
-  // loads by, so that waiting for one mostly means to wait for all.
-  RawUnit raw[kUnits];
+  // The first unit of the next tile is on its way to registers, the second one to shared memory:
+  // the hardware has few counters to wait for loads by, so that waiting for one of them would mean
+  // to wait for all.
+  RawUnit raw;
+  uint4 rope[kUnits];
   int rank, warp;
 
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
-  // Where this thread keeps a unit's rope columns: registers are short.
-  static __device__ __forceinline__ uint32_t kept_rope(Storage& smem, uint32_t tile, int unit) {
-    return smem_address(&smem.rope[tile % 2][unit][threadIdx.x % kWarpgroupThreads]);
+  template <typename Format>
+  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces& places,
+                                                          int unit) const {
+    return {places[unit], rank * kQuarterTokens, warp};
   }
 
   template <typename Format>
-  __device__ __forceinline__ void load_from(Storage& smem, const RowPlaces& places, uint32_t tile) {
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
-      const UnitPlaces<Format> of_unit(places[unit], rank * kQuarterTokens, warp);
-      load_unit<Format>(raw[unit], of_unit);
-      if constexpr (kRope) copy_rope<Format>(kept_rope(smem, tile, unit), of_unit);
-    }
-    if constexpr (kRope) commit_copies();
-  }
-
-  __device__ __forceinline__ void load(Storage& smem, const RowPlaces& places, Source source,
-                                       uint32_t tile) {
-    if (source == Source::kNone) {
-      if constexpr (kRope) commit_copies();
-    } else if (kSame || source == Source::kMain) {
-      load_from<Main>(smem, places, tile);
-    } else {
-      load_from<Extra>(smem, places, tile);
+  __device__ __forceinline__ void load_first(const RowPlaces& places) {
+    const UnitPlaces<Format> unit = places_of<Format>(places, 0);
+    load_unit<Format>(raw, unit);
+    if constexpr (kRope) {
+      rope[0] = load_16(unit.rope);
+      rope[1] = load_16(places_of<Format>(places, 1).rope);
     }
   }
 
-  __device__ __forceinline__ void convert(uint32_t (&columns)[kUnitPieces][8], int unit,
-                                          Source source) {
+  __device__ __forceinline__ void load_first(const RowPlaces& places, Source source) {
+    if (source == Source::kNone) return;
     if (kSame || source == Source::kMain)
-      convert_unit<T, Main>(columns, raw[unit]);
+      load_first<Main>(places);
     else
-      convert_unit<T, Extra>(columns, raw[unit]);
+      load_first<Extra>(places);
+  }
+
+  __device__ __forceinline__ void copy_second(uint32_t slot, const RowPlaces& places,
+                                              Source source) const {
+    if (source == Source::kNone) return;
+    if (kSame || source == Source::kMain)
+      copy_unit<Main>(slot, places_of<Main>(places, 1));
+    else
+      copy_unit<Extra>(slot, places_of<Extra>(places, 1));
+    commit_copies();
+  }
+
+  __device__ __forceinline__ void convert_first(uint32_t (&columns)[kUnitPieces][8],
+                                                Source source) const {
+    if (kSame || source == Source::kMain)
+      convert_unit<T, Main>(columns, raw);
+    else
+      convert_unit<T, Extra>(columns, raw);
+  }
+
+  static __device__ __forceinline__ void convert_second(uint32_t (&columns)[kUnitPieces][8],
+                                                        uint32_t slot, Source source) {
+    RawUnit second;
+    wait_copies<0>();
+    __syncwarp();
+    if (kSame || source == Source::kMain) {
+      read_unit<Main>(second, slot);
+      convert_unit<T, Main>(columns, second);
+    } else {
+      read_unit<Extra>(second, slot);
+      convert_unit<T, Extra>(columns, second);
+    }
+    __syncwarp();  // before it is filled again
   }
 
   // Sends the warp's chunks of a quarter.
@@ -78,36 +102,39 @@ struct PeerConverter {
 
   __device__ __forceinline__ void run(const sparse::KernelArgs& args, Storage& smem) {
     rank = cluster_rank();
-    warp = convert_warp();
+    warp = warp_of_four();
     const PieceOffsets offsets = PieceOffsets::of(warp);
     const uint32_t here = smem_address(&smem), peer_less = map_shared(here, rank ^ 1) - here;
     Planner<Main, Extra, Feed::kPeers> planner{args, smem};
     planner.start();
+    const uint32_t slot = smem_address(smem.raw[warp][0]);
     RowPlaces places;
     Source source = planner.next(places, warp);
-    load(smem, places, source, 0);
+    load_first(places, source);
+    copy_second(slot, places, source);
     for (uint32_t tile = 0; source != Source::kNone; ++tile) {
       const int buffer = Storage::buffer_of(tile);
       const uint32_t free = Storage::parity_of(tile) ^ 1;
       const Target<2> target{smem_address(smem.keys[buffer][0]),
                              smem_address(&smem.keys_full[buffer]), peer_less};
       uint32_t columns[kUnitPieces][8];
-      convert(columns, 0, source);
+      convert_first(columns, source);
+      const uint4 rope_now[kUnits] = {rope[0], rope[1]};
+      const Source next = planner.next(places, warp);
+      load_first(places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(0)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(0));
       send(target, quarter_of(0));
-      convert(columns, 1, source);
-      source = planner.next(places, warp);
-      load(smem, places, source, tile + 1);
+      convert_second(columns, slot, source);
+      copy_second(slot, places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(1));
       if constexpr (kRope) {
-        wait_copies<1>();
         // Where probabilities lay, which are read with the last tokens.
         mbarrier_wait(smem_address(&smem.keys_empty[buffer][kQuarters - 1]), free);
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
-          store_rope<T, Main>(target, load_shared(kept_rope(smem, tile, unit)), quarter_of(unit));
+          store_rope<T, Main>(target, rope_now[unit], quarter_of(unit));
         }
       }
       send(target, quarter_of(1));
@@ -117,6 +144,7 @@ struct PeerConverter {
         else
           mbarrier_arrive(target.full);
       }
+      source = next;
     }
   }
 };

@@ -35,6 +35,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.query_map);
     mbarrier_init(smem_address(&smem.query_full), 1);
+    for (int i = 0; i < (Storage::kRing ? Storage::kSlots : 0); ++i) {
+      mbarrier_init(smem_address(&smem.raw_full[i]), kWarpgroupThreads);
+    }
     for (int i = 0; i < Storage::kBuffers; ++i) {
       const int arrivals = kFeed == Feed::kCopy ? kWarpgroupThreads : kWarps;
       mbarrier_init(smem_address(&smem.keys_full[i]), arrivals);
@@ -62,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      lower_registers<kScoreRegisters>();
+      lower_registers<Storage::kScoreRegisters>();
       run_scores<T>(args, smem);
       break;
     case 1:
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<T>(args, smem);
       break;
     default:
-      lower_registers<kConvertRegisters>();
+      lower_registers<Storage::kConvertRegisters>();
       run_convert<T>(args.common, smem);
   }
   if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here

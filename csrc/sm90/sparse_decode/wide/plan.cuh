@@ -1,5 +1,5 @@
-// Planning tiles: where their rows are. Each converting warp does it for itself: all of them have
-// columns of every row.
+// Planning tiles: where their rows are. Each warp that brings rows does it for itself: all of them
+// have columns of every row.
 #pragma once
 
 #include "sm90/sparse_decode/wide/work.cuh"
@@ -15,30 +15,55 @@ struct RowPlace {
 };
 using RowPlaces = RowPlace[kLaneTokens];
 
-// The part's tiles in order, as one converting warp sees them.
+// The part's tiles in order.
+struct TileWalk {
+  int query, tile, tile_end;  // the next one; equal where the part is at its end
+  QueryTiles tiles;           // of the query token
+
+  // Goes to the first query token from `next` on that has a tile in the part, which ends at `end`.
+  __device__ __forceinline__ void enter(const sparse::KernelArgs& args, const Cut& end, int next,
+                                        int first_tile) {
+    for (query = next; owns_work({0, 0}, end, query); ++query) {
+      tiles = QueryTiles::of(args, query);
+      tile = query == next ? first_tile : 0;
+      tile_end = query == end.sequence ? min(tiles.all, end.tile) : tiles.all;
+      if (tile < tile_end) return;
+    }
+    tile = tile_end = 0;
+  }
+
+  __device__ __forceinline__ void advance(const sparse::KernelArgs& args, const Cut& end) {
+    if (++tile >= tile_end) enter(args, end, query + 1, 0);
+  }
+
+  __device__ __forceinline__ Source source() const {
+    return tile >= tile_end ? Source::kNone : tile >= tiles.main ? Source::kExtra : Source::kMain;
+  }
+};
+
+// Plans the part's tiles in order, for one of four warps.
 template <typename Main, typename Extra, Feed kFeed>
 struct Planner {
   using Storage = SharedStorage<Main, Extra, kFeed>;
 
   const sparse::KernelArgs& args;
   Storage& smem;
-  int query, tile, tile_end;  // the next one; equal where the part is at its end
-  QueryTiles tiles;           // of the query token
-  uint32_t planned;           // tiles
+  TileWalk walk;               // the next tile
+  uint32_t planned;            // tiles
   int32_t index[kLaneTokens];  // this lane's of the next tile
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
   __device__ __forceinline__ void start() {
     planned = 0;
-    enter(smem.begin.sequence, smem.begin.tile);
+    walk.enter(args, smem.end, smem.begin.sequence, smem.begin.tile);
     fetch();
   }
 
-  // Plans the next tile, if there is one. One warp of the four tells the scores what is attended.
+  // Plans the next tile, if there is one: where its rows are, and for the scores what is attended.
   __device__ __forceinline__ Source next(RowPlaces& places, int warp) {
-    if (tile >= tile_end) return Source::kNone;
-    const Source source = tile >= tiles.main ? Source::kExtra : Source::kMain;
+    const Source source = walk.source();
+    if (source == Source::kNone) return source;
     const uint8_t* layer = smem.layer[source == Source::kMain ? 0 : 1];
     uint32_t attended[kLaneTokens];
 #pragma unroll
@@ -51,33 +76,26 @@ struct Planner {
         found = find<Extra>(places[i], index[i], args.extra, layer);
       attended[i] = __ballot_sync(~0u, found);
     }
-    if (warp == 0 && lane() == 0) {
-      *reinterpret_cast<uint2*>(smem.attended[planned % kPlans]) = {attended[0], attended[1]};
+    if (warp < Storage::kPlanners && lane() == 0) {
+      auto& words = smem.attended[warp][planned % kPlans];
+      *reinterpret_cast<uint2*>(words) = {attended[0], attended[1]};
     }
     ++planned;
-    if (++tile >= tile_end) enter(query + 1, 0);
+    walk.advance(args, smem.end);
     fetch();
     return source;
   }
 
  private:
-  // Goes to the first query token from `next` on that has a tile in this part.
-  __device__ __forceinline__ void enter(int next, int first_tile) {
-    for (query = next; owns_work({0, 0}, smem.end, query); ++query) {
-      tiles = QueryTiles::of(args, query);
-      tile = query == next ? first_tile : 0;
-      tile_end = query == smem.end.sequence ? min(tiles.all, smem.end.tile) : tiles.all;
-      if (tile < tile_end) return;
-    }
-    tile = tile_end = 0;
-  }
-
   __device__ __forceinline__ void fetch() {
-    const bool extra = tile >= tiles.main;
+    const QueryTiles& tiles = walk.tiles;
+    const bool extra = walk.tile >= tiles.main;
     const SourceArgs& source = extra ? args.extra : args.main;
-    const int length = tile >= tile_end ? 0 : extra ? tiles.extra_length : tiles.main_length;
-    const int first = (tile - (extra ? tiles.main : 0)) * kTileTokens + lane();
-    const int32_t* indices = source.indices + int64_t{query} * source.topk + first;
+    const int length = walk.source() == Source::kNone ? 0
+                       : extra                        ? tiles.extra_length
+                                                      : tiles.main_length;
+    const int first = (walk.tile - (extra ? tiles.main : 0)) * kTileTokens + lane();
+    const int32_t* indices = source.indices + int64_t{walk.query} * source.topk + first;
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
       index[i] = -1;

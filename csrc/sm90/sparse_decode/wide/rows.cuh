@@ -63,13 +63,7 @@ __device__ __forceinline__ void load_unit(RawUnit& raw, const UnitPlaces<Format>
   }
 }
 
-// The lane's rope columns to shared memory.
-template <typename Format>
-__device__ __forceinline__ void copy_rope(uint32_t target, const UnitPlaces<Format>& places) {
-  if (threadIdx.x % 32 * 16 < RopeUnit<Format>::kBytes) copy_16(target, places.rope);
-}
-
-// A unit to its slot of the warp's ring.
+// A unit but for its rope columns to its slot.
 template <typename Format>
 __device__ __forceinline__ void copy_unit(uint32_t slot, const UnitPlaces<Format>& places) {
   using Bytes = UnitBytes<Format>;
@@ -89,7 +83,7 @@ __device__ __forceinline__ void copy_unit(uint32_t slot, const UnitPlaces<Format
   if constexpr (!Lane::kNone) {
     const int r = lane_piece();
     const uint8_t* scales = r == 0 ? places.scales[0] : places.scales[1];
-    if (Format::kTwoPlanes) scales -= convert_warp() * Lane::kWarpBytes;  // all warps'
+    if (Format::kTwoPlanes) scales -= warp_of_four() * Lane::kWarpBytes;  // all warps'
     const uint32_t target = slot + Bytes::kCodes + lane_row(r) * Bytes::kRowScales;
     if (r < kLaneRows) {
       if constexpr (Bytes::kRowScales == 8)
@@ -98,14 +92,23 @@ __device__ __forceinline__ void copy_unit(uint32_t slot, const UnitPlaces<Format
         copy_4(target, scales);
     }
   }
+}
+
+// The unit's rope columns, behind it.
+template <typename Format>
+__device__ __forceinline__ void copy_rope(uint32_t slot, const UnitPlaces<Format>& places) {
+  using Bytes = UnitBytes<Format>;
+  const int lane = threadIdx.x % 32;
   if constexpr (!RopeUnit<Format>::kNone) {
-    copy_rope<Format>(slot + Bytes::kCodes + Bytes::kScales + lane * 16, places);
+    if (lane * 16 < RopeUnit<Format>::kBytes) {
+      copy_16(slot + Bytes::kCodes + Bytes::kScales + lane * 16, places.rope);
+    }
   }
 }
 
-// A unit from its slot.
+// A unit but for its rope columns from its slot.
 template <typename Format>
-__device__ __forceinline__ void read_unit(RawUnit& raw, uint4& rope, uint32_t slot) {
+__device__ __forceinline__ void read_unit(RawUnit& raw, uint32_t slot) {
   using Bytes = UnitBytes<Format>;
   using Lane = UnitScales<Format>;
   const int lane = threadIdx.x % 32;
@@ -127,8 +130,13 @@ __device__ __forceinline__ void read_unit(RawUnit& raw, uint4& rope, uint32_t sl
       raw.scales[j] = load_shared_bytes<Lane::kBytes>(row + first + Lane::byte_of(j));
     }
   }
+}
+
+template <typename Format>
+__device__ __forceinline__ void read_rope(uint4& rope, uint32_t slot) {
+  using Bytes = UnitBytes<Format>;
   if constexpr (!RopeUnit<Format>::kNone) {
-    rope = load_shared(slot + Bytes::kCodes + Bytes::kScales + lane * 16);
+    rope = load_shared(slot + Bytes::kCodes + Bytes::kScales + threadIdx.x % 32 * 16);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
+#include "sm90/sparse_decode/wide/feed_ring.cuh"
 #include "sm90/sparse_decode/wide/work.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -100,6 +101,12 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   walk.next(args, smem.begin, smem.end, on_empty);
   if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
   const float scale_log2 = args.scale_log2 * cache_scale<Main>(args);
+  constexpr bool kFeeds = kFeed == Feed::kRing;
+  FeederOf<Main, Extra, kFeed> feeder{smem, {args, smem}};
+  if constexpr (kFeeds) {
+    feeder.planner.start();
+    feeder.fill(Storage::kSlots);
+  }
   float s[32];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
@@ -121,13 +128,15 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
       start_scores<T, Storage>(s, buffer, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
+      // Into the slots of this tile's rows: they have been converted.
+      if constexpr (kFeeds) feeder.fill((tile + 1) * kQuarters + Storage::kSlots);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
       wgmma_wait<0>();
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.attended[tile % kPlans]);
+      mask_scores(s, smem.attended[kFeeds ? threadIdx.x / 32 : 0][tile % kPlans]);
       update_references(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);

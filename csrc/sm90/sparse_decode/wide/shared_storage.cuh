@@ -23,8 +23,8 @@ enum class Source : int { kNone, kMain, kExtra };  // kNone: past the part's las
 
 // How a tile's rows reach its buffer of 16-bit rows.
 enum class Feed {
-  kRing,   // raw rows into rings in shared memory; converted from there
-  kPeers,  // raw rows into registers; a cluster's two blocks convert half of them each
+  kRing,   // by score warps into rings in shared memory; converted from there
+  kPeers,  // into registers; a cluster's two blocks convert half of them each
   kCopy    // they are 16-bit rows already
 };
 
@@ -45,33 +45,38 @@ struct alignas(1024) SharedStorage {
   static constexpr bool kRing = kFeed == Feed::kRing;
   static constexpr int kBlocks = kFeed == Feed::kPeers ? 2 : 1;  // of a cluster
   static constexpr int kBuffers = kRing ? 1 : 2;                 // of a tile each
+  // Score warps plan for themselves, converting warps one for all.
+  static constexpr int kPlanners = kRing ? kWarps : 1;
+  // Registers of a scoring and of a converting thread.
+  static constexpr int kScoreRegisters = kRing ? 96 : 80;
+  static constexpr int kConvertRegisters = kRing ? 96 : 112;
+  static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
   static constexpr int kChunks = Main::kHeadDim / kChunkColumns;
   static constexpr bool kRope = kChunks > kLatentChunks;  // a chunk that is no value
-  static constexpr bool kApart = Main::kCodeColumns != kValueDim || kRope;  // 64 columns, by format
   static_assert(Main::kHeadDim == Extra::kHeadDim);
   // Where probabilities are: in the place of a tile's rope columns, once its scores are computed,
   // or in a place of their own.
   static constexpr bool kInRope = kRope && !kRing;
-  static constexpr int kSlotBytes = larger(UnitBytes<Main>::kAll, UnitBytes<Extra>::kAll);
+  static constexpr int kSlotBytes = larger(UnitBytes<Main>::kAll, UnitBytes<Extra>::kAll) -
+                                    (kRing ? 0 : RopeUnit<Main>::kBytes);
   static constexpr int kSlots =
       kRing ? (kSharedBytes - kOtherBytes - 2 * kChunks * kChunkBytes - kChunkBytes) / kSlotBytes /
                   kWarps
-            : 0;
+            : kFeed == Feed::kPeers;
 
   uint8_t query[kChunks][kChunkBytes];  // [row][64 columns], K-major in the 128-byte swizzle
   uint8_t keys[kBuffers][kChunks][kChunkBytes];                    // [token][64 columns], the same
   uint8_t own_probabilities[kInRope ? 0 : kBuffers][kChunkBytes];  // [row][token]
-  // Each converting warp's ring.
-  uint8_t raw[kRing ? kWarps : 0][kSlots][kSlotBytes];
-  // What the converting threads have of two tiles' rope columns, by unit.
-  uint4 rope[kFeed == Feed::kPeers && kApart ? 2 : 0][2][kWarpgroupThreads];
+  // Each converting warp's units on their way.
+  uint8_t raw[kSlots == 0 ? 0 : kWarps][kSlots][kSlotBytes];
   uint8_t rescale[kBuffers][kRows];  // divide the output so far by 2 to this power
   // Of the last three pieces that are not empty: the next but one's may be written while the value
   // warpgroups still store.
   float inverse_sum[3][kRows];
   // Of the tiles that are planned: bit t % 32 of word t / 32 for token t.
-  alignas(8) uint32_t attended[kPlans][kTileTokens / 32];
+  alignas(8) uint32_t attended[kPlanners][kPlans][kTileTokens / 32];
   uint64_t query_full;
+  uint64_t raw_full[kRing ? kSlots : 0];  // the slot's copies are there, in all four rings
   uint64_t keys_full[kBuffers];
   // By quarter: the cluster's value warps are through with its tokens. At the block that converts
   // the quarter; the last one, whose tokens are the last, at all blocks.

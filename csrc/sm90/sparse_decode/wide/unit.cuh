@@ -16,8 +16,8 @@ constexpr int kWarpChunks = kLatentChunks / kWarps;  // of 64 columns
 constexpr int kUnitPieces = kQuarterTokens * kWarpChunks * 64 / kPieceColumns / 32;  // of a lane
 constexpr int kLaneRows = kUnitPieces / kWarpChunks;
 
-// A converting warp among the four; the compiler is told that all lanes have the same.
-__device__ __forceinline__ int convert_warp() {
+// A warp among a warpgroup's four; the compiler is told that all lanes have the same.
+__device__ __forceinline__ int warp_of_four() {
   return __shfl_sync(~0u, threadIdx.x / 32 % kWarps, 0);
 }
 
