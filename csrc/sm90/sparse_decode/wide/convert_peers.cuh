@@ -19,6 +19,7 @@ struct PeerConverter {
   static constexpr int kUnits = 2;  // of a tile
   static constexpr bool kSame = std::is_same_v<Main, Extra>;
   static constexpr bool kRope = !RopeUnit<Main>::kNone;
+  static constexpr bool kRopeInSlot = kRope && !Storage::kInRope;
   static constexpr int kCodeChunks =
       Main::kCodeColumns < kValueDim ? Main::kCodeColumns / 64 : kLatentChunks;
 
@@ -26,7 +27,7 @@ struct PeerConverter {
   // the hardware has few counters to wait for loads by, so that waiting for one of them would mean
   // to wait for all.
   RawUnit raw;
-  uint4 rope[kUnits];
+  uint4 rope[kUnits];  // the second unit's too, where its slot has no room for them
   int rank, warp;
 
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
@@ -43,7 +44,7 @@ struct PeerConverter {
     load_unit<Format>(raw, unit);
     if constexpr (kRope) {
       rope[0] = load_16(unit.rope);
-      rope[1] = load_16(places_of<Format>(places, 1).rope);
+      if constexpr (!kRopeInSlot) rope[1] = load_16(places_of<Format>(places, 1).rope);
     }
   }
 
@@ -58,10 +59,12 @@ struct PeerConverter {
   __device__ __forceinline__ void copy_second(uint32_t slot, const RowPlaces& places,
                                               Source source) const {
     if (source == Source::kNone) return;
-    if (kSame || source == Source::kMain)
+    if (kSame || source == Source::kMain) {
       copy_unit<Main>(slot, places_of<Main>(places, 1));
-    else
+      if constexpr (kRopeInSlot) copy_rope<Main>(slot, places_of<Main>(places, 1));
+    } else {
       copy_unit<Extra>(slot, places_of<Extra>(places, 1));
+    }
     commit_copies();
   }
 
@@ -74,7 +77,8 @@ struct PeerConverter {
   }
 
   static __device__ __forceinline__ void convert_second(uint32_t (&columns)[kUnitPieces][8],
-                                                        uint32_t slot, Source source) {
+                                                        uint4& rope, uint32_t slot,
+                                                        Source source) {
     RawUnit second;
     wait_copies<0>();
     __syncwarp();
@@ -85,6 +89,7 @@ struct PeerConverter {
       read_unit<Extra>(second, slot);
       convert_unit<T, Extra>(columns, second);
     }
+    if constexpr (kRopeInSlot) read_rope<Main>(rope, slot);
     __syncwarp();  // before it is filled again
   }
 
@@ -119,13 +124,13 @@ struct PeerConverter {
                              smem_address(&smem.keys_full[buffer]), peer_less};
       uint32_t columns[kUnitPieces][8];
       convert_first(columns, source);
-      const uint4 rope_now[kUnits] = {rope[0], rope[1]};
+      uint4 rope_now[kUnits] = {rope[0], rope[1]};
       const Source next = planner.next(places, warp);
       load_first(places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(0)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(0));
       send(target, quarter_of(0));
-      convert_second(columns, slot, source);
+      convert_second(columns, rope_now[1], slot, source);
       copy_second(slot, places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(1));

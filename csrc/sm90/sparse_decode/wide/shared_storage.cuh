@@ -58,7 +58,7 @@ struct alignas(1024) SharedStorage {
   // or in a place of their own.
   static constexpr bool kInRope = kRope && !kRing;
   static constexpr int kSlotBytes = larger(UnitBytes<Main>::kAll, UnitBytes<Extra>::kAll) -
-                                    (kRing ? 0 : RopeUnit<Main>::kBytes);
+                                    (kInRope ? RopeUnit<Main>::kBytes : 0);  // no room for these
   static constexpr int kSlots =
       kRing ? (kSharedBytes - kOtherBytes - 2 * kChunks * kChunkBytes - kChunkBytes) / kSlotBytes /
                   kWarps
