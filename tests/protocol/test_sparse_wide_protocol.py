@@ -125,7 +125,6 @@ class Model:
                 warp.read(n + 1, *query)
                 if holds and not self.eager and tile > 0:
                     warp.arrive(go)
-                fill((tile + 1) * self.feed.quarters + self.feed.slots)
                 warp.end(*self.all_keys(block, tile), *query)
                 if self.feed.in_rope:
                     warp.end(*self.places(block, tile))
@@ -148,6 +147,7 @@ class Model:
                 if not holds or tile + 1 == self.total:
                     warp.arrive(self.at("values_go", block, tile))
                 tile += 1
+                fill(tile * self.feed.quarters + self.feed.slots)
         return warp
 
     def value_warp(self, block: int, name: str) -> Role:

@@ -56,7 +56,8 @@ __device__ void run_convert(const sparse::KernelArgs& args,
     PeerConverter<T, Main, Extra> converter;
     converter.run(args, smem);
   } else {
-    convert_ring<T>(args, smem);
+    RingConverter<T, Main, Extra> converter{smem};
+    converter.run(args);
   }
 }
 

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      lower_registers<Storage::kScoreRegisters>();
+      lower_registers<kScoreRegisters>();
       run_scores<T>(args, smem);
       break;
     case 1:
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<T>(args, smem);
       break;
     default:
-      lower_registers<Storage::kConvertRegisters>();
+      lower_registers<kConvertRegisters>();
       run_convert<T>(args.common, smem);
   }
   if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here

@@ -128,8 +128,6 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
       start_scores<T, Storage>(s, buffer, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
-      // Into the slots of this tile's rows: they have been converted.
-      if constexpr (kFeeds) feeder.fill((tile + 1) * kQuarters + Storage::kSlots);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
       wgmma_wait<0>();
@@ -153,6 +151,8 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
         }
       }
       ++tile;
+      // Into the slots of this tile's rows: they have been converted.
+      if constexpr (kFeeds) feeder.fill(tile * kQuarters + Storage::kSlots);
     }
     store_lse(lse_rows(piece), heads.count, rows, piece.partial());
     ++pieces;
