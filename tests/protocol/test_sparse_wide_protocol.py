@@ -318,7 +318,7 @@ def test_what_each_wait_is_for(feed, role, barrier):
         Model(feed, [3, 2], drop=frozenset({(role, barrier)})).explore()
 
 
-@pytest.mark.parametrize(("feed", "plans"), [(RING, 2), (PEERS, 3)], ids=["ring", "peers"])
+@pytest.mark.parametrize(("feed", "plans"), [(LONG_RING, 2), (PEERS, 3)], ids=["ring", "peers"])
 def test_a_ring_of_plans_must_be_longer_than_what_is_planned_ahead(feed, plans):
     with pytest.raises(Violation, match="plan"):
         Model(replace(feed, plans=plans), [7]).explore()
