@@ -1,15 +1,17 @@
 """The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/.
 
 Rows reach the buffers in one of three ways (`Feed`): from rings that each score warp fills for a
-converting warp, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
-a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
-cluster one does, and queries are there. Two quarters stand for four where rows are converted. One warp stands for each other
-warpgroup. The value products of a tile wait for the next scores to be issued where their keys are
-there already: `eager` is the order where they are not; what happens lies between the two.
+converting warp and itself, with one buffer; from a cluster's two blocks, each of which converts
+every other quarter of a tile for both; as they are. In a block by itself two of the score warps
+stand for all; in a cluster one does, and queries are there. Two quarters stand for four where rows
+are converted. One warp stands for each other warpgroup. Where rows are copied, the value products
+of a tile wait for the next scores to be issued if their keys are there already: `eager` is the
+order where they are not; what happens lies between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -65,8 +67,15 @@ class Model:
     def keys(self, block: int, quarter: int, tile: int) -> tuple:
         return "keys", block, quarter, self.buffer(tile)
 
+    def keys_of(self, block: int, quarter: int, tile: int) -> list[tuple]:
+        """By who writes them: with rings, score warps the last quarter."""
+        keys = self.keys(block, quarter, tile)
+        if self.feed.slots == 0 or quarter < self.quarters[-1]:
+            return [keys]
+        return [(*keys, name) for name in self.scores]
+
     def all_keys(self, block: int, tile: int) -> list[tuple]:
-        return [self.keys(block, quarter, tile) for quarter in self.quarters]
+        return [keys for quarter in self.quarters for keys in self.keys_of(block, quarter, tile)]
 
     def place(self, block: int, part: int, tile: int) -> tuple:
         """Of probabilities."""
@@ -88,7 +97,7 @@ class Model:
         warp, tile = Role(f"{name}-{block}", self.drop), 0
         first = name == self.scores[0]
         mine = self.parts if len(self.scores) == 1 else [self.scores.index(name)]
-        holds, rings = self.feed.buffers > 1, self.feed.slots > 0
+        holds, rings = self.feed.name == "copy", self.feed.slots > 0
         planner = name if rings else block
 
         def load_query() -> None:
@@ -108,8 +117,20 @@ class Model:
                 warp.arrive(("raw_full", unit % self.feed.slots))
                 issued = unit + 1
 
+        def convert_last(of: int) -> None:
+            if not rings or of == self.total:
+                return
+            quarter = self.quarters[-1]
+            unit = of * self.feed.quarters + quarter
+            self.take_raw(warp, [name], unit)
+            self.wait_empty(warp, block, quarter, of)
+            warp.write((*self.keys(block, quarter, of), name))
+            warp.end((*self.keys(block, quarter, of), name))
+            warp.arrive(self.at("keys_full", block, of))
+
         load_query()
         fill(self.feed.slots)
+        convert_last(0)
         for n, tiles in enumerate(self.pieces):
             if self.has_query:
                 warp.wait(("query_full", block), n)
@@ -125,6 +146,7 @@ class Model:
                 warp.read(n + 1, *query)
                 if holds and not self.eager and tile > 0:
                     warp.arrive(go)
+                fill((tile + 1) * self.feed.quarters + self.feed.slots)
                 warp.end(*self.all_keys(block, tile), *query)
                 if self.feed.in_rope:
                     warp.end(*self.places(block, tile))
@@ -147,7 +169,7 @@ class Model:
                 if not holds or tile + 1 == self.total:
                     warp.arrive(self.at("values_go", block, tile))
                 tile += 1
-                fill(tile * self.feed.quarters + self.feed.slots)
+                convert_last(tile)
         return warp
 
     def value_warp(self, block: int, name: str) -> Role:
@@ -164,7 +186,7 @@ class Model:
                 warp.read(written, *self.places(block, tile))
                 warp.end(*powers)
                 for quarter in self.quarters:
-                    warp.end(self.keys(block, quarter, tile))
+                    warp.end(*self.keys_of(block, quarter, tile))
                     if quarter == self.quarters[-1]:
                         warp.end(*self.places(block, tile))
                     for owner in self.owners(quarter):
@@ -196,19 +218,22 @@ class Model:
             warp.arrive(self.at("keys_full", 0, tile))
         return warp
 
+    def take_raw(self, warp: Role, rings: Iterable[str], unit: int) -> None:
+        slot, round = unit % self.feed.slots, unit // self.feed.slots
+        raw = [("raw", name, slot) for name in rings]
+        warp.wait(("raw_full", slot), round)
+        warp.read(round + 1, *raw)
+        warp.end(*raw)
+
     def ring_warp(self) -> Role:
-        warp, unit = Role("convert", self.drop), 0
+        """It converts all quarters but the last."""
+        warp = Role("convert", self.drop)
         for tile in range(self.total):
-            for quarter in self.quarters:
-                slot, round = unit % self.feed.slots, unit // self.feed.slots
-                raw = [("raw", name, slot) for name in self.scores]
-                warp.wait(("raw_full", slot), round)
-                warp.read(round + 1, *raw)
-                warp.end(*raw)
+            for quarter in self.quarters[:-1]:
+                self.take_raw(warp, self.scores, tile * self.feed.quarters + quarter)
                 self.wait_empty(warp, 0, quarter, tile)
                 warp.write(self.keys(0, quarter, tile))
-                unit += 1
-            warp.end(*self.all_keys(0, tile))
+                warp.end(self.keys(0, quarter, tile))
             warp.arrive(self.at("keys_full", 0, tile))
         return warp
 
@@ -253,7 +278,7 @@ class Model:
     def explore(self) -> int:
         blocks = range(self.feed.blocks)
         arrivals = {
-            "keys_full": self.feed.blocks,
+            "keys_full": 1 + len(self.scores) if self.feed.slots else self.feed.blocks,
             "keys_empty": self.feed.blocks * len(self.values),
             "scores_done": len(self.scores),
             "probabilities_stored": len(self.scores),
@@ -307,6 +332,7 @@ def test_every_interleaving_is_safe(feed, pieces, eager):
         (RING, "convert", "raw_full"),
         (RING, "left", "probabilities_stored"),
         (RING, "convert", "keys_empty"),
+        (RING, "score", "keys_empty"),
         (PEERS, "score", "keys_full"),
         (PEERS, "value", "probabilities_stored"),
         (PEERS, "convert", "keys_empty"),

@@ -18,8 +18,8 @@ __device__ __forceinline__ void copy_tile(Storage& smem, const RowPlaces& places
 #pragma unroll
   for (int quarter = 0; quarter < kQuarters; ++quarter) {
     const int token = rope_token(quarter) + lane / 8;
-    const uint64_t row =
-        __shfl_sync(~0u, reinterpret_cast<uint64_t>(places[quarter * kQuarterTokens / 32].row), token % 32);
+    const uint64_t row = __shfl_sync(
+        ~0u, reinterpret_cast<uint64_t>(places[quarter * kQuarterTokens / 32].row), token % 32);
     const uint8_t* source = reinterpret_cast<const uint8_t*>(row) + lane % 8 * 16;
     mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter]), Storage::parity_of(tile) ^ 1);
 #pragma unroll
@@ -32,10 +32,11 @@ __device__ __forceinline__ void copy_tile(Storage& smem, const RowPlaces& places
 #pragma unroll
     for (int quarter = 0; quarter < kQuarters; ++quarter) {
       const int token = rope_token(quarter) + lane / 8;
-      const uint64_t row =
-          __shfl_sync(~0u, reinterpret_cast<uint64_t>(places[quarter * kQuarterTokens / 32].row), token % 32);
-      copy_16(keys + kLatentChunks * kChunkBytes + swizzled_offset(token, lane % 8),
-              reinterpret_cast<const uint8_t*>(row) + kLatentChunks * kChunkRowBytes + lane % 8 * 16);
+      const uint64_t row = __shfl_sync(
+          ~0u, reinterpret_cast<uint64_t>(places[quarter * kQuarterTokens / 32].row), token % 32);
+      copy_16(
+          keys + kLatentChunks * kChunkBytes + swizzled_offset(token, lane % 8),
+          reinterpret_cast<const uint8_t*>(row) + kLatentChunks * kChunkRowBytes + lane % 8 * 16);
     }
   }
   mbarrier_arrive_after_copies(smem_address(&smem.keys_full[buffer]));

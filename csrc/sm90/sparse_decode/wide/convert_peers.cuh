@@ -33,8 +33,7 @@ struct PeerConverter {
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
   template <typename Format>
-  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces& places,
-                                                          int unit) const {
+  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces& places, int unit) const {
     return {places[unit], rank * kQuarterTokens, warp};
   }
 
@@ -77,8 +76,7 @@ struct PeerConverter {
   }
 
   static __device__ __forceinline__ void convert_second(uint32_t (&columns)[kUnitPieces][8],
-                                                        uint4& rope, uint32_t slot,
-                                                        Source source) {
+                                                        uint4& rope, uint32_t slot, Source source) {
     RawUnit second;
     wait_copies<0>();
     __syncwarp();
@@ -108,7 +106,7 @@ struct PeerConverter {
   __device__ __forceinline__ void run(const sparse::KernelArgs& args, Storage& smem) {
     rank = cluster_rank();
     warp = warp_of_four();
-    const PieceOffsets offsets = PieceOffsets::of(warp);
+    const PieceOffsets offsets = PieceOffsets::of(threadIdx.x);
     const uint32_t here = smem_address(&smem), peer_less = map_shared(here, rank ^ 1) - here;
     Planner<Main, Extra, Feed::kPeers> planner{args, smem};
     planner.start();
@@ -131,7 +129,6 @@ struct PeerConverter {
       store_unit<Main>(target, offsets, columns, quarter_of(0));
       send(target, quarter_of(0));
       convert_second(columns, rope_now[1], slot, source);
-      copy_second(slot, places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
       store_unit<Main>(target, offsets, columns, quarter_of(1));
       if constexpr (kRope) {
@@ -149,6 +146,7 @@ struct PeerConverter {
         else
           mbarrier_arrive(target.full);
       }
+      copy_second(slot, places, next);
       source = next;
     }
   }

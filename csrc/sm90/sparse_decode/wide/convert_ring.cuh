@@ -1,6 +1,7 @@
-// The converting warpgroup of a block by itself. Each of its warps has 128 columns of each quarter
-// of a tile, a unit, in a ring of its own, which a score warp fills; from there they go through
-// registers to 16-bit rows. Two units are converted before their places in the buffer are free.
+// Converting in a block by itself. A warp has 128 columns of each quarter of a tile, a unit, in a
+// ring of its own, which a score warp fills; from there they go through registers to 16-bit rows.
+// The converting warps have three quarters of a tile, two of which they convert before their places
+// in the buffer are free; score warps have the last one.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
@@ -17,61 +18,71 @@ struct RingConverter {
 
   Storage& smem;
   const int warp = warp_of_four();
-  const PieceOffsets offsets = PieceOffsets::of(warp);
-  uint32_t slot = 0, round = 0;  // of the ring: the next unit's
 
-  // The slot of a tile's unit `unit`, if `first` is that of its first one.
-  __device__ __forceinline__ uint32_t raw(uint32_t first, int unit) const {
-    const uint32_t at = first + unit;
-    return smem_address(smem.raw[warp][at < Storage::kSlots ? at : at - Storage::kSlots]);
+  // Of the part's unit `unit`.
+  __device__ __forceinline__ uint32_t raw(uint32_t unit) const {
+    return smem_address(smem.raw[warp][unit % Storage::kSlots]);
   }
 
-  // The next unit.
-  __device__ __forceinline__ void convert(Columns& columns, Source source) {
-    const uint32_t from = smem_address(smem.raw[warp][slot]);
-    RawUnit unit;
-    mbarrier_wait(smem_address(&smem.raw_full[slot]), round & 1);
+  template <bool kFewRegisters = false>
+  __device__ __forceinline__ void convert(Columns& columns, uint32_t unit, Source source) const {
+    const uint32_t from = raw(unit);
+    RawUnit rows;
+    mbarrier_wait(smem_address(&smem.raw_full[unit % Storage::kSlots]), unit / Storage::kSlots & 1);
     if (kSame || source == Source::kMain) {
-      read_unit<Main>(unit, from);
-      convert_unit<T, Main>(columns, unit);
+      read_unit<Main>(rows, from);
+      convert_unit<T, Main, kFewRegisters>(columns, rows);
     } else {
-      read_unit<Extra>(unit, from);
-      convert_unit<T, Extra>(columns, unit);
+      read_unit<Extra>(rows, from);
+      convert_unit<T, Extra, kFewRegisters>(columns, rows);
     }
-    if (++slot == Storage::kSlots) slot = 0, ++round;
   }
 
-  __device__ __forceinline__ void store(const Columns& columns, uint32_t first, int quarter,
-                                        uint32_t free) const {
+  __device__ __forceinline__ void store(const Columns& columns, uint32_t unit,
+                                        const PieceOffsets& offsets) const {
     const Target<1> target{smem_address(smem.keys[0][0]), smem_address(&smem.keys_full[0]), 0};
-    mbarrier_wait(smem_address(&smem.keys_empty[0][quarter]), free);
+    const int quarter = unit % kQuarters;
+    mbarrier_wait(smem_address(&smem.keys_empty[0][quarter]), unit / kQuarters & 1 ^ 1);
     store_unit<Main>(target, offsets, columns, quarter);
     if constexpr (!RopeUnit<Main>::kNone) {
       uint4 rope;
-      read_rope<Main>(rope, raw(first, quarter));
+      read_rope<Main>(rope, raw(unit));
       store_rope<T, Main>(target, rope, quarter);
     }
   }
 
-  __device__ __forceinline__ void run(const sparse::KernelArgs& args) {
+  // The warp has stored all that it has of a tile.
+  __device__ __forceinline__ void arrive() const {
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.keys_full[0]));
+  }
+
+  // What score warps do for a tile.
+  __device__ __forceinline__ void convert_last(uint32_t tile, Source source) const {
+    const uint32_t unit = tile * kQuarters + kQuarters - 1;
+    Columns columns;
+    convert</*kFewRegisters=*/true>(columns, unit, source);
+    store(columns, unit, PieceOffsets::of(reread_thread()));
+    arrive();
+  }
+
+  // What converting warps do.
+  __device__ __forceinline__ void run(const sparse::KernelArgs& args) const {
+    const PieceOffsets offsets = PieceOffsets::of(threadIdx.x);
     TileWalk walk;
     walk.enter(args, smem.end, smem.begin.sequence, smem.begin.tile);
-    for (uint32_t tile = 0; walk.source() != Source::kNone; ++tile) {
+    for (uint32_t unit = 0; walk.source() != Source::kNone; unit += kQuarters) {
       const Source source = walk.source();
-      const uint32_t first = slot, free = tile & 1 ^ 1;
       Columns even, odd;
-      convert(even, source);
-      convert(odd, source);
+      convert(even, unit, source);
+      convert(odd, unit + 1, source);
       walk.advance(args, smem.end);
-      store(even, first, 0, free);
-      convert(even, source);
-      store(odd, first, 1, free);
-      convert(odd, source);
-      store(even, first, 2, free);
-      store(odd, first, 3, free);
-      fence_async_proxy();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.keys_full[0]));
+      store(even, unit, offsets);
+      convert(even, unit + 2, source);
+      store(odd, unit + 1, offsets);
+      store(even, unit + 2, offsets);
+      arrive();
     }
   }
 };

@@ -39,7 +39,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.raw_full[i]), kWarpgroupThreads);
     }
     for (int i = 0; i < Storage::kBuffers; ++i) {
-      const int arrivals = kFeed == Feed::kCopy ? kWarpgroupThreads : kWarps;
+      const int arrivals = kFeed == Feed::kCopy   ? kWarpgroupThreads
+                           : kFeed == Feed::kRing ? 2 * kWarps
+                                                  : kWarps;
       mbarrier_init(smem_address(&smem.keys_full[i]), arrivals);
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         mbarrier_init(smem_address(&smem.keys_empty[i][quarter]), kBlocks * kValueWarps);
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      lower_registers<kScoreRegisters>();
+      lower_registers<Storage::kScoreRegisters>();
       run_scores<T>(args, smem);
       break;
     case 1:
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<T>(args, smem);
       break;
     default:
-      lower_registers<kConvertRegisters>();
+      lower_registers<Storage::kConvertRegisters>();
       run_convert<T>(args.common, smem);
   }
   if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here

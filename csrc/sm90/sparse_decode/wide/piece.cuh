@@ -120,6 +120,13 @@ __device__ __forceinline__ uint32_t scale_factor(float scale) {
   }
 }
 
+// The factor of placed codes in bf16, twice, of an E8M0 scale: scale_factor's bits.
+__device__ __forceinline__ uint32_t placed_factor(uint32_t e8m0) {
+  constexpr uint32_t kOne = 0x00800080;   // in both exponents
+  constexpr uint32_t kLargest = 127 + 7;  // kLargestScale; kPlaced is 2^120
+  return e8m0 == 0 ? 0 : min(e8m0, kLargest) * kOne + 120 * kOne;
+}
+
 // Sixteen e4m3 codes, times scale_factor; in bf16 without what mend_codes adds.
 template <typename T>
 __device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 codes,

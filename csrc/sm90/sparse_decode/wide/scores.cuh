@@ -84,10 +84,19 @@ __device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, Head
   }
 }
 
+// Where score warps have only scores to do.
+struct NoHelper {
+  template <typename Storage>
+  __device__ NoHelper(const sparse::KernelArgs&, Storage&) {}
+  __device__ void start() {}
+  __device__ void during_scores(uint32_t) {}
+  __device__ void during_values(uint32_t) {}
+};
+
 template <typename T, typename Main, typename Extra, Feed kFeed>
 __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra, kFeed>& smem) {
   using Storage = SharedStorage<Main, Extra, kFeed>;
-  constexpr bool kHoldValues = Storage::kBuffers > 1;
+  constexpr bool kHoldValues = kFeed == Feed::kCopy;
   const sparse::KernelArgs& args = kernel_args.common;
   const bool leader = threadIdx.x % 32 == 0;
   const HeadTile heads = HeadTile::of_block<kRows>(args);
@@ -101,12 +110,9 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   walk.next(args, smem.begin, smem.end, on_empty);
   if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
   const float scale_log2 = args.scale_log2 * cache_scale<Main>(args);
-  constexpr bool kFeeds = kFeed == Feed::kRing;
-  FeederOf<Main, Extra, kFeed> feeder{smem, {args, smem}};
-  if constexpr (kFeeds) {
-    feeder.planner.start();
-    feeder.fill(Storage::kSlots);
-  }
+  constexpr bool kHelps = kFeed == Feed::kRing;
+  std::conditional_t<kHelps, RingHelper<T, Main, Extra>, NoHelper> helper{args, smem};
+  helper.start();
   float s[32];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
@@ -128,13 +134,14 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
       start_scores<T, Storage>(s, buffer, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
+      helper.during_scores(tile);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
       wgmma_wait<0>();
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.attended[kFeeds ? threadIdx.x / 32 : 0][tile % kPlans]);
+      mask_scores(s, smem.attended[kHelps ? threadIdx.x / 32 : 0][tile % kPlans]);
       update_references(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);
@@ -150,9 +157,8 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
           mbarrier_arrive(smem_address(&smem.values_go[buffer]));
         }
       }
+      helper.during_values(tile);
       ++tile;
-      // Into the slots of this tile's rows: they have been converted.
-      if constexpr (kFeeds) feeder.fill(tile * kQuarters + Storage::kSlots);
     }
     store_lse(lse_rows(piece), heads.count, rows, piece.partial());
     ++pieces;

@@ -47,6 +47,10 @@ struct alignas(1024) SharedStorage {
   static constexpr int kBuffers = kRing ? 1 : 2;                 // of a tile each
   // Score warps plan for themselves, converting warps one for all.
   static constexpr int kPlanners = kRing ? kWarps : 1;
+  // Registers of a scoring and of a converting thread.
+  static constexpr int kScoreRegisters = kRing ? 96 : 80;
+  static constexpr int kConvertRegisters = kRing ? 96 : 112;
+  static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
   static constexpr int kChunks = Main::kHeadDim / kChunkColumns;
   static constexpr bool kRope = kChunks > kLatentChunks;  // a chunk that is no value
   static_assert(Main::kHeadDim == Extra::kHeadDim);

@@ -45,10 +45,10 @@ struct Target {
 struct PieceOffsets {
   uint32_t half[2];
 
-  static __device__ __forceinline__ PieceOffsets of(int warp) {
-    const uint32_t chunk = warp * kWarpChunks * kChunkBytes;
-    return {chunk + swizzled_offset(lane_row(0), lane_piece() * 2),
-            chunk + swizzled_offset(lane_row(0), lane_piece() * 2 + 1)};
+  static __device__ __forceinline__ PieceOffsets of(int thread) {
+    const int row = thread / 4 % 8, piece = thread % 4 * 2;
+    const uint32_t chunk = thread / 32 % kWarps * kWarpChunks * kChunkBytes;
+    return {chunk + swizzled_offset(row, piece), chunk + swizzled_offset(row, piece + 1)};
   }
 };
 
@@ -61,8 +61,8 @@ __device__ __forceinline__ void store_unit(const Target<kBlocks>& target,
   for (int i = 0; i < kUnitPieces; ++i) {
     if (is_tail<Format>(i % kWarpChunks)) continue;
     const auto& v = columns[i];
-    const uint32_t at = quarter * (kQuarterTokens * kChunkRowBytes) + i % kWarpChunks * kChunkBytes +
-                        i / kWarpChunks * (8 * kChunkRowBytes);
+    const uint32_t at = quarter * (kQuarterTokens * kChunkRowBytes) +
+                        i % kWarpChunks * kChunkBytes + i / kWarpChunks * (8 * kChunkRowBytes);
     target.store(offsets.half[0] + at, {v[0], v[1], v[2], v[3]});
     target.store(offsets.half[1] + at, {v[4], v[5], v[6], v[7]});
   }

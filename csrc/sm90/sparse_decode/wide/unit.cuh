@@ -68,15 +68,19 @@ struct RawUnit {
 template <typename T, typename Format>
 __device__ __forceinline__ uint32_t piece_factor(const RawUnit& raw, int i) {
   using Lane = UnitScales<Format>;
-  if constexpr (Lane::kNone) return scale_factor<T, Format::kCodes>(1.0f);
-  return scale_factor<T, Format::kCodes>(
-      scale_value<Format::kScales>(Lane::bits(raw.scales, i)));
+  if constexpr (Lane::kNone) {
+    return scale_factor<T, Format::kCodes>(1.0f);
+  } else if constexpr (Format::kScales == Scales::kE8M0 && std::is_same_v<T, __nv_bfloat16>) {
+    return placed_factor(Lane::bits(raw.scales, i));
+  } else {
+    return scale_factor<T, Format::kCodes>(scale_value<Format::kScales>(Lane::bits(raw.scales, i)));
+  }
 }
 
-// The lane's pieces to 16 bit.
-template <typename T, typename Format>
-__device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
-                                             const RawUnit& raw) {
+// Pieces from kFirst up to kEnd to 16 bit.
+template <typename T, typename Format, int kFirst, int kEnd>
+__device__ __forceinline__ void convert_pieces(uint32_t (&columns)[kUnitPieces][8],
+                                               const RawUnit& raw) {
   constexpr bool kMends = Format::kCodes == Codes::kE4M3 && std::is_same_v<T, __nv_bfloat16>;
   const auto scale_of = [&](int i) {
     if constexpr (UnitScales<Format>::kNone) return 1.0f;
@@ -86,13 +90,13 @@ __device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8]
   if constexpr (kMends) {
     uint32_t nan = 0;
 #pragma unroll
-    for (int i = 0; i < kUnitPieces; ++i) nan |= any_nan(raw.codes[i]);
+    for (int i = kFirst; i < kEnd; ++i) nan |= any_nan(raw.codes[i]);
     special = (nan & 0x80808080) != 0;
 #pragma unroll
-    for (int i = 0; i < kUnitPieces; ++i) special = is_large(scale_of(i)) | special;
+    for (int i = kFirst; i < kEnd; ++i) special = is_large(scale_of(i)) | special;
   }
 #pragma unroll
-  for (int i = 0; i < kUnitPieces; ++i) {
+  for (int i = kFirst; i < kEnd; ++i) {
     const uint32_t factor = piece_factor<T, Format>(raw, i);
     if constexpr (Format::kCodes == Codes::kE2M1)
       convert_nibbles<T>(columns[i], {raw.codes[i].x, raw.codes[i].y}, factor);
@@ -102,12 +106,24 @@ __device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8]
   if constexpr (kMends) {
     if (special) [[unlikely]] {
 #pragma unroll
-      for (int i = 0; i < kUnitPieces; ++i) mend_codes(columns[i], raw.codes[i], scale_of(i));
+      for (int i = kFirst; i < kEnd; ++i) mend_codes(columns[i], raw.codes[i], scale_of(i));
     }
   }
   // Here: before a wait that follows, and before what they were is loaded anew.
 #pragma unroll
-  for (int i = 0; i < kUnitPieces * 8; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
+  for (int i = 8 * kFirst; i < 8 * kEnd; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
+}
+
+// The lane's pieces to 16 bit. kFewRegisters: one row after the other.
+template <typename T, typename Format, bool kFewRegisters = false>
+__device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
+                                             const RawUnit& raw) {
+  if constexpr (kFewRegisters) {
+    convert_pieces<T, Format, 0, kWarpChunks>(columns, raw);
+    convert_pieces<T, Format, kWarpChunks, kUnitPieces>(columns, raw);
+  } else {
+    convert_pieces<T, Format, 0, kUnitPieces>(columns, raw);
+  }
 }
 
 // A unit's last 64 columns where they are not among the latent codes, of four rows. A lane has
