@@ -24,17 +24,17 @@ struct RingConverter {
     return smem_address(smem.raw[warp][unit % Storage::kSlots]);
   }
 
-  template <bool kFewRegisters = false>
+  template <int kAtOnce = kSame ? kUnitPieces : kLaneRows>
   __device__ __forceinline__ void convert(Columns& columns, uint32_t unit, Source source) const {
     const uint32_t from = raw(unit);
     RawUnit rows;
     mbarrier_wait(smem_address(&smem.raw_full[unit % Storage::kSlots]), unit / Storage::kSlots & 1);
     if (kSame || source == Source::kMain) {
       read_unit<Main>(rows, from);
-      convert_unit<T, Main, kFewRegisters>(columns, rows);
+      convert_unit<T, Main, kAtOnce>(columns, rows);
     } else {
       read_unit<Extra>(rows, from);
-      convert_unit<T, Extra, kFewRegisters>(columns, rows);
+      convert_unit<T, Extra, kAtOnce>(columns, rows);
     }
   }
 
@@ -62,7 +62,7 @@ struct RingConverter {
   __device__ __forceinline__ void convert_last(uint32_t tile, Source source) const {
     const uint32_t unit = tile * kQuarters + kQuarters - 1;
     Columns columns;
-    convert</*kFewRegisters=*/true>(columns, unit, source);
+    convert<kSame ? kLaneRows : 1>(columns, unit, source);
     store(columns, unit, PieceOffsets::of(reread_thread()));
     arrive();
   }

@@ -114,15 +114,15 @@ __device__ __forceinline__ void convert_pieces(uint32_t (&columns)[kUnitPieces][
   for (int i = 8 * kFirst; i < 8 * kEnd; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
 }
 
-// The lane's pieces to 16 bit. kFewRegisters: one row after the other.
-template <typename T, typename Format, bool kFewRegisters = false>
+// The lane's pieces to 16 bit, kAtOnce of them at a time: fewer take fewer registers.
+template <typename T, typename Format, int kAtOnce = kUnitPieces>
 __device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
                                              const RawUnit& raw) {
-  if constexpr (kFewRegisters) {
-    convert_pieces<T, Format, 0, kWarpChunks>(columns, raw);
-    convert_pieces<T, Format, kWarpChunks, kUnitPieces>(columns, raw);
-  } else {
-    convert_pieces<T, Format, 0, kUnitPieces>(columns, raw);
+  convert_pieces<T, Format, 0, kAtOnce>(columns, raw);
+  if constexpr (kAtOnce <= 2) convert_pieces<T, Format, kAtOnce, 2 * kAtOnce>(columns, raw);
+  if constexpr (kAtOnce == 1) {
+    convert_pieces<T, Format, 2, 3>(columns, raw);
+    convert_pieces<T, Format, 3, 4>(columns, raw);
   }
 }
 
