@@ -142,7 +142,7 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
       mask_scores(s, smem.attended[kHelps ? threadIdx.x / 32 : 0][tile % kPlans]);
-      update_references(smem.rescale[buffer], s, rows, scale_log2);
+      update_references<true>(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);
       if (last) {
