@@ -1,17 +1,15 @@
 """The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/.
 
-Rows reach the buffers in one of three ways (`Feed`): from rings that each score warp fills for a
-converting warp and itself, with one buffer; from a cluster's two blocks, each of which converts
-every other quarter of a tile for both; as they are. In a block by itself two of the score warps
-stand for all; in a cluster one does, and queries are there. Two quarters stand for four where rows
-are converted. One warp stands for each other warpgroup. Where rows are copied, the value products
-of a tile wait for the next scores to be issued if their keys are there already: `eager` is the
-order where they are not; what happens lies between the two.
+Rows reach the buffers in one of three ways (`Feed`): from rings that each converting warp has for
+itself, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
+a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
+cluster one does, two quarters for four, and queries are there. One warp stands for each other
+warpgroup. Where rows are copied, the value products of a tile wait for the next scores to be issued
+if their keys are there already: `eager` is the order where they are not; what happens lies between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,9 +31,9 @@ class Feed:
     sums: int = 3
 
 
-RING = Feed("ring", quarters=2, buffers=1, slots=3, in_rope=False)
+RING = Feed("ring", buffers=1, slots=7, in_rope=False)
 PEERS = Feed("peers", blocks=2, quarters=2)
-LONG_RING = replace(RING, slots=5)
+LONG_RING = replace(RING, slots=10)
 COPY = Feed("copy")
 
 
@@ -67,15 +65,8 @@ class Model:
     def keys(self, block: int, quarter: int, tile: int) -> tuple:
         return "keys", block, quarter, self.buffer(tile)
 
-    def keys_of(self, block: int, quarter: int, tile: int) -> list[tuple]:
-        """By who writes them: with rings, score warps the last quarter."""
-        keys = self.keys(block, quarter, tile)
-        if self.feed.slots == 0 or quarter < self.quarters[-1]:
-            return [keys]
-        return [(*keys, name) for name in self.scores]
-
     def all_keys(self, block: int, tile: int) -> list[tuple]:
-        return [keys for quarter in self.quarters for keys in self.keys_of(block, quarter, tile)]
+        return [self.keys(block, quarter, tile) for quarter in self.quarters]
 
     def place(self, block: int, part: int, tile: int) -> tuple:
         """Of probabilities."""
@@ -84,9 +75,8 @@ class Model:
     def places(self, block: int, tile: int) -> list[tuple]:
         return [self.place(block, part, tile) for part in self.parts]
 
-    def plan(self, planner: object, tile: int) -> tuple:
-        """Of the block, in a ring of the score warp, which fills it."""
-        return "plan", planner, tile % self.feed.plans
+    def plan(self, block: int, tile: int) -> tuple:
+        return "plan", block, tile % self.feed.plans
 
     def owners(self, quarter: int) -> list[int]:
         """The blocks that are told when a quarter's place is free."""
@@ -97,40 +87,13 @@ class Model:
         warp, tile = Role(f"{name}-{block}", self.drop), 0
         first = name == self.scores[0]
         mine = self.parts if len(self.scores) == 1 else [self.scores.index(name)]
-        holds, rings = self.feed.name == "copy", self.feed.slots > 0
-        planner = name if rings else block
+        holds = self.feed.name == "copy"
 
         def load_query() -> None:
             if first and self.has_query:
                 warp.arrive(("query_issued", block))
 
-        issued, units = 0, self.feed.quarters * self.total
-
-        def fill(end: int) -> None:
-            nonlocal issued
-            for unit in range(issued, min(end, units) if rings else 0):
-                if unit % self.feed.quarters == 0:
-                    self.make_plan(warp, name, unit // self.feed.quarters)
-                raw = ("raw", name, unit % self.feed.slots)
-                warp.write(raw)
-                warp.end(raw)
-                warp.arrive(("raw_full", unit % self.feed.slots))
-                issued = unit + 1
-
-        def convert_last(of: int) -> None:
-            if not rings or of == self.total:
-                return
-            quarter = self.quarters[-1]
-            unit = of * self.feed.quarters + quarter
-            self.take_raw(warp, [name], unit)
-            self.wait_empty(warp, block, quarter, of)
-            warp.write((*self.keys(block, quarter, of), name))
-            warp.end((*self.keys(block, quarter, of), name))
-            warp.arrive(self.at("keys_full", block, of))
-
         load_query()
-        fill(self.feed.slots)
-        convert_last(0)
         for n, tiles in enumerate(self.pieces):
             if self.has_query:
                 warp.wait(("query_full", block), n)
@@ -146,13 +109,12 @@ class Model:
                 warp.read(n + 1, *query)
                 if holds and not self.eager and tile > 0:
                     warp.arrive(go)
-                fill((tile + 1) * self.feed.quarters + self.feed.slots)
                 warp.end(*self.all_keys(block, tile), *query)
                 if self.feed.in_rope:
                     warp.end(*self.places(block, tile))
                 warp.arrive(self.at("scores_done", block, tile))
-                warp.read(tile // self.feed.plans + 1, self.plan(planner, tile))
-                warp.end(self.plan(planner, tile))
+                warp.read(tile // self.feed.plans + 1, self.plan(block, tile))
+                warp.end(self.plan(block, tile))
                 rescale = ("rescale", block, name, self.buffer(tile))
                 stored = [self.place(block, part, tile) for part in mine]
                 warp.write(rescale)
@@ -169,7 +131,6 @@ class Model:
                 if not holds or tile + 1 == self.total:
                     warp.arrive(self.at("values_go", block, tile))
                 tile += 1
-                convert_last(tile)
         return warp
 
     def value_warp(self, block: int, name: str) -> Role:
@@ -186,7 +147,7 @@ class Model:
                 warp.read(written, *self.places(block, tile))
                 warp.end(*powers)
                 for quarter in self.quarters:
-                    warp.end(*self.keys_of(block, quarter, tile))
+                    warp.end(self.keys(block, quarter, tile))
                     if quarter == self.quarters[-1]:
                         warp.end(*self.places(block, tile))
                     for owner in self.owners(quarter):
@@ -197,9 +158,9 @@ class Model:
             warp.end(*sums)
         return warp
 
-    def make_plan(self, warp: Role, planner: object, tile: int) -> None:
-        warp.write(self.plan(planner, tile))
-        warp.end(self.plan(planner, tile))
+    def make_plan(self, warp: Role, block: int, tile: int) -> None:
+        warp.write(self.plan(block, tile))
+        warp.end(self.plan(block, tile))
 
     def wait_empty(self, warp: Role, block: int, quarter: int, tile: int) -> None:
         empty = ("keys_empty", block, quarter, self.buffer(tile))
@@ -218,23 +179,19 @@ class Model:
             warp.arrive(self.at("keys_full", 0, tile))
         return warp
 
-    def take_raw(self, warp: Role, rings: Iterable[str], unit: int) -> None:
-        slot, round = unit % self.feed.slots, unit // self.feed.slots
-        raw = [("raw", name, slot) for name in rings]
-        warp.wait(("raw_full", slot), round)
-        warp.read(round + 1, *raw)
-        warp.end(*raw)
-
     def ring_warp(self) -> Role:
-        """It converts all quarters but the last."""
-        warp = Role("convert", self.drop)
-        for tile in range(self.total):
-            for quarter in self.quarters[:-1]:
-                self.take_raw(warp, self.scores, tile * self.feed.quarters + quarter)
+        """A tile is planned when its first unit finds room in the ring."""
+        warp, planned = Role("convert", self.drop), 0
+        for tile in range(-1, self.total):
+            for quarter in self.quarters if tile >= 0 else ():
                 self.wait_empty(warp, 0, quarter, tile)
                 warp.write(self.keys(0, quarter, tile))
-                warp.end(self.keys(0, quarter, tile))
-            warp.arrive(self.at("keys_full", 0, tile))
+            if tile >= 0:
+                warp.end(*self.all_keys(0, tile))
+                warp.arrive(self.at("keys_full", 0, tile))
+            while planned < self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
+                self.make_plan(warp, 0, planned)
+                planned += 1
         return warp
 
     def peer_warp(self, block: int) -> Role:
@@ -278,12 +235,11 @@ class Model:
     def explore(self) -> int:
         blocks = range(self.feed.blocks)
         arrivals = {
-            "keys_full": 1 + len(self.scores) if self.feed.slots else self.feed.blocks,
+            "keys_full": self.feed.blocks,
             "keys_empty": self.feed.blocks * len(self.values),
             "scores_done": len(self.scores),
             "probabilities_stored": len(self.scores),
             "values_go": len(self.scores),
-            "raw_full": len(self.scores),
         }
         roles = [
             *(self.score_warp(block, name) for block in blocks for name in self.scores),
@@ -329,10 +285,8 @@ def test_every_interleaving_is_safe(feed, pieces, eager):
         (COPY, "left", "probabilities_stored"),
         (COPY, "convert", "keys_empty"),
         (RING, "score", "keys_full"),
-        (RING, "convert", "raw_full"),
         (RING, "left", "probabilities_stored"),
         (RING, "convert", "keys_empty"),
-        (RING, "score", "keys_empty"),
         (PEERS, "score", "keys_full"),
         (PEERS, "value", "probabilities_stored"),
         (PEERS, "convert", "keys_empty"),
@@ -344,7 +298,7 @@ def test_what_each_wait_is_for(feed, role, barrier):
         Model(feed, [3, 2], drop=frozenset({(role, barrier)})).explore()
 
 
-@pytest.mark.parametrize(("feed", "plans"), [(LONG_RING, 2), (PEERS, 3)], ids=["ring", "peers"])
+@pytest.mark.parametrize(("feed", "plans"), [(RING, 2), (PEERS, 3)], ids=["ring", "peers"])
 def test_a_ring_of_plans_must_be_longer_than_what_is_planned_ahead(feed, plans):
     with pytest.raises(Violation, match="plan"):
         Model(replace(feed, plans=plans), [7]).explore()

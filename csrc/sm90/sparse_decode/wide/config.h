@@ -18,7 +18,10 @@ constexpr int kQuarters = 4;  // of a tile: sixteen tokens each, by which a buff
 constexpr int kQuarterTokens = kTileTokens / kQuarters;
 constexpr int kRopeRows = kQuarterTokens / kWarps;  // of a quarter, whose rope columns a warp has
 constexpr int kValueWarps = 2 * kWarps;
-constexpr int kValueRegisters = 160;  // of a thread of the two value warpgroups
+// Warpgroups: scores, left values, right values, conversion; and the registers of their threads,
+// together the whole file.
+constexpr int kScoreRegisters = 80, kValueRegisters = 160, kConvertRegisters = 112;
+static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
 
 struct KernelArgs {
   sparse::KernelArgs common;

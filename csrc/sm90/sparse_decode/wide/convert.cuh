@@ -57,8 +57,8 @@ __device__ void run_convert(const sparse::KernelArgs& args,
     PeerConverter<T, Main, Extra> converter;
     converter.run(args, smem);
   } else {
-    RingConverter<T, Main, Extra> converter{smem};
-    converter.run(args);
+    RingConverter<T, Main, Extra> converter{smem, {args, smem}};
+    converter.run();
   }
 }
 

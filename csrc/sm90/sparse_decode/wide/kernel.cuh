@@ -35,13 +35,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.query_map);
     mbarrier_init(smem_address(&smem.query_full), 1);
-    for (int i = 0; i < (Storage::kRing ? Storage::kSlots : 0); ++i) {
-      mbarrier_init(smem_address(&smem.raw_full[i]), kWarpgroupThreads);
-    }
     for (int i = 0; i < Storage::kBuffers; ++i) {
-      const int arrivals = kFeed == Feed::kCopy   ? kWarpgroupThreads
-                           : kFeed == Feed::kRing ? 2 * kWarps
-                                                  : kWarps;
+      const int arrivals = kFeed == Feed::kCopy ? kWarpgroupThreads : kWarps;
       mbarrier_init(smem_address(&smem.keys_full[i]), arrivals);
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         mbarrier_init(smem_address(&smem.keys_empty[i][quarter]), kBlocks * kValueWarps);
@@ -67,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      lower_registers<Storage::kScoreRegisters>();
+      lower_registers<kScoreRegisters>();
       run_scores<T>(args, smem);
       break;
     case 1:
@@ -76,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<T>(args, smem);
       break;
     default:
-      lower_registers<Storage::kConvertRegisters>();
+      lower_registers<kConvertRegisters>();
       run_convert<T>(args.common, smem);
   }
   if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here

@@ -7,7 +7,6 @@
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_decode/softmax.cuh"
-#include "sm90/sparse_decode/wide/feed_ring.cuh"
 #include "sm90/sparse_decode/wide/work.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -84,15 +83,6 @@ __device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, Head
   }
 }
 
-// Where score warps have only scores to do.
-struct NoHelper {
-  template <typename Storage>
-  __device__ NoHelper(const sparse::KernelArgs&, Storage&) {}
-  __device__ void start() {}
-  __device__ void during_scores(uint32_t) {}
-  __device__ void during_values(uint32_t) {}
-};
-
 template <typename T, typename Main, typename Extra, Feed kFeed>
 __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra, kFeed>& smem) {
   using Storage = SharedStorage<Main, Extra, kFeed>;
@@ -110,9 +100,6 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
   walk.next(args, smem.begin, smem.end, on_empty);
   if (!walk.done() && threadIdx.x == 0) load_query(kernel_args, smem, walk.query);
   const float scale_log2 = args.scale_log2 * cache_scale<Main>(args);
-  constexpr bool kHelps = kFeed == Feed::kRing;
-  std::conditional_t<kHelps, RingHelper<T, Main, Extra>, NoHelper> helper{args, smem};
-  helper.start();
   float s[32];
   uint32_t tile = 0;  // of the part
   int pieces = 0;
@@ -134,14 +121,13 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
       start_scores<T, Storage>(s, buffer, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
-      helper.during_scores(tile);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
       wgmma_wait<0>();
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.attended[kHelps ? threadIdx.x / 32 : 0][tile % kPlans]);
+      mask_scores(s, smem.attended[0][tile % kPlans]);
       update_references<true>(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);
@@ -157,7 +143,6 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
           mbarrier_arrive(smem_address(&smem.values_go[buffer]));
         }
       }
-      helper.during_values(tile);
       ++tile;
     }
     store_lse(lse_rows(piece), heads.count, rows, piece.partial());

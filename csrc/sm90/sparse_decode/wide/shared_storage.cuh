@@ -23,7 +23,7 @@ enum class Source : int { kNone, kMain, kExtra };  // kNone: past the part's las
 
 // How a tile's rows reach its buffer of 16-bit rows.
 enum class Feed {
-  kRing,   // by score warps into rings in shared memory; converted from there
+  kRing,   // into rings in shared memory; converted from there
   kPeers,  // into registers; a cluster's two blocks convert half of them each
   kCopy    // they are 16-bit rows already
 };
@@ -45,12 +45,7 @@ struct alignas(1024) SharedStorage {
   static constexpr bool kRing = kFeed == Feed::kRing;
   static constexpr int kBlocks = kFeed == Feed::kPeers ? 2 : 1;  // of a cluster
   static constexpr int kBuffers = kRing ? 1 : 2;                 // of a tile each
-  // Score warps plan for themselves, converting warps one for all.
-  static constexpr int kPlanners = kRing ? kWarps : 1;
-  // Registers of a scoring and of a converting thread.
-  static constexpr int kScoreRegisters = kRing ? 96 : 80;
-  static constexpr int kConvertRegisters = kRing ? 96 : 112;
-  static_assert(kScoreRegisters + 2 * kValueRegisters + kConvertRegisters == 65536 / 128);
+  static constexpr int kPlanners = 1;  // converting warps that tell the scores what is attended
   static constexpr int kChunks = Main::kHeadDim / kChunkColumns;
   static constexpr bool kRope = kChunks > kLatentChunks;  // a chunk that is no value
   static_assert(Main::kHeadDim == Extra::kHeadDim);
@@ -76,7 +71,6 @@ struct alignas(1024) SharedStorage {
   // Of the tiles that are planned: bit t % 32 of word t / 32 for token t.
   alignas(8) uint32_t attended[kPlanners][kPlans][kTileTokens / 32];
   uint64_t query_full;
-  uint64_t raw_full[kRing ? kSlots : 0];  // the slot's copies are there, in all four rings
   uint64_t keys_full[kBuffers];
   // By quarter: the cluster's value warps are through with its tokens. At the block that converts
   // the quarter; the last one, whose tokens are the last, at all blocks.

@@ -77,10 +77,10 @@ __device__ __forceinline__ uint32_t piece_factor(const RawUnit& raw, int i) {
   }
 }
 
-// Pieces from kFirst up to kEnd to 16 bit.
-template <typename T, typename Format, int kFirst, int kEnd>
-__device__ __forceinline__ void convert_pieces(uint32_t (&columns)[kUnitPieces][8],
-                                               const RawUnit& raw) {
+// The lane's pieces to 16 bit.
+template <typename T, typename Format>
+__device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
+                                             const RawUnit& raw) {
   constexpr bool kMends = Format::kCodes == Codes::kE4M3 && std::is_same_v<T, __nv_bfloat16>;
   const auto scale_of = [&](int i) {
     if constexpr (UnitScales<Format>::kNone) return 1.0f;
@@ -90,13 +90,13 @@ __device__ __forceinline__ void convert_pieces(uint32_t (&columns)[kUnitPieces][
   if constexpr (kMends) {
     uint32_t nan = 0;
 #pragma unroll
-    for (int i = kFirst; i < kEnd; ++i) nan |= any_nan(raw.codes[i]);
+    for (int i = 0; i < kUnitPieces; ++i) nan |= any_nan(raw.codes[i]);
     special = (nan & 0x80808080) != 0;
 #pragma unroll
-    for (int i = kFirst; i < kEnd; ++i) special = is_large(scale_of(i)) | special;
+    for (int i = 0; i < kUnitPieces; ++i) special = is_large(scale_of(i)) | special;
   }
 #pragma unroll
-  for (int i = kFirst; i < kEnd; ++i) {
+  for (int i = 0; i < kUnitPieces; ++i) {
     const uint32_t factor = piece_factor<T, Format>(raw, i);
     if constexpr (Format::kCodes == Codes::kE2M1)
       convert_nibbles<T>(columns[i], {raw.codes[i].x, raw.codes[i].y}, factor);
@@ -106,24 +106,12 @@ __device__ __forceinline__ void convert_pieces(uint32_t (&columns)[kUnitPieces][
   if constexpr (kMends) {
     if (special) [[unlikely]] {
 #pragma unroll
-      for (int i = kFirst; i < kEnd; ++i) mend_codes(columns[i], raw.codes[i], scale_of(i));
+      for (int i = 0; i < kUnitPieces; ++i) mend_codes(columns[i], raw.codes[i], scale_of(i));
     }
   }
   // Here: before a wait that follows, and before what they were is loaded anew.
 #pragma unroll
-  for (int i = 8 * kFirst; i < 8 * kEnd; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
-}
-
-// The lane's pieces to 16 bit, kAtOnce of them at a time: fewer take fewer registers.
-template <typename T, typename Format, int kAtOnce = kUnitPieces>
-__device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
-                                             const RawUnit& raw) {
-  convert_pieces<T, Format, 0, kAtOnce>(columns, raw);
-  if constexpr (kAtOnce <= 2) convert_pieces<T, Format, kAtOnce, 2 * kAtOnce>(columns, raw);
-  if constexpr (kAtOnce == 1) {
-    convert_pieces<T, Format, 2, 3>(columns, raw);
-    convert_pieces<T, Format, 3, 4>(columns, raw);
-  }
+  for (int i = 0; i < kUnitPieces * 8; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
 }
 
 // A unit's last 64 columns where they are not among the latent codes, of four rows. A lane has
