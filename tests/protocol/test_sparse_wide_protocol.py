@@ -5,7 +5,8 @@ itself, with one buffer; from a cluster's two blocks, each of which converts eve
 a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
 cluster one does, two quarters for four, and queries are there. One warp stands for each other
 warpgroup. Where rows are copied, the value products of a tile wait for the next scores to be issued
-if their keys are there already: `eager` is the order where they are not; what happens lies between the two.
+if their keys are there already: `eager` is the order where they are not; what happens lies between
+the two.
 """
 
 from __future__ import annotations
