@@ -45,11 +45,12 @@ def sparse_num_parts(*, tiles: int, h_q: int, small_tiles: bool) -> int:
     With small_tiles, in a small problem so few that the Hopper kernel takes smaller tiles of heads:
     it reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu).
     """
-    sm_count = _sm_count()
+    sm_count, large_tiles = _sm_count(), -(-h_q // _limits.TILE_ROWS)
     for rows, few in _FEW_SPARSE_TILES.items():
-        if small_tiles and tiles * -(-h_q // rows) <= few * sm_count:
+        pairs = large_tiles % 2 == 0 and rows > _limits.SMALL_TILE_ROWS  # take less time than these
+        if small_tiles and not pairs and tiles * -(-h_q // rows) <= few * sm_count:
             return min(max(1, sm_count // -(-h_q // rows)), _limits.MAX_PARTS)
-    return min(max(1, sm_count // -(-h_q // _limits.TILE_ROWS)), _limits.MAX_PARTS)
+    return min(max(1, sm_count // large_tiles), _limits.MAX_PARTS)
 
 
 def _sm_count() -> int:

@@ -62,7 +62,7 @@ int choose_parts(const Shape& x) {
   const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
   if (x.format == Format::kV32 && x.extra_topk == 0) {
     if (x.tiles() * tiles(16) <= 2 * 132) return 132 / tiles(16);
-    if (x.tiles() * tiles(32) <= 8 * 132) return 132 / tiles(32);
+    if (tiles(64) % 2 == 1 && x.tiles() * tiles(32) <= 8 * 132) return 132 / tiles(32);
   }
   return std::max(1, 132 / tiles(64));
 }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import cases
 import sparse_cases
 import tolerances
-from jax_flashmla import make_schedule, sparse_decode
+from jax_flashmla import _num_parts, make_schedule, sparse_decode
 from jax_flashmla.ops.sparse_decode import sm90_refusal
 from sparse_cases import Cache, Problem, SparseCase
 
@@ -95,6 +95,16 @@ def test_any_schedule_gives_the_same_result(
 def test_schedule_of_other_lengths_gives_the_same_result(kernel: str) -> None:
     schedule = make_schedule(np.array([900, 0, 1, 64] * 2), h_q=20, num_parts=9)
     check(run(v32().arguments, kernel, schedule=schedule), V32, v32().expected)
+
+
+def test_few_tiles_are_cut_for_smaller_tiles_of_heads_but_where_there_are_pairs() -> None:
+    parts = functools.partial(_num_parts.sparse_num_parts, small_tiles=True)
+    sms = parts(tiles=10**6, h_q=64)
+    assert parts(tiles=sms // 4, h_q=128) == sms // 8  # tiles of 16 heads
+    assert parts(tiles=sms // 4 + 1, h_q=128) == parts(tiles=10**6, h_q=128) == sms // 2
+    assert parts(tiles=sms, h_q=64) == sms // 2  # tiles of 32 heads
+    assert parts(tiles=sms, h_q=192) == sms // 6
+    assert parts(tiles=sms // 4, h_q=128, small_tiles=False) == sms // 2
 
 
 def test_layers_of_one_array_by_a_traced_first_block(implementation: str) -> None:

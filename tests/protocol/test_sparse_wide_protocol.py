@@ -4,8 +4,9 @@ Rows reach the buffers in one of three ways (`Feed`): from rings that each conve
 itself, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
 a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
 cluster one does, two quarters for four, and queries are there. One warp stands for each other
-warpgroup. The value products of a tile wait for the next scores to be issued where their keys are
-there already: `eager` is the order where they are not; what happens lies between the two.
+warpgroup. Where rows are copied, the value products of a tile wait for the next scores to be issued
+if their keys are there already: `eager` is the order where they are not; what happens lies between
+the two.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Model:
         warp, tile = Role(f"{name}-{block}", self.drop), 0
         first = name == self.scores[0]
         mine = self.parts if len(self.scores) == 1 else [self.scores.index(name)]
-        holds = self.feed.buffers > 1
+        holds = self.feed.name == "copy"
 
         def load_query() -> None:
             if first and self.has_query:
@@ -159,7 +160,6 @@ class Model:
         return warp
 
     def make_plan(self, warp: Role, block: int, tile: int) -> None:
-        """Also of what is past the last tile: it says so."""
         warp.write(self.plan(block, tile))
         warp.end(self.plan(block, tile))
 
@@ -178,7 +178,6 @@ class Model:
             warp.write(*self.places(0, tile))
             warp.end(*self.all_keys(0, tile), *self.places(0, tile))
             warp.arrive(self.at("keys_full", 0, tile))
-        self.make_plan(warp, 0, self.total)
         return warp
 
     def ring_warp(self) -> Role:
@@ -191,7 +190,7 @@ class Model:
             if tile >= 0:
                 warp.end(*self.all_keys(0, tile))
                 warp.arrive(self.at("keys_full", 0, tile))
-            while planned <= self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
+            while planned < self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
                 self.make_plan(warp, 0, planned)
                 planned += 1
         return warp
@@ -200,17 +199,16 @@ class Model:
         """Quarter `block` is its own, and that part of the rope columns."""
         warp = Role(f"convert-{block}", self.drop)
         self.make_plan(warp, block, 0)
-        self.make_plan(warp, block, 1)
         for tile in range(self.total):
             mine = self.keys(block, block, tile), self.place(block, block, tile)
+            if tile + 1 < self.total:
+                self.make_plan(warp, block, tile + 1)
             self.wait_empty(warp, block, block, tile)
             warp.write(mine[0])
             self.wait_empty(warp, block, self.quarters[-1], tile)
             warp.write(mine[1])
             warp.end(*mine)
             warp.arrive(("sent", block, tile), self.at("keys_full", block, tile))
-            if tile + 2 <= self.total:
-                self.make_plan(warp, block, tile + 2)
         return warp
 
     def peer_engine(self, block: int) -> Role:

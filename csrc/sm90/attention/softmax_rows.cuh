@@ -31,7 +31,8 @@ __device__ __forceinline__ void find_peaks(const float (&s)[32], float (&peak)[2
 
 // Moves the rows' references where their maxima ask for it, and tells the value warpgroups. Past a
 // sequence's first tiles that is seldom, and the maxima over other lanes' columns are not needed.
-// peak: this thread's; overwritten.
+// peak: this thread's; overwritten. kHuge: for scores of any size.
+template <bool kHuge = false>
 __device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows], float (&peak)[2],
                                                  SoftmaxRows& rows, float scale_log2) {
   int power[2] = {0, 0};
@@ -43,7 +44,12 @@ __device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows
       for (int lane = 1; lane <= 2; lane *= 2) {
         peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], lane));
       }
-      power[r] = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
+      if constexpr (kHuge) {
+        power[r] = raise_reference(rows.reference[r], peak[r] * scale_log2);
+        rows.sum[r] *= rescale_factor(power[r]);
+      } else {
+        power[r] = raise_reference(rows.reference[r], rows.sum[r], peak[r] * scale_log2);
+      }
     }
   }
   const int thread = threadIdx.x % kWarpgroupThreads;
@@ -54,12 +60,13 @@ __device__ __forceinline__ void raise_references(uint8_t (&rescale)[kSoftmaxRows
   }
 }
 
+template <bool kHuge = false>
 __device__ __forceinline__ void update_references(uint8_t (&rescale)[kSoftmaxRows],
                                                   const float (&s)[32], SoftmaxRows& rows,
                                                   float scale_log2) {
   float peak[2];
   find_peaks(s, peak);
-  raise_references(rescale, peak, rows, scale_log2);
+  raise_references<kHuge>(rescale, peak, rows, scale_log2);
 }
 
 template <bool kHuge>

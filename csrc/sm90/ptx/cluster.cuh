@@ -34,6 +34,17 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// True in one lane of the warp, of which the compiler knows that it is one.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // The address, for the functions below, of what lies at `address` in this block, in block `rank`.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
   uint32_t mapped;

@@ -6,6 +6,10 @@
 
 namespace flashmla::sm90 {
 
+__device__ __forceinline__ void copy_4(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_8(uint32_t target, const void* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(source) : "memory");
 }

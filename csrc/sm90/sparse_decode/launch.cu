@@ -35,6 +35,10 @@ Status check_source(const SparseSource& source) {
   if (source.layer_blocks * source.block_size > INT32_MAX) {
     return Status::InvalidArgument("sparse_decode takes layers of less than 2^31 slots");
   }
+  if (source.format == Format::kV4 && source.block_size > 1 << 24) {
+    return Status::InvalidArgument("the Hopper sparse_decode kernel takes v4 blocks of at most " +
+                                   std::to_string(1 << 24) + " tokens");
+  }
   if (source.format == Format::kDense && source.row_stride % 8 != 0) {
     return Status::InvalidArgument(
         "the Hopper sparse_decode kernel takes rows a multiple of 8 columns wide, got " +

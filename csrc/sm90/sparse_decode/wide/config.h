@@ -16,7 +16,7 @@ constexpr int kChunkBytes = kTileTokens * kChunkRowBytes;
 constexpr int kLatentChunks = kValueDim / 64;
 constexpr int kQuarters = 4;  // of a tile: sixteen tokens each, by which a buffer is freed
 constexpr int kQuarterTokens = kTileTokens / kQuarters;
-constexpr int kUnitRows = kQuarterTokens / kWarps;  // of a quarter, that a warp converts
+constexpr int kRopeRows = kQuarterTokens / kWarps;  // of a quarter, whose rope columns a warp has
 constexpr int kValueWarps = 2 * kWarps;
 // Warpgroups: scores, left values, right values, conversion; and the registers of their threads,
 // together the whole file.

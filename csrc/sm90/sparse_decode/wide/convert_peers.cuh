@@ -2,13 +2,13 @@
 // the shared memory of both blocks.
 //
 // The two blocks have different heads of the same query tokens. Each converts every other quarter
-// of a tile, and stores it to both. A warp has four rows of each quarter, a unit. While a tile's
-// are stored, the next tile's are on their way: that hides how long memory takes. They are
-// converted before their buffer is free.
+// of a tile, and stores it to both. A warp has 128 columns of each quarter, a unit, so that what it
+// sends lies together. While a tile's are stored, the next tile's are on their way: that hides how
+// long memory takes. They are converted before their buffer is free.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
-#include "sm90/sparse_decode/wide/plan.cuh"
+#include "sm90/sparse_decode/wide/rows.cuh"
 #include "sm90/sparse_decode/wide/target.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -19,104 +19,135 @@ struct PeerConverter {
   static constexpr int kUnits = 2;  // of a tile
   static constexpr bool kSame = std::is_same_v<Main, Extra>;
   static constexpr bool kRope = !RopeUnit<Main>::kNone;
+  static constexpr bool kRopeInSlot = kRope && !Storage::kInRope;
   static constexpr int kCodeChunks =
       Main::kCodeColumns < kValueDim ? Main::kCodeColumns / 64 : kLatentChunks;
 
-  // Of the next tile. All its loads go out together: the hardware has few counters to wait for
-  // loads by, so that waiting for one mostly means to wait for all.
-  RawUnit raw[kUnits];
-  uint4 rope[kUnits];
-  PieceOffsets<0> offsets;
-  int rank;
+  // The first unit of the next tile is on its way to registers, the second one to shared memory:
+  // the hardware has few counters to wait for loads by, so that waiting for one of them would mean
+  // to wait for all.
+  RawUnit raw;
+  uint4 rope[kUnits];  // the second unit's too, where its slot has no room for them
+  int rank, warp;
 
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
-  template <typename Format, typename AnyPlan>
-  __device__ __forceinline__ void load_from(const AnyPlan& plan) {
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
-      load_unit<Format>(raw[unit],
-                        GlobalRows<Format, AnyPlan>{plan, first_token(quarter_of(unit))});
+  template <typename Format>
+  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces& places, int unit) const {
+    return {places[unit], rank * kQuarterTokens, warp};
+  }
+
+  template <typename Format>
+  __device__ __forceinline__ void load_first(const RowPlaces& places) {
+    const UnitPlaces<Format> unit = places_of<Format>(places, 0);
+    load_unit<Format>(raw, unit);
+    if constexpr (kRope) {
+      rope[0] = load_16(unit.rope);
+      if constexpr (!kRopeInSlot) rope[1] = load_16(places_of<Format>(places, 1).rope);
     }
   }
 
-  template <typename AnyPlan>
-  __device__ __forceinline__ void load(const AnyPlan& plan, Source source) {
+  __device__ __forceinline__ void load_first(const RowPlaces& places, Source source) {
     if (source == Source::kNone) return;
     if (kSame || source == Source::kMain)
-      load_from<Main>(plan);
+      load_first<Main>(places);
     else
-      load_from<Extra>(plan);
-    if constexpr (kRope) {
+      load_first<Extra>(places);
+  }
+
+  __device__ __forceinline__ void copy_second(uint32_t slot, const RowPlaces& places,
+                                              Source source) const {
+    if (source == Source::kNone) return;
+    if (kSame || source == Source::kMain) {
+      copy_unit<Main>(slot, places_of<Main>(places, 1));
+      if constexpr (kRopeInSlot) copy_rope<Main>(slot, places_of<Main>(places, 1));
+    } else {
+      copy_unit<Extra>(slot, places_of<Extra>(places, 1));
+    }
+    commit_copies();
+  }
+
+  __device__ __forceinline__ void convert_first(uint32_t (&columns)[kUnitPieces][8],
+                                                Source source) const {
+    if (kSame || source == Source::kMain)
+      convert_unit<T, Main>(columns, raw);
+    else
+      convert_unit<T, Extra>(columns, raw);
+  }
+
+  static __device__ __forceinline__ void convert_second(uint32_t (&columns)[kUnitPieces][8],
+                                                        uint4& rope, uint32_t slot, Source source) {
+    RawUnit second;
+    wait_copies<0>();
+    __syncwarp();
+    if (kSame || source == Source::kMain) {
+      read_unit<Main>(second, slot);
+      convert_unit<T, Main>(columns, second);
+    } else {
+      read_unit<Extra>(second, slot);
+      convert_unit<T, Extra>(columns, second);
+    }
+    if constexpr (kRopeInSlot) read_rope<Main>(rope, slot);
+    __syncwarp();  // before it is filled again
+  }
+
+  // Sends the warp's chunks of a quarter.
+  __device__ __forceinline__ void send(const Target<2>& target, int quarter) const {
+    fence_async_proxy();
+    __syncwarp();
+    if (elect_lane()) {
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        RopeUnit<Main>::load(rope[unit],
-                             GlobalRows<Main, AnyPlan>{plan, first_token(quarter_of(unit))});
+      for (int c = 0; c < kWarpChunks; ++c) {
+        if (warp * kWarpChunks + c < kCodeChunks) target.send(warp * kWarpChunks + c, quarter);
       }
     }
   }
 
-  __device__ __forceinline__ Mend convert(uint32_t (&columns)[kUnitPieces][8], int unit,
-                                          Source source) {
-    if (kSame || source == Source::kMain) return convert_unit<T, Main, 0>(columns, raw[unit]);
-    return convert_unit<T, Extra, 0>(columns, raw[unit]);
-  }
-
-  static __device__ __forceinline__ uint32_t kept_rope(Storage& smem, int unit) {
-    return smem_address(&smem.rope[unit][threadIdx.x % kWarpgroupThreads]);
-  }
-
   __device__ __forceinline__ void run(const sparse::KernelArgs& args, Storage& smem) {
-    const int lane = threadIdx.x % 32;
     rank = cluster_rank();
-    offsets.find();
+    warp = warp_of_four();
+    const PieceOffsets offsets = PieceOffsets::of(threadIdx.x);
     const uint32_t here = smem_address(&smem), peer_less = map_shared(here, rank ^ 1) - here;
     Planner<Main, Extra, Feed::kPeers> planner{args, smem};
     planner.start();
-    Source source = plan_rows(planner);
-    load(smem.plan[0], source);
-    if (source == Source::kNone) return;
-    Source next = plan_rows(planner);
+    const uint32_t slot = smem_address(smem.raw[warp][0]);
+    RowPlaces places;
+    Source source = planner.next(places, warp);
+    load_first(places, source);
+    copy_second(slot, places, source);
     for (uint32_t tile = 0; source != Source::kNone; ++tile) {
       const int buffer = Storage::buffer_of(tile);
       const uint32_t free = Storage::parity_of(tile) ^ 1;
       const Target<2> target{smem_address(smem.keys[buffer][0]),
                              smem_address(&smem.keys_full[buffer]), peer_less};
       uint32_t columns[kUnitPieces][8];
-      Mend mend = convert(columns, 0, source);
+      convert_first(columns, source);
+      uint4 rope_now[kUnits] = {rope[0], rope[1]};
+      const Source next = planner.next(places, warp);
+      load_first(places, next);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(0)]), free);
-      store_unit<Main>(target, offsets, columns, mend, quarter_of(0));
-      fence_async_proxy();
-      __syncwarp();
-      if (lane < kCodeChunks) target.send(lane, first_token(quarter_of(0)));
-      mend = convert(columns, 1, source);
-      if constexpr (kRope) {  // kept in shared memory: registers are short
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) store_shared(kept_rope(smem, unit), rope[unit]);
-      }
-      load(smem.plan[(tile + 1) % kPlans], next);
+      store_unit<Main>(target, offsets, columns, quarter_of(0));
+      send(target, quarter_of(0));
+      convert_second(columns, rope_now[1], slot, source);
       mbarrier_wait(smem_address(&smem.keys_empty[buffer][quarter_of(1)]), free);
-      store_unit<Main>(target, offsets, columns, mend, quarter_of(1));
+      store_unit<Main>(target, offsets, columns, quarter_of(1));
       if constexpr (kRope) {
         // Where probabilities lay, which are read with the last tokens.
         mbarrier_wait(smem_address(&smem.keys_empty[buffer][kQuarters - 1]), free);
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
-          RopeUnit<Main>::template store<T>(target, load_shared(kept_rope(smem, unit)),
-                                            first_token(quarter_of(unit)));
+          store_rope<T, Main>(target, rope_now[unit], quarter_of(unit));
         }
       }
-      fence_async_proxy();
-      __syncwarp();
-      if (lane < kCodeChunks) target.send(lane, first_token(quarter_of(1)));
-      if (lane == 0) {
-        if (threadIdx.x / 32 % kWarps == 0)
+      send(target, quarter_of(1));
+      if (threadIdx.x % 32 == 0) {
+        if (warp == 0)
           mbarrier_arrive_expect(target.full, Storage::kChunks * kChunkBytes / 2);
         else
           mbarrier_arrive(target.full);
       }
+      copy_second(slot, places, next);
       source = next;
-      if (next != Source::kNone) next = plan_rows(planner);
     }
   }
 };

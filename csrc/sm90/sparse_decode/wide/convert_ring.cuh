@@ -1,11 +1,11 @@
-// The converting warpgroup of a block by itself. Each of its warps has four rows of each quarter of
-// a tile, a unit, and brings them by asynchronous copies into a ring of its own; from there they go
-// through registers to 16-bit rows. A unit is converted before its place in the buffer is free.
+// The converting warpgroup of a block by itself. Each of its warps has 128 columns of each quarter
+// of a tile, a unit, and brings them by asynchronous copies into a ring of its own; from there they
+// go through registers to 16-bit rows. A unit is converted before its place in the buffer is free.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/copy_async.cuh"
-#include "sm90/sparse_decode/wide/plan.cuh"
+#include "sm90/sparse_decode/wide/rows.cuh"
 #include "sm90/sparse_decode/wide/target.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -14,53 +14,47 @@ template <typename T, typename Main, typename Extra>
 struct RingConverter {
   using Storage = SharedStorage<Main, Extra, Feed::kRing>;
   static constexpr bool kSame = std::is_same_v<Main, Extra>;
-  static constexpr int kShift = kSharedShift<Main>;
 
   Storage& smem;
   Planner<Main, Extra, Feed::kRing> planner;
-  RowPlace place{};  // of the tile whose units are issued
+  const int warp = warp_of_four();
+  RowPlaces places{};  // of the tile whose units are issued
   Source issued_source = Source::kMain;
+  uint32_t sources = 0;  // two bits each of the last tiles that were planned, by tile % kPlans
   uint32_t issued = 0, consumed = 0;  // units
   uint32_t issue_slot = 0, slot = 0;
 
   __device__ __forceinline__ uint32_t raw(uint32_t slot) const {
-    return smem_address(smem.raw[planner.warp()][slot]);
+    return smem_address(smem.raw[warp][slot]);
   }
 
-  // Eight lanes copy a row.
+  static __device__ __forceinline__ uint32_t shift_of(uint32_t tile) { return tile % kPlans * 2; }
+  __device__ __forceinline__ Source source_of(uint32_t tile) const {
+    return static_cast<Source>(sources >> shift_of(tile) & 3);
+  }
+
   template <typename Format>
-  __device__ __forceinline__ void copy_unit() {
-    const int lane = planner.lane(), row = lane / 8;
-    const int owner = issued % kQuarters * kUnitRows + row;
-    const auto of_owner = [&](const uint8_t* p) {
-      return reinterpret_cast<const uint8_t*>(
-          __shfl_sync(~0u, reinterpret_cast<uint64_t>(p), owner));
-    };
-    const uint32_t slot = raw(issue_slot), at = lane % 8 * 16;
-    const uint32_t target = slot + row * Format::kRowBytes + at;
-    const uint8_t* source = of_owner(place.row) + at;
-#pragma unroll
-    for (int byte = 0; byte < Format::kRowBytes; byte += 128) {
-      if (byte + at < Format::kRowBytes) copy_16(target + byte, source + byte);
-    }
-    if constexpr (Format::kTwoPlanes) {
-      const uint8_t* scales = of_owner(place.scales);
-      const uint32_t plane = slot + kUnitRows * Format::kRowBytes;
-      if (lane % 8 == 0) copy_8(plane + row * Format::kScaleBytes, scales);
-    }
+  __device__ __forceinline__ void issue(uint32_t quarter) {
+    const RowPlace place = quarter < kQuarters / kLaneTokens ? places[0] : places[1];
+    const UnitPlaces<Format> unit(place, quarter % (kQuarters / kLaneTokens) * kQuarterTokens,
+                                  warp);
+    copy_unit<Format>(raw(issue_slot), unit);
+    copy_rope<Format>(raw(issue_slot), unit);
   }
 
   // Issues copies as far as there is room. A group of copies for each slot, perhaps an empty one.
   __device__ __forceinline__ void refill() {
 #pragma unroll 1
     for (; issued - consumed < Storage::kSlots; ++issued) {
-      if (issued % kQuarters == 0 && issued_source != Source::kNone) {
-        issued_source = planner.next(place);
+      const uint32_t quarter = issued % kQuarters, tile = issued / kQuarters;
+      if (quarter == 0 && issued_source != Source::kNone) {
+        issued_source = planner.next(places, warp);
+        sources = (sources & ~(3u << shift_of(tile))) | uint32_t(issued_source) << shift_of(tile);
       }
       if (kSame ? issued_source != Source::kNone : issued_source == Source::kMain)
-        copy_unit<Main>();
+        issue<Main>(quarter);
       else if (!kSame && issued_source == Source::kExtra)
-        copy_unit<Extra>();
+        issue<Extra>(quarter);
       commit_copies();
       if (++issue_slot == Storage::kSlots) issue_slot = 0;
     }
@@ -74,13 +68,12 @@ struct RingConverter {
   }
 
   __device__ __forceinline__ void run() {
-    PieceOffsets<kShift> offsets;
-    offsets.find();
+    const PieceOffsets offsets = PieceOffsets::of(threadIdx.x);
     const Target<1> target{smem_address(smem.keys[0][0]), smem_address(&smem.keys_full[0]), 0};
     planner.start();
     refill();
     for (uint32_t tile = 0;; ++tile) {
-      const Source source = smem.plan[tile % kPlans].source[planner.warp()];
+      const Source source = source_of(tile);
       if (source == Source::kNone) return;
 #pragma unroll 1
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
@@ -95,23 +88,20 @@ struct RingConverter {
         RawUnit unit;
         uint4 rope;
         uint32_t columns[kUnitPieces][8];
-        Mend mend;
         if (kSame || source == Source::kMain) {
-          const SharedRows<Main, kShift> rows{raw(slot)};
-          load_unit<Main>(unit, rows);
-          if constexpr (!RopeUnit<Main>::kNone) RopeUnit<Main>::load(rope, rows);
-          mend = convert_unit<T, Main, kShift>(columns, unit);
+          read_unit<Main>(unit, raw(slot));
+          read_rope<Main>(rope, raw(slot));
+          convert_unit<T, Main>(columns, unit);
         } else {
-          load_unit<Extra>(unit, SharedRows<Extra, kShift>{raw(slot)});
-          mend = convert_unit<T, Extra, kShift>(columns, unit);
+          read_unit<Extra>(unit, raw(slot));
+          read_rope<Extra>(rope, raw(slot));
+          convert_unit<T, Extra>(columns, unit);
         }
         ++consumed;
         if (++slot == Storage::kSlots) slot = 0;
         mbarrier_wait(smem_address(&smem.keys_empty[0][quarter]), tile & 1 ^ 1);
-        store_unit<Main>(target, offsets, columns, mend, quarter);
-        if constexpr (!RopeUnit<Main>::kNone) {
-          RopeUnit<Main>::template store<T>(target, rope, first_token(quarter));
-        }
+        store_unit<Main>(target, offsets, columns, quarter);
+        if constexpr (!RopeUnit<Main>::kNone) store_rope<T, Main>(target, rope, quarter);
       }
       fence_async_proxy();
       __syncwarp();

@@ -120,6 +120,13 @@ __device__ __forceinline__ uint32_t scale_factor(float scale) {
   }
 }
 
+// The factor of placed codes in bf16, twice, of an E8M0 scale: scale_factor's bits.
+__device__ __forceinline__ uint32_t placed_factor(uint32_t e8m0) {
+  constexpr uint32_t kOne = 0x00800080;   // in both exponents
+  constexpr uint32_t kLargest = 127 + 7;  // kLargestScale; kPlaced is 2^120
+  return e8m0 == 0 ? 0 : min(e8m0, kLargest) * kOne + 120 * kOne;
+}
+
 // Sixteen e4m3 codes, times scale_factor; in bf16 without what mend_codes adds.
 template <typename T>
 __device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 codes,
@@ -142,11 +149,16 @@ __device__ __forceinline__ uint32_t find_nan(uint32_t codes) {
   return (codes & 0x7f7f7f7f) + 0x01010101;
 }
 
+// An upper bit of a byte says that one of sixteen codes is NaN: adding 1 changes it of 0x7f and
+// 0xff, and what these carry changes others' besides.
+__device__ __forceinline__ uint32_t any_nan(uint4 codes) {
+  const auto changed = [](uint32_t v) { return v ^ (v + 0x01010101); };
+  return changed(codes.x) | changed(codes.y) | changed(codes.z) | changed(codes.w);
+}
+
 // Whether any of sixteen codes, or their scale, asks for mend_codes.
 __device__ __forceinline__ bool is_special(uint4 codes, float scale) {
-  const uint32_t nan =
-      find_nan(codes.x) | find_nan(codes.y) | find_nan(codes.z) | find_nan(codes.w);
-  return (nan & 0x80808080) != 0 || is_large(scale);
+  return (any_nan(codes) & 0x80808080) != 0 || is_large(scale);
 }
 
 // Multiplies bf16 columns with the rest of a large scale, and makes NaN of NaN codes.

@@ -1,112 +1,132 @@
-// Planning tiles: where their rows are. Each converting warp does it for its own rows, four of each
-// quarter of a tile, one a lane.
+// Planning tiles: where their rows are. Each warp that brings rows does it for itself: all of them
+// have columns of every row.
 #pragma once
 
 #include "sm90/sparse_decode/wide/work.cuh"
 
 namespace flashmla::sm90::sparse::wide {
 
-// Where a lane's row is.
+constexpr int kLaneTokens = kTileTokens / 32;  // of a tile: the lane's number, and 32 on
+
+// Where a lane's tokens are.
 struct RowPlace {
   const uint8_t* row;
-  const uint8_t* scales;  // in the second plane
+  int32_t scales;  // in the second plane: how many times eight bytes further
+};
+using RowPlaces = RowPlace[kLaneTokens];
+
+// The part's tiles in order.
+struct TileWalk {
+  int query, tile, tile_end;  // the next one; equal where the part is at its end
+  QueryTiles tiles;           // of the query token
+
+  // Goes to the first query token from `next` on that has a tile in the part, which ends at `end`.
+  __device__ __forceinline__ void enter(const sparse::KernelArgs& args, const Cut& end, int next,
+                                        int first_tile) {
+    for (query = next; owns_work({0, 0}, end, query); ++query) {
+      tiles = QueryTiles::of(args, query);
+      tile = query == next ? first_tile : 0;
+      tile_end = query == end.sequence ? min(tiles.all, end.tile) : tiles.all;
+      if (tile < tile_end) return;
+    }
+    tile = tile_end = 0;
+  }
+
+  __device__ __forceinline__ void advance(const sparse::KernelArgs& args, const Cut& end) {
+    if (++tile >= tile_end) enter(args, end, query + 1, 0);
+  }
+
+  __device__ __forceinline__ Source source() const {
+    return tile >= tile_end ? Source::kNone : tile >= tiles.main ? Source::kExtra : Source::kMain;
+  }
 };
 
-// The part's tiles in order, as one converting warp sees them.
+// Plans the part's tiles in order, for one of four warps.
 template <typename Main, typename Extra, Feed kFeed>
 struct Planner {
   using Storage = SharedStorage<Main, Extra, kFeed>;
 
   const sparse::KernelArgs& args;
   Storage& smem;
-  int query, tile, tile_end;  // the next one; equal where the part is at its end
-  QueryTiles tiles;           // of the query token
-  uint32_t planned;           // tiles
-  int32_t index;              // this lane's of the next tile
+  TileWalk walk;               // the next tile
+  uint32_t planned;            // tiles
+  int32_t index[kLaneTokens];  // this lane's of the next tile
 
-  static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % kWarps; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-  // The lane's token; the upper half of the lanes does what the lower half does.
-  static __device__ __forceinline__ int token() {
-    return lane() / kUnitRows % kQuarters * kQuarterTokens + warp() * kUnitRows +
-           lane() % kUnitRows;
-  }
 
   __device__ __forceinline__ void start() {
     planned = 0;
-    enter(smem.begin.sequence, smem.begin.tile);
+    walk.enter(args, smem.end, smem.begin.sequence, smem.begin.tile);
     fetch();
   }
 
-  // Plans the next tile, if there is one.
-  __device__ __forceinline__ Source next(RowPlace& place) {
-    auto& plan = smem.plan[planned % kPlans];
-    const Source source = tile >= tile_end     ? Source::kNone
-                          : tile >= tiles.main ? Source::kExtra
-                                               : Source::kMain;
-    if (lane() == 0) plan.source[warp()] = source;
-    if (source != Source::kNone) {
-      place = source == Source::kExtra ? find<Extra>(args.extra, smem.layer[1])
-                                       : find<Main>(args.main, smem.layer[0]);
-      if (++tile >= tile_end) enter(query + 1, 0);
-      fetch();
+  // Plans the next tile, if there is one: where its rows are, and for the scores what is attended.
+  __device__ __forceinline__ Source next(RowPlaces& places, int warp) {
+    const Source source = walk.source();
+    if (source == Source::kNone) return source;
+    const uint8_t* layer = smem.layer[source == Source::kMain ? 0 : 1];
+    uint32_t attended[kLaneTokens];
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      bool found;
+      if (std::is_same_v<Main, Extra> || source == Source::kMain)
+        found = find<Main>(places[i], index[i], source == Source::kMain ? args.main : args.extra,
+                           layer);
+      else
+        found = find<Extra>(places[i], index[i], args.extra, layer);
+      attended[i] = __ballot_sync(~0u, found);
+    }
+    if (warp < Storage::kPlanners && lane() == 0) {
+      auto& words = smem.attended[warp][planned % kPlans];
+      *reinterpret_cast<uint2*>(words) = {attended[0], attended[1]};
     }
     ++planned;
-    __syncwarp();
+    walk.advance(args, smem.end);
+    fetch();
     return source;
   }
 
  private:
-  // Goes to the first query token from `next` on that has a tile in this part.
-  __device__ __forceinline__ void enter(int next, int first_tile) {
-    for (query = next; owns_work({0, 0}, smem.end, query); ++query) {
-      tiles = QueryTiles::of(args, query);
-      tile = query == next ? first_tile : 0;
-      tile_end = query == smem.end.sequence ? min(tiles.all, smem.end.tile) : tiles.all;
-      if (tile < tile_end) return;
-    }
-    tile = tile_end = 0;
-  }
-
   __device__ __forceinline__ void fetch() {
-    const bool extra = tile >= tiles.main;
+    const QueryTiles& tiles = walk.tiles;
+    const bool extra = walk.tile >= tiles.main;
     const SourceArgs& source = extra ? args.extra : args.main;
-    const int i = (tile - (extra ? tiles.main : 0)) * kTileTokens + token();
-    index = -1;
-    if (tile < tile_end && i < (extra ? tiles.extra_length : tiles.main_length)) {
-      index = __ldg(source.indices + int64_t{query} * source.topk + i);
+    const int length = walk.source() == Source::kNone ? 0
+                       : extra                        ? tiles.extra_length
+                                                      : tiles.main_length;
+    const int first = (walk.tile - (extra ? tiles.main : 0)) * kTileTokens + lane();
+    const int32_t* indices = source.indices + int64_t{walk.query} * source.topk + first;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      index[i] = -1;
+      // Straight to its register: a move of it at a loop's end would wait for it.
+      asm volatile(
+          "{\n.reg .pred counts;\n"
+          "setp.lt.s32 counts, %2, %3;\n"
+          "@counts ld.global.nc.b32 %0, [%1];\n}"
+          : "+r"(index[i])
+          : "l"(indices + 32 * i), "r"(first + 32 * i), "r"(length));
     }
   }
 
   template <typename Format>
-  __device__ __forceinline__ RowPlace find(const SourceArgs& source, const uint8_t* layer) {
-    const bool attended = static_cast<uint32_t>(index) < source.layer_slots;
+  static __device__ __forceinline__ bool find(RowPlace& place, uint32_t index,
+                                              const SourceArgs& source, const uint8_t* layer) {
+    const bool attended = index < source.layer_slots;
     const uint32_t block = source.block_of(index);
-    const uint32_t offset = static_cast<uint32_t>(index) - block * source.block_size;
+    const uint32_t offset = index - block * source.block_size;
     const uint8_t* base = layer + block * source.block_bytes;
-    RowPlace place{attended ? base + int64_t{offset} * source.row_bytes : kZeroRow, kZeroRow};
-    if (Format::kTwoPlanes && attended) {
-      place.scales =
-          base + int64_t{source.block_size} * Format::kRowBytes + offset * Format::kScaleBytes;
+    const int64_t row_bytes =
+        Format::kCodes == Codes::kNone ? source.row_bytes : int64_t{Format::kRowBytes};
+    place.row = attended ? base + offset * row_bytes : kZeroRow;
+    if constexpr (Format::kTwoPlanes) {
+      static_assert(Format::kScaleBytes == 8 && Format::kRowBytes % 8 == 0);
+      const int32_t further = source.block_size * (Format::kRowBytes / 8) -
+                              static_cast<int32_t>(offset) * (Format::kRowBytes / 8 - 1);
+      place.scales = attended ? further : 0;
     }
-    const uint32_t all = __ballot_sync(~0u, attended);
-    if (lane() == 0) smem.plan[planned % kPlans].attended[warp()] = all;
-    return place;
+    return attended;
   }
 };
-
-// Plans the next tile, for those who load its rows by the plan.
-template <typename Main, typename Extra, Feed kFeed>
-__device__ __forceinline__ Source plan_rows(Planner<Main, Extra, kFeed>& planner) {
-  auto& plan = planner.smem.plan[planner.planned % kPlans];
-  RowPlace place;
-  const Source source = planner.next(place);
-  if (source != Source::kNone && planner.lane() < kWarpTokens) {
-    plan.row[planner.token()] = place.row;
-    if constexpr (Main::kTwoPlanes) plan.scales[planner.token()] = place.scales;
-  }
-  __syncwarp();
-  return source;
-}
 
 }  // namespace flashmla::sm90::sparse::wide

@@ -37,17 +37,14 @@ __device__ __forceinline__ void start_scores(float (&s)[32], int buffer, int que
   wgmma_commit();
 }
 
-// Scores of tokens that are not attended become -inf. Of eight tokens a thread has two neighbours,
-// which one converting warp has planned.
-template <typename AnyPlan>
-__device__ __forceinline__ void mask_scores(float (&s)[32], const AnyPlan& plan) {
-  const uint2 words = *reinterpret_cast<const uint2*>(plan.attended);
+// Scores of tokens that are not attended become -inf. Of eight tokens a thread has two neighbours.
+__device__ __forceinline__ void mask_scores(float (&s)[32], const uint32_t (&attended)[2]) {
+  const uint2 words = *reinterpret_cast<const uint2*>(attended);
   if ((words.x & words.y) == ~0u) return;
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 32; i += 4) {
-    const uint32_t planned = (i / 4 % 2 == 0 ? words.x : words.y) >> first / kUnitRows * 16;
-    const uint32_t pair = planned >> (i / 8 * kUnitRows + first % kUnitRows);
+    const uint32_t pair = (i < 16 ? words.x : words.y) >> (i % 16 * 2 + first);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!(pair & 1)) s[i + 2 * r] = -INFINITY;
@@ -89,7 +86,7 @@ __device__ __forceinline__ void finish_rows(const sparse::KernelArgs& args, Head
 template <typename T, typename Main, typename Extra, Feed kFeed>
 __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Extra, kFeed>& smem) {
   using Storage = SharedStorage<Main, Extra, kFeed>;
-  constexpr bool kHoldValues = Storage::kBuffers > 1;
+  constexpr bool kHoldValues = kFeed == Feed::kCopy;
   const sparse::KernelArgs& args = kernel_args.common;
   const bool leader = threadIdx.x % 32 == 0;
   const HeadTile heads = HeadTile::of_block<kRows>(args);
@@ -130,8 +127,8 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.plan[tile % kPlans]);
-      update_references(smem.rescale[buffer], s, rows, scale_log2);
+      mask_scores(s, smem.attended[0][tile % kPlans]);
+      update_references<true>(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);
       if (last) {

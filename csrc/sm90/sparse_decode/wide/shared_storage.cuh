@@ -6,6 +6,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/sparse_decode/wide/config.h"
 #include "sm90/sparse_decode/wide/formats.cuh"
+#include "sm90/sparse_decode/wide/unit.cuh"
 #include "sm90/sparse_decode/work.cuh"
 
 namespace flashmla::sm90::sparse::wide {
@@ -20,21 +21,22 @@ alignas(16) __device__ const uint8_t kZeroRow[1152] = {};
 
 enum class Source : int { kNone, kMain, kExtra };  // kNone: past the part's last tile
 
-// A tile that was planned, by each converting warp for its sixteen tokens: four of each quarter.
-// kRows: where their rows are in global memory, by token; kZeroRow where nothing is attended.
-template <bool kRows, bool kTwoPlanes>
-struct Plan {
-  const uint8_t* row[kRows ? kTileTokens : 0];
-  const uint8_t* scales[kRows && kTwoPlanes ? kTileTokens : 0];  // places in the second plane
-  uint16_t attended[kWarps];                                     // bit 4 q + r: row r of quarter q
-  Source source[kWarps];
-};
-
 // How a tile's rows reach its buffer of 16-bit rows.
 enum class Feed {
-  kRing,   // raw rows into a ring in shared memory by bulk copies; converted from there
-  kPeers,  // raw rows into registers; a cluster's two blocks convert half of them each
+  kRing,   // into rings in shared memory; converted from there
+  kPeers,  // into registers; a cluster's two blocks convert half of them each
   kCopy    // they are 16-bit rows already
+};
+
+// A unit in a ring: its pieces as the lanes have them, the scales row by row, the rope columns.
+template <typename Format>
+struct UnitBytes {
+  static constexpr int kPiece = Format::kCodes == Codes::kE2M1 ? 8 : 16;
+  static constexpr int kCodes = kUnitPieces * 32 * kPiece;
+  static constexpr int kRowScales =
+      Format::kTwoPlanes ? Format::kScaleBytes : UnitScales<Format>::kWarpBytes;
+  static constexpr int kScales = UnitScales<Format>::kNone ? 0 : kQuarterTokens * kRowScales;
+  static constexpr int kAll = kCodes + kScales + RopeUnit<Format>::kBytes;
 };
 
 // Main, Extra: the two caches' formats, of one d_qk.
@@ -43,33 +45,31 @@ struct alignas(1024) SharedStorage {
   static constexpr bool kRing = kFeed == Feed::kRing;
   static constexpr int kBlocks = kFeed == Feed::kPeers ? 2 : 1;  // of a cluster
   static constexpr int kBuffers = kRing ? 1 : 2;                 // of a tile each
+  static constexpr int kPlanners = 1;  // converting warps that tell the scores what is attended
   static constexpr int kChunks = Main::kHeadDim / kChunkColumns;
   static constexpr bool kRope = kChunks > kLatentChunks;  // a chunk that is no value
-  static constexpr bool kApart = Main::kCodeColumns != kValueDim || kRope;  // 64 columns, by format
   static_assert(Main::kHeadDim == Extra::kHeadDim);
   // Where probabilities are: in the place of a tile's rope columns, once its scores are computed,
   // or in a place of their own.
   static constexpr bool kInRope = kRope && !kRing;
-  static constexpr int kRowBytes =
-      larger(Main::kRowBytes + Main::kScaleBytes, Extra::kRowBytes + Extra::kScaleBytes);
-  static constexpr int kSlotBytes = kUnitRows * kRowBytes;
+  static constexpr int kSlotBytes = larger(UnitBytes<Main>::kAll, UnitBytes<Extra>::kAll) -
+                                    (kInRope ? RopeUnit<Main>::kBytes : 0);  // no room for these
   static constexpr int kSlots =
       kRing ? (kSharedBytes - kOtherBytes - 2 * kChunks * kChunkBytes - kChunkBytes) / kSlotBytes /
                   kWarps
-            : 0;
+            : kFeed == Feed::kPeers;
 
   uint8_t query[kChunks][kChunkBytes];  // [row][64 columns], K-major in the 128-byte swizzle
   uint8_t keys[kBuffers][kChunks][kChunkBytes];                    // [token][64 columns], the same
   uint8_t own_probabilities[kInRope ? 0 : kBuffers][kChunkBytes];  // [row][token]
-  // Each converting warp's ring: a unit's rows, then their scales in the second plane.
-  uint8_t raw[kRing ? kWarps : 0][kSlots][kSlotBytes];
-  // What a converting thread has of a tile's rope columns, while the next tile's are loaded.
-  uint4 rope[kFeed == Feed::kPeers && kApart ? 2 : 0][kWarpgroupThreads];
+  // Each converting warp's units on their way.
+  uint8_t raw[kSlots == 0 ? 0 : kWarps][kSlots][kSlotBytes];
   uint8_t rescale[kBuffers][kRows];  // divide the output so far by 2 to this power
   // Of the last three pieces that are not empty: the next but one's may be written while the value
   // warpgroups still store.
   float inverse_sum[3][kRows];
-  Plan<!kRing, Main::kTwoPlanes || Extra::kTwoPlanes> plan[kPlans];
+  // Of the tiles that are planned: bit t % 32 of word t / 32 for token t.
+  alignas(8) uint32_t attended[kPlanners][kPlans][kTileTokens / 32];
   uint64_t query_full;
   uint64_t keys_full[kBuffers];
   // By quarter: the cluster's value warps are through with its tokens. At the block that converts

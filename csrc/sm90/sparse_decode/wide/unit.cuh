@@ -1,8 +1,8 @@
-// Four rows of a tile, which one warp converts: their latent columns as they lie, in registers, and
-// as 16-bit columns.
+// Sixteen rows of a tile, by 128 of their latent columns, which one warp converts: as they lie, in
+// registers, and as 16-bit columns.
 //
-// A lane has four pieces of sixteen columns, two rows by turns, so that the eight lanes that store
-// at once reach all banks. The rows' scales are spread over the lanes.
+// A lane has four pieces of sixteen columns. The eight lanes that store at once have two rows, so
+// that they reach all banks.
 #pragma once
 
 #include "sm90/ptx/cluster.cuh"
@@ -12,213 +12,126 @@
 
 namespace flashmla::sm90::sparse::wide {
 
-constexpr int kUnitPieces = kUnitRows * kValueDim / kPieceColumns / 32;  // of a lane
+constexpr int kWarpChunks = kLatentChunks / kWarps;  // of 64 columns
+constexpr int kUnitPieces = kQuarterTokens * kWarpChunks * 64 / kPieceColumns / 32;  // of a lane
+constexpr int kLaneRows = kUnitPieces / kWarpChunks;
 
-// A lane's row of a unit, and piece of the row. kShift: of the odd rows' pieces, so that the eight
-// lanes that load at once reach all banks too.
-__device__ __forceinline__ int unit_row(int i) { return i / 2 * 2 + (threadIdx.x / 4 & 1); }
-template <int kShift>
-__device__ __forceinline__ int unit_piece(int i) {
-  const int piece = threadIdx.x % 32 / 8 * 4 + threadIdx.x % 4 + (threadIdx.x / 4 & 1) * kShift;
-  return piece ^ i % 2 * 16;
+// A warp among a warpgroup's four; the compiler is told that all lanes have the same.
+__device__ __forceinline__ int warp_of_four() {
+  return __shfl_sync(~0u, threadIdx.x / 32 % kWarps, 0);
 }
 
-// Whether piece `i` holds no codes: v4's last four are rope columns.
+// Of a unit's pieces a lane has number `i` in row i / 2 of its rows, chunk i % 2 of its warp's.
+__device__ __forceinline__ int lane_row(int r) { return threadIdx.x / 4 % 8 + 8 * r; }
+__device__ __forceinline__ int lane_piece() { return threadIdx.x % 4; }
+
+// Whether chunk `c` of the warp's holds no codes: v4's last one is rope.
 template <typename Format>
-__device__ __forceinline__ bool is_tail(int i) {
-  return Format::kCodeColumns < kValueDim && i % 2 == 1 &&
-         unit_piece<0>(i) >= Format::kCodeColumns / kPieceColumns;
+__device__ __forceinline__ bool is_tail(int c) {
+  return Format::kCodeColumns < kValueDim && c == 1 && threadIdx.x / 32 % kWarps == kWarps - 1;
 }
+
+// What a lane must know of a unit's scales: how they are loaded, a row's by one load or a piece's.
+template <typename Format>
+struct UnitScales {
+  static constexpr bool kNone = Format::kScales == Scales::kNone;
+  static constexpr bool kOfPiece = Format::kGroup < 32;
+  static constexpr int kLoads = kOfPiece ? kUnitPieces : kLaneRows;
+  static constexpr int kValueBytes = Format::kScales == Scales::kFloat32 ? 4 : 1;
+  // Of the warp's columns, in a row; of them a load's.
+  static constexpr int kWarpBytes = kWarpChunks * 64 / Format::kGroup * kValueBytes;
+  static constexpr int kBytes = kOfPiece ? 1 : kWarpBytes;
+
+  // Row of the lane's, and byte of the warp's scales in it, of load `j`.
+  static __device__ __forceinline__ int row_of(int j) { return kOfPiece ? j / kWarpChunks : j; }
+  static __device__ __forceinline__ int byte_of(int j) {
+    return kOfPiece ? j % kWarpChunks * 4 + lane_piece() : 0;
+  }
+  // The bits of piece `i`'s.
+  static __device__ __forceinline__ uint32_t bits(const uint32_t (&scales)[kUnitPieces], int i) {
+    if constexpr (kOfPiece) return scales[i];
+    const uint32_t row = scales[i / kWarpChunks];
+    if constexpr (kValueBytes == 4) return row;
+    const int c = i % kWarpChunks;
+    if (is_tail<Format>(c)) return 0;
+    if constexpr (Format::kGroup == 64) return row >> 8 * c & 0xff;
+    return row >> (lane_piece() / 2 * 8 + 16 * c) & 0xff;
+  }
+};
 
 struct RawUnit {
   uint4 codes[kUnitPieces];
-  uint32_t scales;
+  uint32_t scales[kUnitPieces];  // as UnitScales says
 };
 
-// Where the scales of a unit are.
-template <typename Format, int kShift>
-struct UnitScales {
-  static constexpr int kOfRow = kValueDim / Format::kGroup;  // stored ones
-  static constexpr int kOfLane = kOfRow > 8 ? kOfRow / 8 : 1;
-  static constexpr int kRowLanes = kOfRow / kOfLane;
-  static __device__ __forceinline__ int lane_row() {
-    return threadIdx.x % 32 / kRowLanes % kUnitRows;
-  }
-  static __device__ __forceinline__ int lane_group() { return threadIdx.x % kRowLanes * kOfLane; }
-  // The lane that has the scale of piece `i`, and its place there.
-  static __device__ __forceinline__ int lane_of(int i) {
-    return unit_row(i) * kRowLanes +
-           unit_piece<kShift>(i) * kPieceColumns / Format::kGroup / kOfLane;
-  }
-  static __device__ __forceinline__ int place_of(int i) {
-    return unit_piece<kShift>(i) * kPieceColumns / Format::kGroup % kOfLane;
-  }
-};
-
-// A unit's rows in global memory.
-template <typename Format, typename AnyPlan>
-struct GlobalRows {
-  static constexpr int kShift = 0;
-  const AnyPlan& plan;
-  int first;  // token of the tile
-
-  __device__ __forceinline__ uint4 load_16(int row, int byte) const {
-    return wide::load_16(plan.row[first + row] + byte);
-  }
-  __device__ __forceinline__ uint2 load_8(int row, int byte) const {
-    return wide::load_8(plan.row[first + row] + byte);
-  }
-  template <int kBytes>
-  __device__ __forceinline__ uint32_t load_scales(int row, int byte) const {
-    const uint8_t* scales;
-    if constexpr (Format::kTwoPlanes)
-      scales = plan.scales[first + row];
-    else
-      scales = plan.row[first + row] + Format::kScaleOffset;
-    return load_bytes<kBytes>(scales + byte);
-  }
-};
-
-// Bulk copies put them end to end, which for most formats is a bank's width more than a multiple of
-// all banks'.
-template <typename Format>
-constexpr int kSharedShift = Format::kRowBytes / 16 % 8 == 1 ? 3 : 0;
-
-// A unit's rows in a slot of the ring.
-template <typename Format, int kShiftOf>
-struct SharedRows {
-  static constexpr int kShift = kShiftOf;
-  uint32_t slot;
-
-  __device__ __forceinline__ uint4 load_16(int row, int byte) const {
-    return load_shared(slot + row * Format::kRowBytes + byte);
-  }
-  __device__ __forceinline__ uint2 load_8(int row, int byte) const {
-    return load_shared_8(slot + row * Format::kRowBytes + byte);
-  }
-  template <int kBytes>
-  __device__ __forceinline__ uint32_t load_scales(int row, int byte) const {
-    constexpr int kAt = Format::kTwoPlanes ? kUnitRows * Format::kRowBytes : Format::kScaleOffset;
-    constexpr int kStride = Format::kTwoPlanes ? Format::kScaleBytes : Format::kRowBytes;
-    return load_shared_bytes<kBytes>(slot + kAt + row * kStride + byte);
-  }
-};
-
-template <typename Format, typename Rows>
-__device__ __forceinline__ void load_unit(RawUnit& raw, const Rows& rows) {
-  constexpr int kShift = Rows::kShift;
-#pragma unroll
-  for (int i = 0; i < kUnitPieces; ++i) {
-    if constexpr (Format::kCodes == Codes::kE2M1) {
-      const uint2 half = rows.load_8(unit_row(i), unit_piece<kShift>(i) * 8);
-      raw.codes[i] = {half.x, half.y, 0, 0};
-    } else {
-      raw.codes[i] = {};
-      if (!is_tail<Format>(i)) {
-        raw.codes[i] = rows.load_16(unit_row(i), unit_piece<kShift>(i) * 16);
-      }
-    }
-  }
-  if constexpr (Format::kScales != Scales::kNone) {
-    using Lanes = UnitScales<Format, kShift>;
-    constexpr int kBytes = Format::kScales == Scales::kFloat32 ? 4 : 1;
-    raw.scales = rows.template load_scales<kBytes * Lanes::kOfLane>(Lanes::lane_row(),
-                                                                    Lanes::lane_group() * kBytes);
-  }
-}
-
-// The bits of the lane's own scale `j`.
-template <typename Format>
-__device__ __forceinline__ uint32_t scale_bits(uint32_t scales, int j) {
-  if constexpr (Format::kScales == Scales::kFloat32) return scales;
-  const bool pad = Format::kCodeColumns < kValueDim &&
-                   UnitScales<Format, 0>::lane_group() >= Format::kCodeColumns / Format::kGroup;
-  return pad ? 0 : scales >> 8 * j & 0xff;
-}
-
-// What conversion leaves for mend_unit: seldom anything.
-struct Mend {
-  bool needed;      // in any of the warp's lanes
-  uint32_t nan;     // bit i: piece i has a NaN code
-  uint32_t scales;  // as the unit had them
-};
-
-template <typename Format>
-__device__ __forceinline__ Mend find_special(const RawUnit& raw) {
-  Mend mend{false, 0, raw.scales};
-#pragma unroll
-  for (int i = 0; i < kUnitPieces; ++i) {
-    const uint4& codes = raw.codes[i];
-    const uint32_t nan =
-        find_nan(codes.x) | find_nan(codes.y) | find_nan(codes.z) | find_nan(codes.w);
-    mend.nan |= (nan & 0x80808080) != 0 ? 1 << i : 0;
-  }
-  bool special = mend.nan != 0;
-  if constexpr (Format::kScales != Scales::kNone) {
-#pragma unroll
-    for (int j = 0; j < UnitScales<Format, 0>::kOfLane; ++j) {
-      special |= is_large(scale_value<Format::kScales>(scale_bits<Format>(raw.scales, j)));
-    }
-  }
-  mend.needed = __any_sync(~0u, special);
-  return mend;
-}
-
-// The factors of the lane's pieces: every lane computes its own scales' and they are exchanged.
-template <typename T, typename Format, int kShift>
-__device__ __forceinline__ void unit_factors(uint32_t (&factors)[kUnitPieces], uint32_t scales) {
-  if constexpr (Format::kScales == Scales::kNone) {
-#pragma unroll
-    for (int i = 0; i < kUnitPieces; ++i) factors[i] = scale_factor<T, Format::kCodes>(1.0f);
+// The factors of the lane's pieces.
+template <typename T, typename Format>
+__device__ __forceinline__ uint32_t piece_factor(const RawUnit& raw, int i) {
+  using Lane = UnitScales<Format>;
+  if constexpr (Lane::kNone) {
+    return scale_factor<T, Format::kCodes>(1.0f);
+  } else if constexpr (Format::kScales == Scales::kE8M0 && std::is_same_v<T, __nv_bfloat16>) {
+    return placed_factor(Lane::bits(raw.scales, i));
   } else {
-    using Lanes = UnitScales<Format, kShift>;
-    constexpr int kWords = (Lanes::kOfLane + 1) / 2;
-    uint32_t own[kWords];
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const auto factor = [&](int j) {
-        return scale_factor<T, Format::kCodes>(
-            scale_value<Format::kScales>(scale_bits<Format>(scales, j)));
-      };
-      own[w] = factor(2 * w);
-      if constexpr (Lanes::kOfLane > 1) own[w] = permute(own[w], factor(2 * w + 1), 0x5410);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnitPieces; ++i) {
-      const int place = Lanes::place_of(i);
-      factors[i] = __shfl_sync(~0u, own[0], Lanes::lane_of(i));
-      if constexpr (kWords == 2) {
-        const uint32_t upper = __shfl_sync(~0u, own[1], Lanes::lane_of(i));
-        if (place / 2 == 1) factors[i] = upper;
-      }
-      if constexpr (Lanes::kOfLane > 1) {
-        factors[i] = permute(factors[i], 0, place % 2 == 1 ? 0x3232 : 0x1010);
-      }
-    }
+    return scale_factor<T, Format::kCodes>(scale_value<Format::kScales>(Lane::bits(raw.scales, i)));
   }
 }
 
 // The lane's pieces to 16 bit.
-template <typename T, typename Format, int kShift>
-__device__ __forceinline__ Mend convert_unit(uint32_t (&columns)[kUnitPieces][8],
+template <typename T, typename Format>
+__device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
                                              const RawUnit& raw) {
-  Mend mend{};
-  if constexpr (Format::kCodes == Codes::kE4M3 && std::is_same_v<T, __nv_bfloat16>) {
-    mend = find_special<Format>(raw);
+  constexpr bool kMends = Format::kCodes == Codes::kE4M3 && std::is_same_v<T, __nv_bfloat16>;
+  const auto scale_of = [&](int i) {
+    if constexpr (UnitScales<Format>::kNone) return 1.0f;
+    return scale_value<Format::kScales>(UnitScales<Format>::bits(raw.scales, i));
+  };
+  bool special = false;
+  if constexpr (kMends) {
+    uint32_t nan = 0;
+#pragma unroll
+    for (int i = 0; i < kUnitPieces; ++i) nan |= any_nan(raw.codes[i]);
+    special = (nan & 0x80808080) != 0;
+#pragma unroll
+    for (int i = 0; i < kUnitPieces; ++i) special = is_large(scale_of(i)) | special;
   }
-  uint32_t factors[kUnitPieces];
-  unit_factors<T, Format, kShift>(factors, raw.scales);
 #pragma unroll
   for (int i = 0; i < kUnitPieces; ++i) {
+    const uint32_t factor = piece_factor<T, Format>(raw, i);
     if constexpr (Format::kCodes == Codes::kE2M1)
-      convert_nibbles<T>(columns[i], {raw.codes[i].x, raw.codes[i].y}, factors[i]);
+      convert_nibbles<T>(columns[i], {raw.codes[i].x, raw.codes[i].y}, factor);
     else
-      convert_codes<T>(columns[i], raw.codes[i], factors[i]);
+      convert_codes<T>(columns[i], raw.codes[i], factor);
+  }
+  if constexpr (kMends) {
+    if (special) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kUnitPieces; ++i) mend_codes(columns[i], raw.codes[i], scale_of(i));
+    }
   }
   // Here: before a wait that follows, and before what they were is loaded anew.
 #pragma unroll
   for (int i = 0; i < kUnitPieces * 8; ++i) asm volatile("" : "+r"(columns[i / 8][i % 8]));
-  return mend;
 }
+
+// A unit's last 64 columns where they are not among the latent codes, of four rows. A lane has
+// eight 16-bit columns, or with codes half of the lanes sixteen.
+template <typename Format>
+struct RopeUnit {
+  static constexpr bool kCoded = Format::kCodeColumns > kValueDim;
+  static constexpr bool kNone =
+      Format::kCodes == Codes::kNone ||
+      (Format::kCodeColumns == kValueDim && Format::kHeadDim == kValueDim);
+  static constexpr int kChunk = kCoded ? kLatentChunks : Format::kCodeColumns / 64;
+  static constexpr int kRowBytes = kCoded ? 64 : 128;
+  static constexpr int kBytes = kNone ? 0 : kRopeRows * kRowBytes;
+  static constexpr int kOffset = kCoded ? kValueDim : Format::kTailOffset;  // in a row
+
+  // The lane's row of the four, and byte of its columns.
+  static __device__ __forceinline__ int row() {
+    return threadIdx.x % 32 / (kRowBytes / 16) % kRopeRows;
+  }
+  static __device__ __forceinline__ int byte() { return threadIdx.x % (kRowBytes / 16) * 16; }
+};
 
 }  // namespace flashmla::sm90::sparse::wide
