@@ -46,7 +46,7 @@ struct KernelArgs {
   int rows;  // query rows of a sequence: s_q * h_q
   int s_q, h_q;
   int block_size, max_blocks, max_tokens;
-  int piece;            // tokens of a tile that one load takes: what divides a tile and a block
+  int piece, pieces;    // tokens that one load takes, what divides a tile and a block; of a tile
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

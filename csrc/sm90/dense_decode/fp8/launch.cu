@@ -48,6 +48,7 @@ Status launch(const DenseDecodeParams& params, int tile_rows, int row_tiles, cud
   const bool v32 = params.format == Format::kV32;
   KernelArgs args;
   args.piece = std::gcd(params.block_size, kTileTokens);
+  args.pieces = kTileTokens / args.piece;
   Status s = v32 ? make_cache_map<V32>(params, args.piece, &args.cache_map)
                  : make_cache_map<Fp8Row>(params, args.piece, &args.cache_map);
   if (!s.ok()) return s;

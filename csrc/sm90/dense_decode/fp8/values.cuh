@@ -174,10 +174,9 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     Output<kRows> o = {};
     int tiles = piece.tile_end - piece.tile_begin;
     for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
-      // Here alone: the code is long, and instructions are fetched as bytes are.
-      if (is_loader()) fill_ring(args, smem);
       add_tile(smem, at, left, o);
       left -= kTileTokens;
+      if (is_loader()) load_tile(args, smem, at.stage(), at.ring_parity());
       at.next_tile();
     }
     if (!empty) {
