@@ -91,8 +91,8 @@ __device__ __forceinline__ int2 load_place(const KernelArgs& args, const Storage
   return v;
 }
 
-// Loads the part's next tile, if there is one, into a stage, once the stage's phase of `parity` says
-// that it is empty. Pieces of blocks that do not exist become zeros.
+// Loads the part's next tile, if there is one, into a stage, once the stage's phase of `parity`
+// says that it is empty. Pieces of blocks that do not exist become zeros.
 template <typename Format, int kRows>
 __device__ __forceinline__ void load_tile(const KernelArgs& args,
                                           SharedStorage<Format, kRows>& smem, int stage,

@@ -1,4 +1,5 @@
-// The queries of a piece, by the score warps: copied to where products read them, then scaled there.
+// The queries of a piece, by the score warps: copied to where products read them, then scaled
+// there.
 #pragma once
 
 #include "sm90/attention/partial.cuh"
@@ -28,11 +29,11 @@ __device__ __forceinline__ int side_of_unit(int unit) {
   return unit < kValueDim / 16 ? unit / (kValueDim / 32) : unit / 2 % 2;
 }
 
-// Calls take(row, unit, address of its first and of its second half) for a score thread's own units.
+// Calls take(row, unit, address of its first and of its second half) for a score thread's own
+// units.
 template <int kRows, typename Take>
-__device__ __forceinline__ void for_own_units(const uint8_t (&query)[kHeadDim / 64]
-                                                                   [kRows * kChunkRowBytes],
-                                              Take take) {
+__device__ __forceinline__ void for_own_units(
+    const uint8_t (&query)[kHeadDim / 64][kRows * kChunkRowBytes], Take take) {
   constexpr int kStep = kRoleThreads / 4 / kRows;  // chunks that the threads take at once
   const int thread = reread_thread(), row = thread / 4 % kRows;
 #pragma unroll
@@ -71,8 +72,9 @@ template <typename Format, int kRows>
 __device__ __forceinline__ void take_query(const KernelArgs& args,
                                            SharedStorage<Format, kRows>& smem, int sequence) {
   if (threadIdx.x == 0 && owns_work(smem.begin, smem.end, sequence + 1)) {  // the next ones to L2
-    prefetch_bulk(args.q + (int64_t{sequence + 1} * args.rows + smem.row_tile.first) * (kHeadDim * 2),
-                  smem.row_tile.count * (kHeadDim * 2));
+    prefetch_bulk(
+        args.q + (int64_t{sequence + 1} * args.rows + smem.row_tile.first) * (kHeadDim * 2),
+        smem.row_tile.count * (kHeadDim * 2));
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
   uint32_t peak = 0;

@@ -53,7 +53,7 @@ struct alignas(1024) SharedStorage {
   Cut begin, end;                  // of the part
   RowTile row_tile;
   LoadState loads;
-  int32_t next_length;  // of the sequence after loads.sequence
+  int32_t next_length;                         // of the sequence after loads.sequence
   alignas(8) int32_t plan[kPlannedPieces][2];  // by tile and piece: token of the block, block
 };
 

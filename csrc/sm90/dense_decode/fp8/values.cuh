@@ -81,7 +81,9 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
   constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
   const uint32_t probabilities = operand_at(smem.probabilities[slot]);
-  const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
+  const int group = half * 2 + thread / 64 % 2;  // of the warp's columns
+  const uint32_t scales =
+      smem_address(smem.scales[slot][Format::kScales ? group : 0]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
   uint32_t a[kBuffers][4 * kGroup];
   constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
@@ -91,14 +93,14 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
+    // Of 16 tokens each: 32 tokens of 16 columns, then of the next.
     const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
     uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
     const int ahead = fragment / 2 + 1;  // the next 32 tokens, loaded once there is room for them
     const auto load_ahead = [&] {
       if (ahead == 2 * kValueTiles) return;
       load_values(raw[ahead % kRaw],
-                  rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 64);
+                  rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 16);
     };
     if (kRaw == 2 && fragment % 2 == 0) load_ahead();
     if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
@@ -107,14 +109,13 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
       const int tokens = k / 2 / kValueTiles * 32 + k % 2 * 16;
       uint32_t* const value = values + 4 * (k - fragment);
       if constexpr (Format::kScales) {
-        const uint2 factor =
-            load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
+        const uint2 factor = load_pair(scales + tokens / 32 * 64 + k % 2 * 8);
         const uint32_t factors[2] = {factor.x, factor.y};
         convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors);
         if constexpr (kLargeScales) {
           multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
                                              (tokens + lane % 4 * 2) * Format::kPitch +
-                                             Format::kScaleOffset + (half * 2 + m / 2) * 4);
+                                             Format::kScaleOffset + group * 4);
         }
       } else {
         convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2);
@@ -145,7 +146,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Pos
   const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
   const uint32_t tile = smem_address(smem.ring[at.stage()]);
   const uint32_t rows =
-      tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
+      tile + lane * Format::kPitch + (reread_side() * kWarps + thread / 32 % kWarps) * 64;
   mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
