@@ -22,7 +22,7 @@ template <typename Format>
 __device__ __forceinline__ uint32_t token_address(uint32_t tile, int offset) {
   const int thread = reread_thread();
   const int token = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
-  return tile + token * Format::kPitch + offset;
+  return tile + token * Format::kRowBytes + offset;
 }
 
 template <typename Format>
@@ -31,7 +31,7 @@ __device__ __forceinline__ TokenExponents find_exponents(uint32_t tile) {
   TokenExponents exponents;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    const uint4 v = load_shared(scales + m * 8 * Format::kPitch);
+    const uint4 v = load_shared(scales + m * 8 * Format::kRowBytes);
     exponents.of[m] =
         token_exponent(fmaxf(fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))),
                              fmaxf(fabsf(__uint_as_float(v.z)), fabsf(__uint_as_float(v.w)))));
@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_factors(uint32_t (&factor)[2], uint32_t til
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     factor[m] =
-        f16_twice(load_scale(scale + m * 8 * Format::kPitch) * power_of_two(-exponents.of[m]));
+        f16_twice(load_scale(scale + m * 8 * Format::kRowBytes) * power_of_two(-exponents.of[m]));
   }
 }
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot,
       token_address<Format>(smem_address(smem.ring[stage]), Format::kScaleOffset + group * 4);
   const int first = warp * kWarpTokens + token;
   const float low = first < left ? load_scale(row) : 0.0f;
-  const float high = first + 8 < left ? load_scale(row + 8 * Format::kPitch) : 0.0f;
+  const float high = first + 8 < left ? load_scale(row + 8 * Format::kRowBytes) : 0.0f;
   if (thread % 4 < 2) {
     const uint32_t value =
         pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   const int thread = reread_thread(), lane = thread % 32, side = reread_side();
   const uint32_t tile = smem_address(smem.ring[stage]);
   const uint32_t rows =
-      tile + (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch + lane / 16 * 16;
+      tile + Format::offset_at(thread / 32 % kWarps * kWarpTokens + lane % 16) + lane / 16 * 16;
   uint32_t a[kBuffers][8], raw[4];
   const uint32_t latent = rows + side * (kValueDim / 2);
   // Alike in all lanes, as the compiler sees: operands are named by uniform registers.

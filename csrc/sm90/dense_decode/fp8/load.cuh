@@ -4,14 +4,15 @@
 
 #include "sm90/dense_decode/fp8/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
+#include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
-// Tiles looked up, but not loaded, from which on there are enough; the plan has room for as many,
-// and those that are looked up at once.
-constexpr int kEnoughTiles = kPlannedPieces / kMaxPieces - 32 / kMaxPieces;
-constexpr int kPrefetchTiles = 2;  // how far ahead of its load a tile is brought to L2
+// So many tiles before the last one that is looked up, more are. The plan has room for as many, and
+// for those that are looked up at once.
+constexpr int kEnoughTiles = 2;
+static_assert(kEnoughTiles * kMaxPieces + 32 <= kPlannedPieces);
 
 __device__ __forceinline__ bool is_loader() { return reread_thread() / 32 == kRoleWarps; }
 
@@ -63,7 +64,7 @@ __device__ __forceinline__ void copy_places(const KernelArgs& args, Storage& sme
 
 // Counts those of the pieces just copied that the sequence has.
 __device__ __forceinline__ void count_tiles(const KernelArgs& args, LoadState& state) {
-  const int count = min(state.tile_end - state.tile, 32 * args.piece / kTileTokens);
+  const int count = min(state.tile_end - state.tile, 32 * opaque(args.piece) / kTileTokens);
   state.looked_up += count;
   state.tile += count;
 }
@@ -79,50 +80,57 @@ __device__ __forceinline__ void look_up(const KernelArgs& args, Storage& smem, L
   count_tiles(args, state);
 }
 
-// A piece's coordinates: token of the block, block.
-template <typename Storage>
-__device__ __forceinline__ int2 load_place(const KernelArgs& args, const Storage& smem, int tile) {
-  const int piece = (tile * args.pieces + reread_thread() % 32) % kPlannedPieces;
-  int2 v;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(smem_address(smem.plan[piece]))
-               : "memory");
-  return v;
+// Copies a piece of a planned tile, one a lane. Blocks that do not exist are zeros. Announces all
+// bytes on the mbarrier.
+template <typename Format, typename Storage>
+__device__ __forceinline__ void copy_pieces(const KernelArgs& args, Storage& smem, int number,
+                                            uint32_t tile, uint32_t full) {
+  const int lane = reread_thread() % 32;
+  const int pieces = opaque(args.pieces), piece = opaque(args.piece);
+  const int bytes = piece * Format::kRowBytes;
+  const volatile int32_t* const place = smem.plan[(number * pieces + lane) % kPlannedPieces];
+  const int token = place[0], block = place[1];
+  const bool exists = static_cast<uint32_t>(block) < static_cast<uint32_t>(args.num_blocks);
+  const uint32_t copied = __ballot_sync(~0u, exists && lane < pieces);
+  if (__popc(copied) < pieces) {
+#pragma unroll 1
+    for (int i = 0; i < pieces; ++i) {
+      if (copied >> i & 1) continue;
+      for (int at = lane * 16; at < bytes; at += 32 * 16) {
+        store_shared(tile + Format::offset(i * piece) + at, uint4{});
+      }
+    }
+    fence_async_proxy();  // before copies that come to lie there later
+    __syncwarp();
+  }
+  if (lane == 0) mbarrier_arrive_expect(full, __popc(copied) * bytes);
+  __syncwarp();
+  if (copied >> lane & 1) {
+    copy_bulk(tile + Format::offset(lane * piece),
+              args.blocks + block * args.block_bytes + token * Format::kRowBytes, bytes, full,
+              args.cache_hint);
+  }
 }
 
 // Loads the part's next tile, if there is one, into a stage, once the stage's phase of `parity`
-// says that it is empty. Pieces of blocks that do not exist become zeros.
+// says that it is empty.
 template <typename Format, int kRows>
 __device__ __forceinline__ void load_tile(const KernelArgs& args,
                                           SharedStorage<Format, kRows>& smem, int stage,
                                           uint32_t parity) {
   const int number = smem.loads.loaded, looked_up = smem.loads.looked_up;
   if (number == looked_up) return;
-  const int lane = reread_thread() % 32;
   wait_copies_of_warp();
-  const uint32_t full = smem_address(&smem.full[stage]);
-  const int2 place = load_place(args, smem, number);
-  const int2 later = load_place(args, smem, number + kPrefetchTiles);
   mbarrier_wait(smem_address(&smem.empty[stage]), parity);
-  if (lane == 0) mbarrier_arrive_expect(full, kTileTokens * Format::kPitch);
+  copy_pieces<Format>(args, smem, number, smem_address(smem.ring[stage]),
+                      smem_address(&smem.full[stage]));
   __syncwarp();
-  if (lane < args.pieces) {
-    tma_load_3d(smem_address(smem.ring[stage]) + lane * args.piece * Format::kPitch,
-                &args.cache_map, full, 0, place.x, place.y, args.cache_hint);
-    if (number + kPrefetchTiles < looked_up) {
-      prefetch_tensor_3d(&args.cache_map, 0, later.x, later.y);
-    }
-  }
+  if (reread_thread() % 32 == 0) smem.loads.loaded = number + 1;
   __syncwarp();
-  if (lane == 0) smem.loads.loaded = number + 1;
   if (looked_up - number <= kEnoughTiles) {
     LoadState state = smem.loads;
     look_up(args, smem, state);
-    if (lane == 0) {
-      state.loaded = number + 1;
-      smem.loads = state;
-    }
+    if (reread_thread() % 32 == 0) smem.loads = state;
   }
   __syncwarp();
 }

@@ -82,7 +82,7 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
     }
   }
   if (left - (args.causal ? args.s_q - 1 : 0) < kTileTokens) {
-    mask_tile<kRows>(args, smem.row_tile.first + first_row, s, left);
+    mask_tile<Format, kRows>(args, smem.row_tile.first + first_row, s, left);
   }
   float peak[kMine<kRows>], highest = -INFINITY;
 #pragma unroll

@@ -24,14 +24,13 @@ constexpr int kPlannedPieces = 64;  // of tiles that are looked up
 template <typename Format, int kRows>
 struct alignas(1024) SharedStorage {
   static constexpr int kOwnRows = kRows / kSides;
-  static constexpr int kTileBytes = kTileTokens * Format::kPitch;
 
   // K-major in the 128-byte swizzle, 64 columns a chunk. Of the columns of side 1 the two halves of
   // the rows are exchanged: each side finds its own rows first.
   uint8_t query[kHeadDim / 64][kRows * kChunkRowBytes];
-  uint8_t probabilities[2][kRows * kChunkRowBytes];       // [row][token], the same
-  uint8_t exchange[kRows * kChunkRowBytes];               // side 0's sums for the rows of side 1
-  alignas(128) uint8_t ring[kStages<kRows>][kTileBytes];  // raw rows kPitch apart
+  uint8_t probabilities[2][kRows * kChunkRowBytes];  // [row][token], the same
+  uint8_t exchange[kRows * kChunkRowBytes];          // side 0's sums for the rows of side 1
+  uint8_t ring[kStages<kRows>][Format::kTileBytes];  // raw rows, of a tile at a time
   // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
   alignas(16) uint16_t scales[2][Format::kScaleGroups + !Format::kScales][kTileTokens];

@@ -24,7 +24,7 @@ __device__ __forceinline__ void multiply_excess(uint32_t* a, uint32_t scales) {
   for (int k = 0; k < 2; ++k) {
     float scale[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) scale[j] = load_scale(scales + (k * 8 + j) * Format::kPitch);
+    for (int j = 0; j < 2; ++j) scale[j] = load_scale(scales + (k * 8 + j) * Format::kRowBytes);
     const uint32_t excess = pack<__nv_bfloat16>(excess_of(scale[0]), excess_of(scale[1]));
     a[2 * k] = multiply_bf16x2(a[2 * k], excess);
     a[2 * k + 1] = multiply_bf16x2(a[2 * k + 1], excess);
@@ -54,12 +54,12 @@ __device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
   const uint32_t columns = tile + reread_side() * (kValueTiles * 64);
   for (int i = valid_tokens * kUnits + thread % kWarpgroupThreads; i < kTileTokens * kUnits;
        i += kWarpgroupThreads) {
-    store_shared(columns + i / kUnits * Format::kPitch + i % kUnits * 16, uint4{});
+    store_shared(columns + Format::offset(i / kUnits) + i % kUnits * 16, uint4{});
   }
   if constexpr (Format::kScales) {  // read where there are large ones (multiply_excess)
     const int token = valid_tokens + thread % kWarpgroupThreads;
     if (token < kTileTokens) {
-      store_shared(tile + token * Format::kPitch + Format::kScaleOffset, uint4{});
+      store_shared(tile + token * Format::kRowBytes + Format::kScaleOffset, uint4{});
     }
   }
   fence_async_proxy();  // before copies that come to lie there later
@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
     const auto load_ahead = [&] {
       if (ahead == 2 * kValueTiles) return;
       load_values(raw[ahead % kRaw],
-                  rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 16);
+                  rows + ahead / kValueTiles * Format::offset_at(32) + ahead % kValueTiles * 16);
     };
     if (kRaw == 2 && fragment % 2 == 0) load_ahead();
     if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
@@ -114,7 +114,7 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
         convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors);
         if constexpr (kLargeScales) {
           multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
-                                             (tokens + lane % 4 * 2) * Format::kPitch +
+                                             (tokens + lane % 4 * 2) * Format::kRowBytes +
                                              Format::kScaleOffset + group * 4);
         }
       } else {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Pos
   const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
   const uint32_t tile = smem_address(smem.ring[at.stage()]);
   const uint32_t rows =
-      tile + lane * Format::kPitch + (reread_side() * kWarps + thread / 32 % kWarps) * 64;
+      tile + Format::offset_at(lane) + (reread_side() * kWarps + thread / 32 % kWarps) * 64;
   mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
