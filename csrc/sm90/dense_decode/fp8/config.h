@@ -10,6 +10,7 @@ namespace flashmla::sm90::dense_decode::fp8 {
 
 constexpr int kHeadDim = 576;   // d_qk: the latent columns, then 64 rope columns
 constexpr int kValueDim = 512;  // d_v: the latent columns
+constexpr int kRopeDim = kHeadDim - kValueDim;
 constexpr int kTileTokens = kSplitTile;
 constexpr int kWarpTokens = 16;      // of a tile, that a score warp has
 constexpr int kChunkRowBytes = 128;  // 64 16-bit columns
