@@ -40,6 +40,7 @@ struct alignas(1024) SharedStorage {
   float inverse_sum[kRows];               // of the last piece that is not empty, times kv_scale
   float factor[kSides][kRows];            // of half rows that are to be stored as partial results
   float score_scale;                      // what products are to be multiplied with
+  int2 kept[kRoleWarps];            // of each value warp, whose registers are few: see run_values
   int last_left;                    // tokens of the sequence from the last tile of the piece on
   uint32_t query_peak[kRoleWarps];  // largest magnitudes of queries, bf16x2
   alignas(8) uint8_t exponent[kRows][kRoleWarps];  // of a value warp's largest output
