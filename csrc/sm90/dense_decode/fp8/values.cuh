@@ -73,9 +73,9 @@ constexpr int kValueBuffers = kRows == 64 ? 2 : 3;  // of such groups
 
 // Adds a tile's products. rows: where the lane's token and the warp's first columns are. Frees the
 // ring's stage as soon as its bytes are in registers.
-template <bool kLargeScales, typename Format, int kRows, typename Load>
+template <typename Format, int kRows, bool kLargeScales>
 __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, int stage,
-                                             int slot, uint32_t rows, Output<kRows>& o, Load load) {
+                                             int slot, uint32_t rows, Output<kRows>& o) {
   using T = typename Format::Value;
   constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
@@ -140,7 +140,6 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
     }
     wgmma_commit();
   }
-  load();
   wgmma_wait<0>();
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
@@ -148,8 +147,8 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
 
 // A tile's share of the output. valid_tokens: of the tile.
 template <typename Format, int kRows>
-__device__ __forceinline__ void add_tile(const KernelArgs& args, SharedStorage<Format, kRows>& smem,
-                                         Position<kRows> at, int valid_tokens, Output<kRows>& o) {
+__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
+                                         int valid_tokens, Output<kRows>& o) {
   const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
   const uint32_t tile = smem_address(smem.ring[at.stage()]);
   const uint32_t rows =
@@ -157,17 +156,14 @@ __device__ __forceinline__ void add_tile(const KernelArgs& args, SharedStorage<F
   mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
-  const auto load = [&] {
-    if (is_loader()) load_tile(args, smem, at.stage(), at.ring_parity());
-  };
   const uint2 flags = *reinterpret_cast<const uint2*>(smem.flags[slot]);
   if ((flags.x | flags.y) & kRescaled) rescale_output<kRows>(o, smem.rescale[slot]);
   if ((flags.x | flags.y) & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
-      add_products<true>(smem, at.stage(), slot, rows, o, load);
+      add_products<Format, kRows, true>(smem, at.stage(), slot, rows, o);
     }
   } else {
-    add_products<false>(smem, at.stage(), slot, rows, o, load);
+    add_products<Format, kRows, false>(smem, at.stage(), slot, rows, o);
   }
   if (lane == 0) mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
   __syncwarp();
@@ -192,7 +188,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     }
     __syncwarp();
     for (int tiles = piece.tile_end - piece.tile_begin; tiles > 0; --tiles) {
-      add_tile(args, smem, at, tiles > 1 ? int{kTileTokens} : kept.y, o);
+      add_tile(smem, at, tiles > 1 ? int{kTileTokens} : kept.y, o);
+      if (is_loader()) load_tile(args, smem, at.stage(), at.ring_parity());
       at.next_tile();
     }
     sequence = kept.x;
