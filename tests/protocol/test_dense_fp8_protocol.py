@@ -27,9 +27,9 @@ class Model:
         warp = Role(f"score{side}", self.drop)
         queries = [("query", other) for other in SIDES]
         tile = 0
+        warp.write(("query", side))  # copied, then scaled in place
         for n, tiles in enumerate(self.pieces):
             warp.meet(("pair",))  # the queries' largest value
-            warp.write(("query", side))
             warp.end(("query", side))
             warp.meet(("pair",))
             for _ in range(tiles):
@@ -53,6 +53,8 @@ class Model:
                 warp.end(*stored, ("ring", stage))
                 warp.arrive(("probabilities_full", buffer))
                 tile += 1
+            if n + 1 < len(self.pieces):
+                warp.write(("query", side))
             warp.wait(("sums_empty",), n - 1)
             warp.write(("inverse_sum", side))
             warp.end(("inverse_sum", side))
@@ -61,18 +63,12 @@ class Model:
 
     def value_warp(self, name: str, loads: bool) -> Role:
         warp = Role(name, self.drop)
-        tile, room, filled, total = 0, self.stages - 1, 0, sum(self.pieces)
+        tile, total = 0, sum(self.pieces)
+        for stage in range(min(self.stages, total) if loads else 0):
+            warp.arrive(("issued", stage))
         for n, tiles in enumerate(self.pieces):
             for _ in range(tiles):
                 stage, buffer = tile % self.stages, tile % BUFFERS
-                if loads and filled < total:
-                    room += 1
-                    while room > 0 and filled < total:
-                        room -= 1
-                        at = filled % self.stages
-                        warp.wait(("empty", at), filled // self.stages - 1)
-                        warp.arrive(("issued", at))
-                        filled += 1
                 warp.wait(("full", stage), tile // self.stages)
                 warp.wait(("probabilities_full", buffer), tile // BUFFERS)
                 warp.read(tile // self.stages + 1, ("ring", stage))
@@ -82,6 +78,9 @@ class Model:
                 warp.arrive(("empty", stage))
                 warp.end(*((what, side, buffer) for what in ("p", "rescale") for side in SIDES))
                 warp.arrive(("probabilities_empty", buffer))
+                if loads and tile + self.stages < total:  # the tile that comes to lie here
+                    warp.wait(("empty", stage), tile // self.stages)
+                    warp.arrive(("issued", stage))
                 tile += 1
             warp.wait(("sums_full",), n)
             warp.read(n + 1, *(("inverse_sum", side) for side in SIDES))

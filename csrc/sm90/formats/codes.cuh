@@ -27,9 +27,9 @@ constexpr float kPlaced = 0x1p120f;      // what placed codes are to be multipli
 constexpr uint32_t kBytes02 = 0xA280, kBytes13 = 0xB391;
 
 template <uint32_t kBytes>
-__device__ __forceinline__ uint32_t place_codes(uint32_t codes) {
+__device__ __forceinline__ uint32_t place_codes(uint32_t codes, uint32_t after = 0) {
   uint32_t spread;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(codes), "n"(kBytes));
+  asm("prmt.b32 %0, %1, %3, %2;" : "=r"(spread) : "r"(codes), "n"(kBytes), "r"(after));
   return (spread << 4) & 0x87f087f0;
 }
 

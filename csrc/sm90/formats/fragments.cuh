@@ -49,23 +49,33 @@ __device__ __forceinline__ void load_values(uint32_t (&raw)[4], uint32_t address
                : "memory");
 }
 
+// Those of 16 tokens, whose lanes are the first sixteen.
+__device__ __forceinline__ void load_half_values(uint32_t* raw, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(raw[0]), "=r"(raw[1])
+               : "r"(address)
+               : "memory");
+}
+
 // The A fragment of 16 tokens in bf16, times a factor (and 2^-120) for each pair of tokens: row g
 // of the warp's sixteen is column 2g, row g + 8 is column 2g + 1.
 __device__ __forceinline__ void convert_values(uint32_t* a, const uint32_t* raw,
-                                               const uint32_t* factor) {
+                                               const uint32_t* factor, uint32_t after = 0) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    a[2 * k] = multiply_bf16x2(place_codes<kBytes02>(raw[k]), factor[k]);
-    a[2 * k + 1] = multiply_bf16x2(place_codes<kBytes13>(raw[k]), factor[k]);
+    a[2 * k] = multiply_bf16x2(place_codes<kBytes02>(raw[k], after), factor[k]);
+    a[2 * k + 1] = multiply_bf16x2(place_codes<kBytes13>(raw[k], after), factor[k]);
   }
 }
 
-// The same fragment in f16, of the codes alone.
-__device__ __forceinline__ void convert_values(uint32_t* a, const uint32_t* raw) {
+// The same fragment in f16, of the codes alone. after: any register, which is not used but for the
+// time at which it is there: ptxas, else, begins as soon as raw bytes are loaded, and waits for
+// them.
+__device__ __forceinline__ void convert_values(uint32_t* a, const uint32_t* raw, uint32_t after) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     uint32_t columns;  // two tokens of column 2g, then of 2g + 1
-    asm("prmt.b32 %0, %1, 0, 0x3120;" : "=r"(columns) : "r"(raw[k]));
+    asm("prmt.b32 %0, %1, %2, 0x3120;" : "=r"(columns) : "r"(raw[k]), "r"(after));
     a[2 * k] = codes_to_f16<false>(columns);
     a[2 * k + 1] = codes_to_f16<true>(columns);
   }

@@ -50,6 +50,15 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
       : "memory");
 }
 
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
+                                          uint32_t barrier, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(hint)
+      : "memory");
+}
+
 // Coordinates out of the map's bounds are written as zeros and count as loaded.
 __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map,
                                             uint32_t barrier, int c0, int c1, int c2, int c3,

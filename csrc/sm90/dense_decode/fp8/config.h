@@ -1,8 +1,6 @@
 // Sizes that the fp8 kernel's roles share, and its arguments.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstdint>
 
 #include "schedule/pieces.h"
@@ -12,12 +10,12 @@ namespace flashmla::sm90::dense_decode::fp8 {
 
 constexpr int kHeadDim = 576;   // d_qk: the latent columns, then 64 rope columns
 constexpr int kValueDim = 512;  // d_v: the latent columns
+constexpr int kRopeDim = kHeadDim - kValueDim;
 constexpr int kTileTokens = kSplitTile;
 constexpr int kWarpTokens = 16;      // of a tile, that a score warp has
 constexpr int kChunkRowBytes = 128;  // 64 16-bit columns
 constexpr int kSharedBase = 1024;    // where dynamic shared memory starts: Hopper reserves 1 KB
-// Rows that one load takes at least: shared memory is addressed by 128 bytes.
-constexpr int kLeastPiece = 8;
+constexpr int kLeastPiece = 8;       // rows that one copy takes at least
 constexpr int kMaxPieces = kTileTokens / kLeastPiece;  // of a tile
 
 // Two warpgroups for the scores, each with half of the columns, then two for the values.
@@ -31,8 +29,7 @@ constexpr int kValueTiles = 4;  // 64-column tiles of a value warpgroup
 constexpr int kPairBarrier = 1, kScoreBarrier = 2, kStoreBarrier = 4, kValueBarrier = 5;
 
 struct KernelArgs {
-  // Boxes of `piece` rows; coordinates: 0, token of the block, block.
-  CUtensorMap cache_map;
+  const uint8_t* blocks;
   const uint8_t* q;
   const float* kv_scale;  // of Fp8Row
   const int32_t* block_table;
@@ -46,7 +43,9 @@ struct KernelArgs {
   int rows;  // query rows of a sequence: s_q * h_q
   int s_q, h_q;
   int block_size, max_blocks, max_tokens;
-  int piece;            // tokens of a tile that one load takes: what divides a tile and a block
+  int num_blocks;
+  int64_t block_bytes;  // from one block to the next
+  int piece, pieces;    // tokens that one copy takes, what divides a block; of a tile
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

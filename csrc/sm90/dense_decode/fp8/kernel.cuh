@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& smem = *static_cast<Storage*>(__cvta_shared_to_generic(kSharedBase));
   if (smem_address(dynamic_shared) != kSharedBase) __trap();
 
-  if (threadIdx.x == kRoleThreads) prefetch_tensor_map(&args.cache_map);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages<kRows>; ++i) {
       mbarrier_init(smem_address(&smem.full[i]), 1);

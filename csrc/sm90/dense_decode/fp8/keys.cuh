@@ -22,7 +22,7 @@ template <typename Format>
 __device__ __forceinline__ uint32_t token_address(uint32_t tile, int offset) {
   const int thread = reread_thread();
   const int token = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
-  return tile + token * Format::kPitch + offset;
+  return tile + token * Format::kRowBytes + offset;
 }
 
 template <typename Format>
@@ -31,7 +31,7 @@ __device__ __forceinline__ TokenExponents find_exponents(uint32_t tile) {
   TokenExponents exponents;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    const uint4 v = load_shared(scales + m * 8 * Format::kPitch);
+    const uint4 v = load_shared(scales + m * 8 * Format::kRowBytes);
     exponents.of[m] =
         token_exponent(fmaxf(fmaxf(fabsf(__uint_as_float(v.x)), fabsf(__uint_as_float(v.y))),
                              fmaxf(fabsf(__uint_as_float(v.z)), fabsf(__uint_as_float(v.w)))));
@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_factors(uint32_t (&factor)[2], uint32_t til
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     factor[m] =
-        f16_twice(load_scale(scale + m * 8 * Format::kPitch) * power_of_two(-exponents.of[m]));
+        f16_twice(load_scale(scale + m * 8 * Format::kRowBytes) * power_of_two(-exponents.of[m]));
   }
 }
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot,
       token_address<Format>(smem_address(smem.ring[stage]), Format::kScaleOffset + group * 4);
   const int first = warp * kWarpTokens + token;
   const float low = first < left ? load_scale(row) : 0.0f;
-  const float high = first + 8 < left ? load_scale(row + 8 * Format::kPitch) : 0.0f;
+  const float high = first + 8 < left ? load_scale(row + 8 * Format::kRowBytes) : 0.0f;
   if (thread % 4 < 2) {
     const uint32_t value =
         pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
@@ -74,10 +74,10 @@ __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot,
   return __any_sync(~0u, is_large(low) || is_large(high));
 }
 
-constexpr int kStepColumns = 32;  // of a group of products
-constexpr int kLatentSteps = kValueDim / kSides / kStepColumns;
+constexpr int kSideUnits = kHeadDim / kSides / 16;  // products of a side, sixteen columns each
+constexpr int kLatentUnits = kValueDim / kSides / 16;
 template <int kRows>
-constexpr int kKeyBuffers = kRows == 64 ? 2 : 3;  // of such groups' fragments
+constexpr int kKeyBuffers = kRows == 64 ? 4 : 6;  // of their fragments
 
 template <typename Format, int kRows>
 __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
@@ -88,64 +88,55 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
   const int thread = reread_thread(), lane = thread % 32, side = reread_side();
   const uint32_t tile = smem_address(smem.ring[stage]);
   const uint32_t rows =
-      tile + (thread / 32 % kWarps * kWarpTokens + lane % 16) * Format::kPitch + lane / 16 * 16;
-  uint32_t a[kBuffers][8], raw[4];
+      tile + Format::offset_at(thread / 32 % kWarps * kWarpTokens + lane % 16) + lane / 16 * 16;
+  uint32_t a[kBuffers][4], raw[2][2];  // raw: of two units
   const uint32_t latent = rows + side * (kValueDim / 2);
   // Alike in all lanes, as the compiler sees: operands are named by uniform registers.
   const int side_of_all = __shfl_sync(~0u, side, 0);
   const uint32_t query = operand_at(smem.query[0]) + side_of_all * (4 * kStep);
+  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side_of_all * 4;
+  const auto load_units = [&](int unit) {
+    if (unit >= (Format::kScales ? kLatentUnits : kSideUnits)) return;
+    load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(raw),
+                   unit < kLatentUnits ? latent + unit * 16
+                                       : rows + Format::kRopeOffset + side * (kRopeDim / 2));
+  };
   uint32_t factor[2];
-  load_matrix_x4(raw, latent);
+  load_units(0);
   pin_registers(s);
 #pragma unroll
-  for (int c = 0; c < kLatentSteps; ++c) {
-    uint32_t (&keys)[8] = a[c % kBuffers];
+  for (int unit = 0; unit < kSideUnits; ++unit) {
+    uint32_t (&keys)[4] = a[unit % kBuffers];
     if constexpr (Format::kScales) {
-      if (c % 4 == 0) load_factors<Format>(factor, tile, side * 2 + c / 4, exponents);
+      if (unit % 8 == 0 && unit < kLatentUnits) {
+        load_factors<Format>(factor, tile, side * 2 + unit / 8, exponents);
+      }
     }
-    if (c >= kBuffers) wgmma_wait<kBuffers - 1>();
+    if (unit >= kBuffers) wgmma_wait<kBuffers - 1>();
     if constexpr (Format::kScales) {
-      convert_keys(keys, raw, factor);
-    } else {
-      convert_keys(keys, raw);
-    }
-    if (c + 1 < kLatentSteps) {
-      load_matrix_x4(raw, latent + (c + 1) * kStepColumns);
-    } else if constexpr (!Format::kScales) {
-      load_matrix_x4(raw, rows + Format::kRopeOffset + side * kStepColumns);
-    }
-    wgmma_fence();
+      if (unit < kLatentUnits) {
+        convert_keys(keys, raw[unit % 2], factor);
+      } else {
+        const int k = unit - kLatentUnits;
+        load_matrix_x4(keys, rows + Format::kRopeOffset + side * kRopeDim + k * 32);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      wgmma_rs<__half>(s, keys + 4 * k, descriptor(query + c / 2 * kStep + c % 2 * 4 + 2 * k),
-                       c + k > 0);
+        for (int i = 0; i < 4; ++i) {
+          keys[i] = multiply_bf16x2(keys[i], bf16_twice(power_of_two(-exponents.of[i % 2])));
+        }
+      }
+    } else {
+      convert_keys(keys, raw[unit % 2]);
+    }
+    if (unit % 2 == 1) load_units(unit + 1);
+    wgmma_fence();
+    if (unit < kLatentUnits) {
+      wgmma_rs<__half>(s, keys, descriptor(query + unit / 4 * kStep + unit % 4 * 2), unit > 0);
+    } else {
+      using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
+      wgmma_rs<Rope>(s, keys, descriptor(rope + (unit - kLatentUnits) * 2), 1);
     }
     wgmma_commit();
   }
-  // Half of the rope.
-  using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
-  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side_of_all * 4;
-  uint32_t (&keys)[8] = a[kLatentSteps % kBuffers];
-  wgmma_wait<kBuffers - 1>();
-  if constexpr (Format::kScales) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(keys + 4 * k),
-                     rows + Format::kRopeOffset + side * 64 + k * 32);
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      const uint32_t factor = bf16_twice(power_of_two(-exponents.of[m]));
-#pragma unroll
-      for (int i = m; i < 8; i += 2) keys[i] = multiply_bf16x2(keys[i], factor);
-    }
-  } else {
-    convert_keys(keys, raw);
-  }
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 2; ++k) wgmma_rs<Rope>(s, keys + 4 * k, descriptor(rope + 2 * k), 1);
-  wgmma_commit();
   wgmma_wait<0>();
   pin_registers(s);
 }

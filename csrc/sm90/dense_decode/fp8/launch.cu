@@ -8,28 +8,9 @@
 #include "sm90/dense_decode/fp8/formats.cuh"
 #include "sm90/dense_decode/fp8/kernels.h"
 #include "sm90/host/launch.h"
-#include "sm90/host/tensor_map.h"
 #include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
-namespace {
-
-constexpr int kWordBytes = 4;  // TMA counts a row in words: a box has at most 256 elements
-
-// Rows are loaded `piece` at a time, kPitch apart: what is past a row reads as zeros.
-template <typename Format>
-Status make_cache_map(const DenseDecodeParams& params, int piece, CUtensorMap* map) {
-  return make_tensor_map(
-      params.blocks, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE,
-      {{Format::kRowBytes / kWordBytes, kWordBytes,
-        static_cast<uint32_t>(Format::kPitch / kWordBytes)},
-       {static_cast<uint64_t>(params.block_size), Format::kRowBytes, static_cast<uint32_t>(piece)},
-       {static_cast<uint64_t>(params.num_blocks), static_cast<uint64_t>(params.block_bytes), 1}},
-      map);
-}
-
-}  // namespace
-
 Status check_supported(const DenseDecodeParams& params) {
   if (params.d_v != kValueDim || params.block_size % kLeastPiece != 0) {
     return Status::InvalidArgument(
@@ -47,10 +28,11 @@ Status check_supported(const DenseDecodeParams& params) {
 Status launch(const DenseDecodeParams& params, int tile_rows, int row_tiles, cudaStream_t stream) {
   const bool v32 = params.format == Format::kV32;
   KernelArgs args;
-  args.piece = std::gcd(params.block_size, kTileTokens);
-  Status s = v32 ? make_cache_map<V32>(params, args.piece, &args.cache_map)
-                 : make_cache_map<Fp8Row>(params, args.piece, &args.cache_map);
-  if (!s.ok()) return s;
+  args.piece = std::gcd(params.block_size, v32 ? V32::kCopyTokens : Fp8Row::kCopyTokens);
+  args.pieces = kTileTokens / args.piece;
+  args.blocks = static_cast<const uint8_t*>(params.blocks);
+  args.num_blocks = static_cast<int>(std::min<int64_t>(params.num_blocks, INT32_MAX));
+  args.block_bytes = params.block_bytes;
   args.q = static_cast<const uint8_t*>(params.q);
   args.kv_scale = params.kv_scale;
   args.block_table = params.block_table;

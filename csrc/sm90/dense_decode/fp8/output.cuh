@@ -9,7 +9,7 @@
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
-// Of each of a warpgroup's tiles of 64 value columns; a warp has sixteen columns of each.
+// A warp has 64 neighbouring value columns: sixteen in each of its warpgroup's products.
 template <int kRows>
 using Output = float[kValueTiles][kRows / 2];
 
@@ -71,18 +71,26 @@ __device__ __forceinline__ void store_partial(SharedStorage<Format, kRows>& smem
         smem, half, own, empty, rows + own * kValueDim + partial_scale(kValueDim) + half);
   }
   named_barrier_sync(kValueBarrier + half, kWarpgroupThreads);  // and factors
+  // A row's words are 16 bytes for each quad lane of each 32 columns. Lanes g = lane / 4 % 4 and g
+  // + 4 have every other word of quad lane g, in both of the warp's groups of 32: the first comes
+  // to have all of the first group, the second of the second.
+  const bool second = lane / 16;
+  const int unit = (half * kWarps + warp) * 8 + second * 4 + lane / 4 % 4;
 #pragma unroll
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
     const int row = query_row(thread, i);
     const float factor = smem.factor[half][row];
-    // Words of the row: 16 bytes for each quad lane of each 32 columns; this thread's columns are
-    // the pair lane / 4 of the warp's eight.
-    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim) + half * (kValueTiles * 32) +
-                  (warp / 2 * 4 + lane / 4 % 4) * 4 + warp % 2 * 2 + lane / 16;
+    uint32_t own[kValueTiles];
 #pragma unroll
     for (int m = 0; m < kValueTiles; ++m) {
-      const uint32_t v = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
-      if (row < smem.row_tile.count) words[m * 32] = v;
+      own[m] = pack<__half>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
+    }
+    const uint32_t others[2] = {__shfl_xor_sync(~0u, second ? own[0] : own[2], 16),
+                                __shfl_xor_sync(~0u, second ? own[1] : own[3], 16)};
+    if (row < smem.row_tile.count) {
+      reinterpret_cast<uint4*>(rows + row * kValueDim)[unit] =
+          second ? uint4{others[0], own[2], others[1], own[3]}
+                 : uint4{own[0], others[0], own[1], others[1]};
     }
   }
 }
@@ -95,13 +103,13 @@ __device__ __forceinline__ void store_result(const SharedStorage<Format, kRows>&
   for (int i = 0; i < kThreadRows<kRows>; ++i) {
     const int row = query_row(thread, i);
     const float factor = empty ? 0.0f : smem.inverse_sum[row];
-    auto* words = reinterpret_cast<uint32_t*>(rows + row * kValueDim +
-                                              reread_side() * (kValueTiles * 64) + warp * 16) +
-                  lane / 4;
+    auto* words =
+        reinterpret_cast<uint32_t*>(rows + row * kValueDim + (reread_side() * kWarps + warp) * 64) +
+        lane / 4;
 #pragma unroll
     for (int m = 0; m < kValueTiles; ++m) {
       const uint32_t v = pack<T>(o[m][element(i, 0)] * factor, o[m][element(i, 1)] * factor);
-      if (row < smem.row_tile.count) words[m * 32] = v;
+      if (row < smem.row_tile.count) words[m * 8] = v;
     }
   }
 }

@@ -82,7 +82,7 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
     }
   }
   if (left - (args.causal ? args.s_q - 1 : 0) < kTileTokens) {
-    mask_tile<kRows>(args, smem.row_tile.first + first_row, s, left);
+    mask_tile<Format, kRows>(args, smem.row_tile.first + first_row, s, left);
   }
   float peak[kMine<kRows>], highest = -INFINITY;
 #pragma unroll
@@ -116,7 +116,11 @@ template <typename Format, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   constexpr int kOwnRows = kRows / kSides;
   Position<kRows> at;
+  const auto copy_next_query = [&](int sequence) {
+    if (owns_work(smem.begin, smem.end, sequence)) copy_query(args, smem, sequence);
+  };
 
+  copy_next_query(smem.begin.sequence);
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
@@ -128,6 +132,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
       for (int row = threadIdx.x; row < smem.row_tile.count; row += kRoleThreads) {
         target[row] = -INFINITY;
       }
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      copy_next_query(sequence + 1);
       continue;
     }
     // By the warp that read the last piece's at its end; seen by all once the queries are there.
@@ -139,10 +145,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
     if (threadIdx.x == 0) smem.last_left = seqlen - (piece.tile_end - 1) * kTileTokens;
     take_query(args, smem, sequence);
     float sum[kMine<kRows>] = {};
-    bool first = true;
 
     for (; tiles > 0; --tiles) {
-      const int left = smem.last_left + (tiles - 1) * kTileTokens;
       mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
       TokenExponents exponents{};
       if constexpr (Format::kScales) {
@@ -160,11 +164,12 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
         const bool side = reread_side() != 0;
         exchange_sums<kRows>(s, own, side ? two : one, side ? one : two);
       }
-      finish_tile(args, smem, own, sum, exponents, at.stage(), slot, left, first);
-      first = false;
+      const int left = smem.last_left + (tiles - 1) * kTileTokens;
+      finish_tile(args, smem, own, sum, exponents, at.stage(), slot, left, at.first());
       at.next_tile();
     }
 
+    copy_next_query(sequence + 1);
     combine_rows<kRows>(smem.warp_rows + reread_side() * kWarps, sum,
                         [](float a, float b) { return a + b; });
     if (threadIdx.x % kWarpgroupThreads < 4)

@@ -14,25 +14,23 @@ constexpr int kStages = kRows == 64 ? 3 : 4;
 
 // Where the loading warp is (load.cuh). Kept here as its registers are few.
 struct LoadState {
-  int sequence, tile, tile_end;  // the next tile; tiles are equal where the part is at its end
-  int room;                      // stages that may be filled once they are empty
-  int stage;                     // of the next tile
-  uint32_t parity;
+  int sequence, tile, tile_end;  // the next tile to look up, if it is before the end
+  int looked_up, loaded;         // tiles so far
 };
+constexpr int kPlannedPieces = 64;  // of tiles that are looked up
 
 // kRows: query rows of a tile. A side is a score warpgroup: it multiplies half of the columns for
 // all query rows, and has the softmax of half of the query rows, its own.
 template <typename Format, int kRows>
 struct alignas(1024) SharedStorage {
   static constexpr int kOwnRows = kRows / kSides;
-  static constexpr int kTileBytes = kTileTokens * Format::kPitch;
 
   // K-major in the 128-byte swizzle, 64 columns a chunk. Of the columns of side 1 the two halves of
   // the rows are exchanged: each side finds its own rows first.
   uint8_t query[kHeadDim / 64][kRows * kChunkRowBytes];
-  uint8_t probabilities[2][kRows * kChunkRowBytes];       // [row][token], the same
-  uint8_t exchange[kRows * kChunkRowBytes];               // side 0's sums for the rows of side 1
-  alignas(128) uint8_t ring[kStages<kRows>][kTileBytes];  // raw rows kPitch apart
+  uint8_t probabilities[2][kRows * kChunkRowBytes];  // [row][token], the same
+  uint8_t exchange[kRows * kChunkRowBytes];          // side 0's sums for the rows of side 1
+  uint8_t ring[kStages<kRows>][Format::kTileBytes];  // raw rows, of a tile at a time
   // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
   alignas(16) uint16_t scales[2][Format::kScaleGroups + !Format::kScales][kTileTokens];
@@ -42,6 +40,7 @@ struct alignas(1024) SharedStorage {
   float inverse_sum[kRows];               // of the last piece that is not empty, times kv_scale
   float factor[kSides][kRows];            // of half rows that are to be stored as partial results
   float score_scale;                      // what products are to be multiplied with
+  int2 kept[kRoleWarps];            // of each value warp, whose registers are few: see run_values
   int last_left;                    // tokens of the sequence from the last tile of the piece on
   uint32_t query_peak[kRoleWarps];  // largest magnitudes of queries, bf16x2
   alignas(8) uint8_t exponent[kRows][kRoleWarps];  // of a value warp's largest output
@@ -54,32 +53,35 @@ struct alignas(1024) SharedStorage {
   Cut begin, end;                  // of the part
   RowTile row_tile;
   LoadState loads;
-  int32_t next_length;              // of the sequence after loads.sequence
-  int32_t next_blocks[kMaxPieces];  // of the next tile
+  int32_t next_length;                         // of the sequence after loads.sequence
+  alignas(8) int32_t plan[kPlannedPieces][2];  // by tile and piece: token of the block, block
 };
 
 constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;
 
 // Where a role is, in one register: two bits of its turn at the buffers of two, the ring's parity,
-// the sums' parity, its stage of the ring.
+// the sums' parity, its stage of the ring, whether the tile is its piece's first.
 template <int kRows>
 class Position {
  public:
-  __device__ __forceinline__ int stage() const { return bits_ >> 4; }
+  __device__ __forceinline__ int stage() const { return bits_ >> 4 & 7; }
   __device__ __forceinline__ uint32_t ring_parity() const { return bits_ >> 2 & 1; }
   __device__ __forceinline__ int buffer() const { return bits_ & 1; }
   __device__ __forceinline__ uint32_t buffer_parity() const { return bits_ >> 1 & 1; }
   __device__ __forceinline__ uint32_t sums_parity() const { return bits_ >> 3 & 1; }
 
+  __device__ __forceinline__ bool first() const { return bits_ & kFirst; }
+
   __device__ __forceinline__ void next_tile() {
-    bits_ = (bits_ & ~3u) | ((bits_ + 1) & 3);
+    bits_ = (bits_ & ~(3u | kFirst)) | ((bits_ + 1) & 3);
     bits_ += 16;
     if (stage() == kStages<kRows>) bits_ = (bits_ & 15) ^ 4;
   }
-  __device__ __forceinline__ void next_piece() { bits_ ^= 8; }
+  __device__ __forceinline__ void next_piece() { bits_ = (bits_ ^ 8) | kFirst; }
 
  private:
-  uint32_t bits_ = 0;
+  static constexpr uint32_t kFirst = 128;
+  uint32_t bits_ = kFirst;
 };
 
 // threadIdx.x, read where it stands: what is derived from it is not computed early and kept.

@@ -42,17 +42,17 @@ __device__ __forceinline__ void combine_rows(float (*exchange)[kRows / kSides],
 
 // Sets scores of keys that a row may not see to -inf. first_row: the side's, within [s_q, h_q];
 // left: tokens of the sequence from the tile's first on.
-template <int kRows>
+template <typename Format, int kRows>
 __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
                                           float (&s)[kRows / kSides / 2], int left) {
   const int thread = reread_thread();
-  const int token = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
+  const int place = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
 #pragma unroll
   for (int i = 0; i < kMine<kRows>; ++i) {
     const uint32_t row = first_row + query_row(thread, i);
     const int seen = seen_tokens(left, row, args.h_q, args.s_q, args.causal);
-    if (token >= seen) s[element(i, 0)] = -INFINITY;
-    if (token + 8 >= seen) s[element(i, 1)] = -INFINITY;
+    if (Format::token_at(place) >= seen) s[element(i, 0)] = -INFINITY;
+    if (Format::token_at(place + 8) >= seen) s[element(i, 1)] = -INFINITY;
   }
 }
 

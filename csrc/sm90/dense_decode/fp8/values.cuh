@@ -11,10 +11,9 @@
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
-__device__ __forceinline__ uint2 load_pair(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
+__device__ __forceinline__ void load_factors(uint32_t (&factors)[4], uint32_t address) {
+  const uint4 v = load_shared(address);
+  factors[0] = v.x, factors[1] = v.y, factors[2] = v.z, factors[3] = v.w;
 }
 
 // What the factors of 16 tokens leave of large scales. scales: the first token's scale in its row.
@@ -24,7 +23,7 @@ __device__ __forceinline__ void multiply_excess(uint32_t* a, uint32_t scales) {
   for (int k = 0; k < 2; ++k) {
     float scale[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) scale[j] = load_scale(scales + (k * 8 + j) * Format::kPitch);
+    for (int j = 0; j < 2; ++j) scale[j] = load_scale(scales + (k * 8 + j) * Format::kRowBytes);
     const uint32_t excess = pack<__nv_bfloat16>(excess_of(scale[0]), excess_of(scale[1]));
     a[2 * k] = multiply_bf16x2(a[2 * k], excess);
     a[2 * k + 1] = multiply_bf16x2(a[2 * k + 1], excess);
@@ -54,12 +53,12 @@ __device__ __forceinline__ void zero_tail(uint32_t tile, int valid_tokens) {
   const uint32_t columns = tile + reread_side() * (kValueTiles * 64);
   for (int i = valid_tokens * kUnits + thread % kWarpgroupThreads; i < kTileTokens * kUnits;
        i += kWarpgroupThreads) {
-    store_shared(columns + i / kUnits * Format::kPitch + i % kUnits * 16, uint4{});
+    store_shared(columns + Format::offset(i / kUnits) + i % kUnits * 16, uint4{});
   }
   if constexpr (Format::kScales) {  // read where there are large ones (multiply_excess)
     const int token = valid_tokens + thread % kWarpgroupThreads;
     if (token < kTileTokens) {
-      store_shared(tile + token * Format::kPitch + Format::kScaleOffset, uint4{});
+      store_shared(tile + token * Format::kRowBytes + Format::kScaleOffset, uint4{});
     }
   }
   fence_async_proxy();  // before copies that come to lie there later
@@ -81,46 +80,54 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
   constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
   const uint32_t probabilities = operand_at(smem.probabilities[slot]);
-  const uint32_t scales = smem_address(smem.scales[slot][half * 2]) + lane % 4 * 16;
+  const int group = half * 2 + thread / 64 % 2;  // of the warp's columns
+  const uint32_t scales =
+      smem_address(smem.scales[slot][Format::kScales ? group : 0]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
   uint32_t a[kBuffers][4 * kGroup];
   constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
   uint32_t raw[kRaw][4];  // of 32 tokens
+  uint32_t factors[4];    // of 32 tokens
   load_values(raw[0], rows);
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    // Of 16 tokens each: 32 tokens of a tile of columns, then of the next.
+    // Of 16 tokens each: 32 tokens of 16 columns, then of the next.
     const int fragment = step * kGroup, m = fragment / 2 % kValueTiles;
     uint32_t (&values)[4 * kGroup] = a[step % kBuffers];
     const int ahead = fragment / 2 + 1;  // the next 32 tokens, loaded once there is room for them
-    const auto load_ahead = [&] {
-      if (ahead == 2 * kValueTiles) return;
-      load_values(raw[ahead % kRaw],
-                  rows + ahead / kValueTiles * 32 * Format::kPitch + ahead % kValueTiles * 64);
-    };
-    if (kRaw == 2 && fragment % 2 == 0) load_ahead();
+    if constexpr (Format::kScales) {
+      if (fragment % (2 * kValueTiles) == 0) {
+        load_factors(factors, scales + fragment / (2 * kValueTiles) * 64);
+      }
+    }
+    const uint32_t rows_ahead =
+        rows + ahead / kValueTiles * Format::offset_at(32) + ahead % kValueTiles * 16;
+    const bool more = ahead < 2 * kValueTiles;
+    if (kRaw == 2 && fragment % 2 == 0 && more) load_values(raw[ahead % kRaw], rows_ahead);
     if (step >= kBuffers - 1) wgmma_wait<kBuffers - 1>();
+    const uint32_t after = step == 0 ? raw[0][0] : a[(step + kBuffers - 1) % kBuffers][0];
 #pragma unroll
     for (int k = fragment; k < fragment + kGroup; ++k) {
       const int tokens = k / 2 / kValueTiles * 32 + k % 2 * 16;
       uint32_t* const value = values + 4 * (k - fragment);
       if constexpr (Format::kScales) {
-        const uint2 factor =
-            load_pair(scales + m / 2 * (kTileTokens * 2) + tokens / 32 * 64 + k % 2 * 8);
-        const uint32_t factors[2] = {factor.x, factor.y};
-        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors + k % 2 * 2, after);
         if constexpr (kLargeScales) {
-          multiply_excess<Format>(value, smem_address(smem.ring[stage]) +
-                                             (tokens + lane % 4 * 2) * Format::kPitch +
-                                             Format::kScaleOffset + (half * 2 + m / 2) * 4);
+          const int again = reread_thread();
+          multiply_excess<Format>(
+              value, smem_address(smem.ring[stage]) + (tokens + again % 4 * 2) * Format::kRowBytes +
+                         Format::kScaleOffset + (reread_side() * 2 + again / 64 % 2) * 4);
         }
       } else {
-        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2);
+        convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, after);
       }
     }
-    if (kRaw == 1 && (fragment + kGroup) % 2 == 0) load_ahead();
+    if (kRaw == 1 && more) {  // half by half, as this one's become free
+      load_half_values(raw[0] + fragment % 2 * 2,
+                       rows_ahead + fragment % 2 * Format::offset_at(16));
+    }
     if (fragment + kGroup == 4 * kValueTiles) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
@@ -145,7 +152,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Pos
   const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
   const uint32_t tile = smem_address(smem.ring[at.stage()]);
   const uint32_t rows =
-      tile + lane * Format::kPitch + reread_side() * (kValueTiles * 64) + thread / 32 % kWarps * 16;
+      tile + Format::offset_at(lane) + (reread_side() * kWarps + thread / 32 % kWarps) * 64;
   mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
@@ -172,14 +179,20 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const bool empty = piece.tile_begin >= piece.tile_end;
     Output<kRows> o = {};
-    int tiles = piece.tile_end - piece.tile_begin;
-    for (int left = seqlen - piece.tile_begin * kTileTokens; tiles > 0; --tiles) {
-      // Here alone: the code is long, and instructions are fetched as bytes are.
-      if (is_loader()) fill_ring(args, smem);
-      add_tile(smem, at, left, o);
-      left -= kTileTokens;
+    // Not in registers while products are under way: the sequence, and the tokens of the last tile.
+    volatile int2& kept = smem.kept[reread_thread() / 32 - kRoleWarps];
+    __syncwarp();
+    if (reread_thread() % 32 == 0) {
+      kept.x = sequence;
+      kept.y = seqlen - (piece.tile_end - 1) * kTileTokens;
+    }
+    __syncwarp();
+    for (int tiles = piece.tile_end - piece.tile_begin; tiles > 0; --tiles) {
+      add_tile(smem, at, tiles > 1 ? int{kTileTokens} : kept.y, o);
+      if (is_loader()) load_tile(args, smem, at.stage(), at.ring_parity());
       at.next_tile();
     }
+    sequence = kept.x;
     if (!empty) {
       mbarrier_wait(smem_address(&smem.sums_full), at.sums_parity());
       at.next_piece();
