@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "params/project.h"
-#include "sm90/project/launch.h"
 
 namespace flashmla::sm90::project {
 
@@ -32,7 +31,6 @@ struct KernelArgs {
   int tiles_of[kMaxWeights];  // of each one's
   int steps;                  // stages that k takes
   int stages;                 // of the ring
-  Ahead ahead[kMaxAhead];
 };
 
 }  // namespace flashmla::sm90::project

@@ -92,19 +92,6 @@ __device__ __forceinline__ void load_stages(const Loads<kRows, kParts>& loads, u
   }
 }
 
-// This block's share of what a later call reads.
-__device__ __forceinline__ void load_ahead(const KernelArgs& args) {
-  constexpr int64_t kPiece = 8 * 1024;
-  const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
-  for (const Ahead& ahead : args.ahead) {
-    const char* data = static_cast<const char*>(ahead.data);
-    for (int64_t at = (blockIdx.x + int64_t{gridDim.x} * blockIdx.y) * kPiece; at < ahead.bytes;
-         at += blocks * kPiece) {
-      prefetch_bulk(data + at, static_cast<uint32_t>(min(kPiece, ahead.bytes - at)));
-    }
-  }
-}
-
 // sums[row][column] of this block's part of k.
 template <class T, int kRows, int kParts, bool kTransposed>
 __device__ __forceinline__ void multiply_stages(const KernelArgs& args, uint32_t ring,
@@ -216,7 +203,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_stages<kRows, kParts>(
         {args, &args.w_map[tile.weight], smem_address(ring), full, steps, tile.begin, group},
         empty);
-    load_ahead(args);
   }
   cluster_sync();
   store_sums<Element, kParts>(args, smem_address(ring), splits, rank, tile, group);

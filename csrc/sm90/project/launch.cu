@@ -51,8 +51,7 @@ int splits_of(const KernelArgs& args, int multiprocessors) {
 }
 
 template <class T, class Element, int kRows, int kParts>
-Status launch_tiles(KernelArgs& args, int multiprocessors, const Chain& chain,
-                    cudaStream_t stream) {
+Status launch_tiles(KernelArgs& args, int multiprocessors, bool dependent, cudaStream_t stream) {
   const ProjectParams& params = args.params;
   for (int i = 0; i < kMaxWeights; ++i) {
     args.tiles_of[i] = (params.n_of[i] + kParts * kPart - 1) / (kParts * kPart);
@@ -65,7 +64,7 @@ Status launch_tiles(KernelArgs& args, int multiprocessors, const Chain& chain,
   const unsigned tiles = args.tiles + (params.rope > 0 ? 1 : 0);
   LaunchOptions options{dim3(tiles * splits, params.groups), kThreads, shared_bytes};
   options.cluster = splits;
-  options.dependent = chain.dependent;
+  options.dependent = dependent;
   const auto kernel = params.transposed ? project_kernel<T, Element, kRows, kParts, true>
                                         : project_kernel<T, Element, kRows, kParts, false>;
   return launch(kernel, options, stream, "project", args);
@@ -73,24 +72,23 @@ Status launch_tiles(KernelArgs& args, int multiprocessors, const Chain& chain,
 
 // The wider tile where its blocks keep the multiprocessors busy.
 template <class T, class Element, int kRows>
-Status launch_rows(KernelArgs& args, const Chain& chain, cudaStream_t stream) {
+Status launch_rows(KernelArgs& args, bool dependent, cudaStream_t stream) {
   int multiprocessors = 0;
   if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
   const int blocks = count_tiles(args.params, 4 * kPart) * args.params.groups *
                      std::min(kMaxSplits, std::max(1, args.steps / 2));
   if constexpr (kRows < 128) {
     if (blocks >= 3 * multiprocessors / 2) {
-      return launch_tiles<T, Element, kRows, 4>(args, multiprocessors, chain, stream);
+      return launch_tiles<T, Element, kRows, 4>(args, multiprocessors, dependent, stream);
     }
   }
-  return launch_tiles<T, Element, kRows, 2>(args, multiprocessors, chain, stream);
+  return launch_tiles<T, Element, kRows, 2>(args, multiprocessors, dependent, stream);
 }
 
 template <class T, class Element>
-Status launch_typed(const ProjectParams& params, const Chain& chain, cudaStream_t stream) {
+Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t stream) {
   KernelArgs args = {};
   args.params = params;
-  std::copy(std::begin(chain.ahead), std::end(chain.ahead), args.ahead);
   args.steps = (params.k + kDepth - 1) / kDepth;
   const int rows = params.rows <= 16 ? 16 : params.rows <= 32 ? 32 : params.rows <= 64 ? 64 : 128;
   const int64_t k = params.k, columns = k + params.rope;
@@ -105,33 +103,33 @@ Status launch_typed(const ProjectParams& params, const Chain& chain, cudaStream_
   }
   switch (rows) {
     case 16:
-      return launch_rows<T, Element, 16>(args, chain, stream);
+      return launch_rows<T, Element, 16>(args, dependent, stream);
     case 32:
-      return launch_rows<T, Element, 32>(args, chain, stream);
+      return launch_rows<T, Element, 32>(args, dependent, stream);
     case 64:
-      return launch_rows<T, Element, 64>(args, chain, stream);
+      return launch_rows<T, Element, 64>(args, dependent, stream);
     default:
-      return launch_rows<T, Element, 128>(args, chain, stream);
+      return launch_rows<T, Element, 128>(args, dependent, stream);
   }
 }
 
 }  // namespace
 }  // namespace project
 
-Status run_project(const ProjectParams& params, cudaStream_t stream, const Chain& chain) {
+Status run_project(const ProjectParams& params, cudaStream_t stream, bool dependent) {
   if (Status status = require_hopper(); !status.ok()) return status;
   if (params.rows > project::kMaxRows || params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("project: the sm90 kernel takes 16 bits and at most " +
                                    std::to_string(project::kMaxRows) + " rows");
   }
   if (params.dtype == DType::kBFloat16) {
-    return project::launch_typed<__nv_bfloat16, BFloat16>(params, chain, stream);
+    return project::launch_typed<__nv_bfloat16, BFloat16>(params, dependent, stream);
   }
-  return project::launch_typed<__half, Float16>(params, chain, stream);
+  return project::launch_typed<__half, Float16>(params, dependent, stream);
 }
 
 Status run_project(const ProjectParams& params, cudaStream_t stream) {
-  return run_project(params, stream, Chain{});
+  return run_project(params, stream, false);
 }
 
 }  // namespace flashmla::sm90
