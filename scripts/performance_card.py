@@ -81,30 +81,30 @@ def _gather(document: Document) -> str:
 
 
 def compact(folder: Path) -> str:
-    """The card's picture, and one line for each file's groups: speed against the live peer and
-    plain XLA, share of the limit. For README.md."""
+    """The card's picture, and a line for each file: speed against the live peer and plain XLA,
+    share of the limit. For README.md."""
     lines = []
     for _, document in documents(folder):
         found = document["summary"]
         title, peer = TITLES[document["operation"]]
-        for group, limit in found.get("limit_fraction", {}).items():
-            live, xla = (
-                found.get(ratio, {}).get(group)
-                for ratio in ("speedup_vs_live_peer", "speedup_vs_xla")
-            )
-            name = f"**{title}**, all" if group == "all" else group
-            least = f" (least {number(live['least'])})" if live else ""
-            lines.append(
-                [
-                    name,
-                    str(limit["shapes"]),
-                    peer if group == "all" else "",
-                    f"{number(live['geometric_mean'])}{least}" if live else "",
-                    number(xla and xla["geometric_mean"]),
-                    number(limit["geometric_mean"]),
-                ]
-            )
-    header = ["Shapes", "number", "peer", "times the peer", "times plain XLA", "of the limit"]
+        live, xla, limit = (
+            found.get(ratio, {}).get("all")
+            for ratio in ("speedup_vs_live_peer", "speedup_vs_xla", "limit_fraction")
+        )
+        if limit is None:
+            continue
+        least = f" (least {number(live['least'])})" if live else ""
+        lines.append(
+            [
+                title,
+                str(limit["shapes"]),
+                peer,
+                f"{number(live['geometric_mean'])}{least}" if live else "",
+                number(xla and xla["geometric_mean"]),
+                number(limit["geometric_mean"]),
+            ]
+        )
+    header = ["Operation", "shapes", "peer", "times the peer", "times plain XLA", "of the limit"]
     plot = folder / "speed.png"
     place = f"benchmarks/results/{folder.name}/{plot.name}"
     picture = f"![Speed against the peer in the same run]({place})\n\n" if plot.is_file() else ""

@@ -19,7 +19,7 @@ def _group(result: Result) -> str:
     if result["query_tokens"] <= FEW:
         return f"n <= {FEW}"
     if result["query_tokens"] < MANY:
-        return f"n < {MANY}"
+        return f"{FEW} < n < {MANY}"
     return f"n >= {MANY}, h_q {result['h_q']}, {result['format']}"
 
 
