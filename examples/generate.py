@@ -13,6 +13,9 @@ a time; those with equal beginnings share the blocks of the cache that hold them
 verifies up to N tokens ahead in one step, drafted from what the text has said before; it changes no
 token. Text is printed as it comes, in the prompts' order; speeds go to standard error.
 
+--devices N splits the heads, the MLPs and the head over the vocabulary over N GPUs of this host, or
+as many CPU devices as JAX_NUM_CPU_DEVICES says. Each has the whole cache.
+
 Needs: pip install 'jax-flashmla[flax,hf]'; for tiktoken.model, tiktoken
 """
 
@@ -31,6 +34,7 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 
 from deepseek.config import ModelConfig
+from deepseek.devices import connect
 from deepseek.serve import Server, Token
 from deepseek.tokenizer import TextStream, Tokenizer, load_tokenizer
 from deepseek.weights import load_model
@@ -82,6 +86,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="TEXT",
         help="ends a text with the token that completes it; may be repeated",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="to split the model over (default: 1)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tokenizer", choices=("auto", "bytes"), default="auto")
@@ -172,6 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
             "--dtype must be bfloat16 or float16 with --cache-format "
             f"{arguments.cache_format}, got float32"
         )
+    peers = connect(arguments.devices, config)
     prompts = read_prompts(arguments)
     tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
     prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
@@ -183,7 +191,13 @@ def run(arguments: argparse.Namespace) -> None:
             )
     dtype = jnp.dtype(arguments.dtype)
     stop_tokens = config.stop_tokens | set(arguments.stop_token)
-    model = load_model(arguments.checkpoint, config, dtype=dtype, progress=sys.stderr.isatty())
+    model = load_model(
+        arguments.checkpoint,
+        config,
+        dtype=dtype,
+        peers=peers,
+        progress=sys.stderr.isatty(),
+    )
     server = Server(
         config,
         model,

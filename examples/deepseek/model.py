@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
 from deepseek.moe import MLP, MoE
-from jax_flashmla import PagedCache, Slots, SplitSchedule, make_schedule
+from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, all_reduce_sum, make_schedule
 from jax_flashmla.layers import Selection
 from jax_flashmla.layers.nnx import MLAttention
 
@@ -28,12 +28,22 @@ class RMSNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, index: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        peers: Peers | None,
+    ) -> None:
         hidden = config.attention.hidden_size
-        self.index = index
+        self.index, self.peers = index, peers
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         attention = config.attention.for_layer(index)
-        self.self_attn = MLAttention(attention, param_dtype=dtype, rngs=rngs)
+        heads_axis = None if peers is None else peers.axis
+        self.self_attn = MLAttention(
+            attention, param_dtype=dtype, heads_axis=heads_axis, peers=peers, rngs=rngs
+        )
         indexer = attention.indexer
         self.index_layer = None if indexer is None else indexer.index_layer(index)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype)
@@ -66,18 +76,34 @@ class Layer(nnx.Module):
             cache, y = attention.decode(normed, cache, schedule=schedule, **step)
         x = x + y
         tokens = self.post_attention_layernorm(x).reshape(-1, x.shape[-1])
-        return cache, x + self.mlp(tokens).reshape(x.shape), selection
+        y = self.mlp(tokens)
+        if self.peers is not None:  # it was of the device's share of columns
+            y = all_reduce_sum(y, self.peers.axis, peers=self.peers)
+        return cache, x + y.reshape(x.shape), selection
 
 
 class DeepSeek(nnx.Module):
-    """Args: config, dtype of the parameters and the computation, rngs to draw parameters from."""
+    """The whole model, or what a device has of it.
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, self.heads = config.attention.hidden_size, config.attention.num_heads
+    Args:
+        config: the model's.
+        dtype: of the parameters and the computation.
+        rngs: to draw parameters from.
+        peers: the devices that share it, see `deepseek.devices`; it is then called inside of
+            `jax.shard_map`. None for one device.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, peers: Peers | None = None
+    ) -> None:
+        hidden, self.peers = config.attention.hidden_size, peers
+        self.heads = config.attention.num_heads // (1 if peers is None else peers.size)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, hidden, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
-        self.layers = nnx.List([Layer(config, i, dtype, rngs) for i in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Layer(config, i, dtype, rngs, peers) for i in range(config.num_layers)]
+        )
         self.norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         self.lm_head = (
             None

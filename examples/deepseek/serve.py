@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
+from deepseek.devices import everywhere
 from deepseek.model import DeepSeek
-from jax_flashmla import PagedCache, Scheduler, Slots, serve
+from jax_flashmla import PagedCache, Peers, Scheduler, Slots, serve
 from jax_flashmla.serve import Sampling, Stats
 
 
@@ -31,7 +33,7 @@ class Server:
 
     Args:
         config: the model's.
-        model: the model.
+        model: the model, on one device or over those that it was loaded to.
         batch, max_tokens, num_blocks, stop_tokens, detokenize, draft: as for
             `jax_flashmla.serve.Server`.
         block_size: tokens of a block; 64 for the Hopper kernels.
@@ -79,6 +81,7 @@ class Server:
             stop_tokens=stop_tokens,
             detokenize=detokenize,
             draft=draft,
+            device=None if model.peers is None else everywhere(model.peers),
         )
 
     @property
@@ -122,12 +125,20 @@ class Server:
 def served(model: DeepSeek) -> serve.Model:
     """The model as a server calls it."""
     graph, state = nnx.split(model)
-    return serve.Model(state, *_functions(graph))
+    if model.peers is None:
+        return serve.Model(state, *_functions(graph, None, ()))
+    specs = tuple(weight.sharding.spec for weight in jax.tree.leaves(state))
+    return serve.Model(state, *_functions(graph, model.peers, specs))
 
 
 @functools.lru_cache(maxsize=8)
-def _functions(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The same ones for the same model, so that its servers share what is compiled."""
+def _functions(
+    graph: Any, peers: Peers | None, specs: tuple[P, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same ones for the same model, so that its servers share what is compiled.
+
+    Over peers, specs are the weights', in their order as a pytree's leaves.
+    """
 
     def step(
         state: Any,
@@ -138,8 +149,17 @@ def _functions(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         prefill: bool,
         prefix: bool,
     ) -> tuple[PagedCache, jax.Array]:
-        return nnx.merge(graph, state)(tokens, cache, slots, prefill=prefill, prefix=prefix)
+        def call(state: Any, *arguments: Any) -> tuple[PagedCache, jax.Array]:
+            return nnx.merge(graph, state)(*arguments, prefill=prefill, prefix=prefix)
 
+        if peers is not None:
+            weights = jax.tree.unflatten(jax.tree.structure(state), specs)
+            call = jax.shard_map(
+                call, mesh=peers.mesh, in_specs=(weights, P(), P(), P()), out_specs=P()
+            )
+        return call(state, tokens, cache, slots)
+
+    # It has no custom call: XLA splits it by itself, as the head is split.
     def logits(state: Any, states: jax.Array) -> jax.Array:
         return nnx.merge(graph, state).logits(states)
 

@@ -12,7 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
+from deepseek.devices import place
 from deepseek.model import DeepSeek
+from jax_flashmla import Peers
 from jax_flashmla.layers.checkpoint import (
     attention_prefix,
     attention_shapes,
@@ -25,16 +27,24 @@ Path = tuple[Any, ...]  # of a parameter in the model
 
 
 def load_model(
-    directory: pathlib.Path, config: ModelConfig, *, dtype: DTypeLike, progress: bool = False
+    directory: pathlib.Path,
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    peers: Peers | None = None,
+    progress: bool = False,
 ) -> DeepSeek:
-    """The model with the weights of a Hugging Face directory, on JAX's default device.
+    """The model with the weights of a Hugging Face directory, on JAX's default device or on peers.
+
+    Tensors are read to the default device, one parameter at a time, and go from there to theirs.
 
     Raises:
         FileNotFoundError: there are no weights.
         ValueError: names every tensor that is missing, extra or misshapen.
     """
     reader = TensorReader(directory)
-    model = nnx.eval_shape(lambda: DeepSeek(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    with nnx.use_eager_sharding(False):  # `place` does it
+        model = nnx.eval_shape(lambda: DeepSeek(config, dtype=dtype, rngs=nnx.Rngs(0), peers=peers))
     graph, state = nnx.split(model)
     parameters = {
         path: parameter for path, parameter in nnx.to_flat_state(state) if "self_attn" not in path
@@ -56,15 +66,18 @@ def load_model(
         shape, as_dtype = parameter.get_value().shape, parameter.get_value().dtype
         tensors = [reader.read(name, as_dtype) for name in tensor_names(path, shape, prefix)]
         tensors = [x.T if _is_transposed(path) else x for x in tensors]
-        parameter.set_value(jnp.stack(tensors) if _is_stacked(path) else tensors[0])
+        value = jnp.stack(tensors) if _is_stacked(path) else tensors[0]
+        parameter.set_value(place(config, peers, path, value))
     layers = range(config.num_layers)
     loaded = load_attention(
         reader, config.attention, layers, dtype=dtype, prefix=prefix, progress=progress
     )
     for i, params in zip(layers, loaded, strict=True):
         for field in dataclasses.fields(params):
-            if getattr(params, field.name) is not None:
-                state["layers"][i]["self_attn"][field.name].set_value(getattr(params, field.name))
+            path, value = ("layers", i, "self_attn", field.name), getattr(params, field.name)
+            if value is not None:
+                parameter = state["layers"][i]["self_attn"][field.name]
+                parameter.set_value(place(config, peers, path, value))
     return nnx.merge(graph, state)
 
 

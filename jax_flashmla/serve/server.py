@@ -62,6 +62,8 @@ class Server:
         draft: `draft(tokens) -> proposed tokens`, for speculation; with `length`, the most that it
             proposes: see `NGramDraft`.
         detokenize: `detokenize(tokens) -> text`, for stop strings.
+        device: a `jax.Device` or `jax.sharding.Sharding` for the cache, where the weights are
+            not on JAX's default device.
 
     Raises:
         ValueError: a number out of range.
@@ -82,6 +84,7 @@ class Server:
         prefix_caching: bool = True,
         draft: Any = None,
         detokenize: Callable[[list[int]], str] | None = None,
+        device: Any = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
@@ -102,8 +105,9 @@ class Server:
             layers=layers,
             index_format=index_format,
             index_layers=index_layers,
+            device=device,
         )
-        self._draft, self._detokenize = draft, detokenize
+        self._draft, self._detokenize, self._device = draft, detokenize, device
         self._waiting: collections.deque[Request] = collections.deque()
         self._places: list[Request | None] = [None] * batch
         self._sampling: tuple[jax.Array, ...] | None = None  # of the places; None: they changed
@@ -284,9 +288,9 @@ class Server:
     def _set_table(self, batch: Sequence[Request | None]) -> None:
         """Makes these the batch that the cache is of."""
         seqs = [None if request is None else request.seq for request in batch]
-        self.cache = self.cache.with_table(
-            self.scheduler.block_table(seqs, self._max_blocks), self.scheduler.seqlens(seqs)
-        )
+        table = self.scheduler.block_table(seqs, self._max_blocks)
+        cache = self.cache.with_table(table, self.scheduler.seqlens(seqs))
+        self.cache = cache if self._device is None else jax.device_put(cache, self._device)
 
     def _run(
         self,

@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import tokenizers
 
 import generate
 import golden_models
-from deepseek.serve import Token
+from deepseek.config import ModelConfig
+from deepseek.devices import connect
+from deepseek.serve import Server, Token
 from deepseek.tokenizer import ByteTokenizer, FileTokenizer, TextStream
+from deepseek.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -57,6 +61,45 @@ def run(capsys, *options: str) -> str:
     arguments = ["--checkpoint", str(V3), "--dtype", "float32", "--max-new-tokens", "12"]
     assert generate.main([*arguments, *options]) == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "devices"), [("deepseek_v32", 2), ("deepseek_v3", 4)])
+def test_several_devices_change_no_text(capsys, name, devices):
+    directory = golden_models.GOLDEN / name
+    options = ["--checkpoint", str(directory), "--max-new-tokens", "24", "--batch", "2"]
+    for prompt in golden_models.maker().PROMPTS[:2]:
+        options += ["--prompt", prompt]
+    out = run(capsys, *options, "--devices", str(devices))
+    assert out == "".join(expected_text(i, directory) + "\n" for i in range(2))
+
+
+def test_devices_have_shares_of_the_weights_and_all_of_the_cache():
+    config = ModelConfig.from_directory(V3)
+    peers = connect(4, config)
+    assert peers.refusal is None  # else sums would not be over peers
+    model = load_model(V3, config, dtype=jnp.float32, peers=peers)
+    moe = model.layers[1].mlp
+    for parameter, split in [
+        (model.layers[0].self_attn.w_uk, 0),
+        (model.layers[1].self_attn.w_o, 0),
+        (model.layers[0].mlp.up_proj.kernel, 1),
+        (model.layers[0].mlp.down_proj.kernel, 0),
+        (moe.experts.gate_proj, 2),
+        (moe.experts.down_proj, 1),
+        (moe.shared_experts.down_proj.kernel, 0),
+        (model.lm_head.kernel, 1),
+        (model.layers[0].self_attn.w_dkv, None),
+        (moe.gate.weight, None),
+        (model.embed_tokens.embedding, None),
+    ]:
+        expected = list(parameter.shape)
+        if split is not None:
+            expected[split] //= 4
+        shards = parameter[...].addressable_shards
+        assert [list(shard.data.shape) for shard in shards] == [expected] * 4
+    server = Server(config, model, batch=1, max_tokens=64, dtype=jnp.float32)
+    shapes = {shard.data.shape for shard in server._server.cache.blocks.addressable_shards}
+    assert shapes == {server._server.cache.blocks.shape}
 
 
 def test_stop_token_ends_a_text(capsys):
@@ -140,6 +183,12 @@ def edit(directory: pathlib.Path, **changes: object) -> None:
         (
             ["--prompt", "a", "--max-new-tokens", "-3"],
             "--max-new-tokens must be at least 1, got -3",
+        ),
+        (["--prompt", "a", "--devices", "0"], "--devices must be between 1 and the"),
+        (["--prompt", "a", "--devices", "999"], "--devices must be between 1 and the"),
+        (
+            ["--prompt", "a", "--devices", "3"],
+            "--devices must divide the model's num_attention_heads = 4, moe_intermediate_size = 16",
         ),
         (["--prompt", ""], "prompt 0 must have at least one token"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 
 import jax
@@ -92,6 +93,17 @@ def test_tokens_depend_on_the_request_alone(model: Model, expected, options) -> 
     assert stats.cached_tokens == 16  # the fourth prompt begins as the second does
     if "draft" in options:
         assert 0 < stats.accepted_tokens <= stats.drafted_tokens
+
+
+def test_cache_is_where_the_weights_are(model: Model, expected) -> None:
+    device = jax.devices("cpu")[1]
+    moved = dataclasses.replace(model, weights=jax.device_put(model.weights, device))
+    server = make_server(moved, device=device)
+    server.add(PROMPTS[0], 12)
+    for _ in range(2):  # its prefill, and a step
+        server.step()
+        assert {leaf.device for leaf in jax.tree.leaves(server.cache)} == {device}
+    assert [token.id for token in server.stream()] == expected[0][2:]
 
 
 def test_a_second_round_reads_the_cache(model: Model, expected) -> None:
