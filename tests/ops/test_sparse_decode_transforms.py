@@ -297,7 +297,7 @@ def test_lowering_for_a_platform_without_kernels_is_the_reference() -> None:
     [(1, 16, 132), (1, 128, 16), (8, 128, 66), (64, 128, 66), (64, 64, 132), (64, 200, 33)],
 )
 def test_parts_are_as_many_as_the_kernel_takes_at_once(b: int, h_q: int, num_parts: int) -> None:
-    """Of an H100's 132 multiprocessors: tiles of 16 heads in a small problem, 32 where 64s are odd."""
+    """Of an H100: tiles of 16 heads in a small problem, of 32 where those of 64 make no pairs."""
     format = CacheFormat(name="v32", block_size=4)
     shapes = (
         jax.ShapeDtypeStruct((b, 1, h_q, 576), jnp.bfloat16),
