@@ -33,6 +33,9 @@ inline Status read_all_reduce_sum(int32_t device, AnyBuffer x, Result<AnyBuffer>
                 ExtentChecks::to_string(got));
   }
   expect_same_dtype(checks, "out", out->element_type(), "x", x.element_type());
+  if (x.element_count() == 0) {
+    checks.fail("x must have elements, got " + ExtentChecks::to_string(shape));
+  }
   params->dtype = read_dtype(checks, "x", x.element_type());
   params->elements = static_cast<int64_t>(x.element_count());
   params->group = attrs.group;

@@ -27,7 +27,8 @@ def exchange_refusal(
         return peers.refusal
     segments = [x.size * x.dtype.itemsize // (1 if gather else size) for x in xs]
     if not all(x.dtype in _checks.CACHE_DTYPES for x in xs):
-        return f"arrays must be {_checks.dtype_names(_checks.CACHE_DTYPES)}"
+        names = ", ".join(x.dtype.name for x in xs)
+        return f"arrays must be {_checks.dtype_names(_checks.CACHE_DTYPES)}, got {names}"
     if any(nbytes == 0 or nbytes % _VECTOR for nbytes in segments):
         return f"segments must have multiples of {_VECTOR} bytes, got {segments}"
     if sum(segments) * size > _limits.MAX_EXCHANGE_BYTES:
@@ -48,17 +49,28 @@ def exchange(
     on all devices, as with `all_reduce_sum`. `exchange_refusal` says what it does not take.
 
     Args:
-        xs: one or two arrays [n, ...] with a segment for each of n devices; [...] with gather.
+        xs: one or two arrays of bfloat16, float16 or float32: [n, ...] with a segment for each of n
+            devices; [...] with gather.
         axis: a manual axis of the mesh.
         peers: connected, from `connect_peers` with shard_map's mesh and this axis.
         gather: whether all devices get all that each one has.
 
     Returns:
-        Of each array [n, ...], a segment from each device, in the order of the axis.
+        Of each array [n, ...] of its dtype: a segment from each device, in the order of the axis. A
+        word of 32 bits that is all ones, a NaN, may arrive as another NaN.
 
     Raises:
-        NotImplementedError: as exchange_refusal says.
+        TypeError, ValueError: an argument is not as described.
+        NotImplementedError: as exchange_refusal says; or it is differentiated.
     """
+    if not 1 <= len(xs) <= _limits.MAX_EXCHANGED:
+        raise ValueError(f"xs must be 1 to {_limits.MAX_EXCHANGED} arrays, got {len(xs)}")
+    size = _checks.axis_size("axis", axis)
+    if not gather and any(x.shape[:1] != (size,) for x in xs):
+        raise ValueError(
+            f"xs must be [n, ...] with a segment for each of the {size} devices of {axis!r}, got "
+            f"shapes {[x.shape for x in xs]}"
+        )
     refusal = exchange_refusal(peers, axis, xs, gather)
     if refusal is not None:
         raise NotImplementedError(f"exchange over {axis!r}: {refusal}")

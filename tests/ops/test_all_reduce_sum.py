@@ -155,6 +155,17 @@ def test_mapped_sums_that_are_too_many_go_through_psum(cpu_mesh: Mesh) -> None:
     assert "all_reduce" in text
 
 
+def test_a_call_of_nothing_is_refused_before_it_is_divided_among_blocks() -> None:
+    out = jax.ShapeDtypeStruct((0, 4), np.float32)
+    call = jax.ffi.ffi_call(CALL, out, has_side_effect=True)  # which XLA does not leave out
+    alone = jax.jit(functools.partial(call, group=np.int64(1)))
+    with (
+        jax.default_device(jax.devices("cpu")[0]),
+        pytest.raises(jax.errors.JaxRuntimeError, match=r"x must have elements, got \[0, 4\]"),
+    ):
+        jax.block_until_ready(alone(jnp.zeros((0, 4))))
+
+
 def test_the_rule(cpu_mesh: Mesh) -> None:
     """Peers where they are given and take the sum, psum else; "kernel" and "xla" insist."""
     peers = connect_peers(cpu_mesh, "model")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cases
-from jax_flashmla import Peers, all_reduce_sum, connect_peers
+from jax_flashmla import Peers, all_reduce_sum, connect_peers, context
 from jax_flashmla.ops.exchange import exchange, exchange_refusal
 from parallel import DEVICES, devices_of, make_mesh
 
@@ -163,7 +163,8 @@ def test_what_it_does_not_take(cpu_mesh: Mesh) -> None:
     assert refusal((4, 8), "bfloat16", peers, False) == "None"
     assert refusal((4, 8), "bfloat16", None, False) == "peers is None"
     assert "not 1" in refusal((4, 8), "bfloat16", alone, False)
-    assert "must be bfloat16, float16 or float32" in refusal((4, 8), "int32", peers, False)
+    found = refusal((4, 8), "int32", peers, False)
+    assert found == "arrays must be bfloat16, float16 or float32, got int32"
     assert "multiples of 16 bytes, got [14]" in refusal((4, 7), "bfloat16", peers, False)
     assert "multiples of 16 bytes, got [56]" in refusal((4, 7), "bfloat16", peers, True)
     assert refusal((1 << 18,), "float32", peers, True) == "None"
@@ -172,6 +173,40 @@ def test_what_it_does_not_take(cpu_mesh: Mesh) -> None:
         mapped(cpu_mesh, lambda x: exchange((x,), "model", peers=peers, gather=False)).lower(
             jnp.zeros((2, 4, 4, 1))
         )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "gather", "error", "match"),
+    [
+        ([], False, ValueError, "xs must be 1 to 2 arrays, got 0"),
+        ([(4, 8)] * 3, True, ValueError, "xs must be 1 to 2 arrays, got 3"),
+        ([(4, 8), (8, 4)], False, ValueError, r"the 4 devices of 'model', .* \(8, 4\)"),
+        ([()], False, ValueError, r"the 4 devices of 'model', got shapes \[\(\)\]"),
+    ],
+)
+def test_wrong_arguments_are_named(cpu_mesh: Mesh, shapes, gather, error, match) -> None:
+    peers = connect_peers(cpu_mesh, "model")
+
+    def body(x: jax.Array) -> list[jax.Array]:
+        xs = [jnp.zeros(shape) + x for shape in shapes]
+        return list(exchange(xs, "model", peers=peers, gather=gather))
+
+    with pytest.raises(error, match=match):
+        jax.eval_shape(mapped(cpu_mesh, body), jnp.zeros((2, 4)))
+
+
+def test_peers_of_another_axis_are_refused(cpu_mesh: Mesh) -> None:
+    """Wherever context parallelism takes them."""
+    peers = connect_peers(cpu_mesh, "data")
+
+    def body(given, x: jax.Array) -> list[jax.Array]:
+        return list(context.merge_over(x, x[..., 0], axis="model", peers=given))
+
+    x = jnp.zeros((2, 4, 1, 1, 4, 8))
+    with pytest.raises(ValueError, match="peers must be connected over axis 'model'"):
+        jax.eval_shape(mapped(cpu_mesh, functools.partial(body, peers)), x)
+    with pytest.raises(TypeError, match="peers must be Peers from connect_peers or None, got str"):
+        jax.eval_shape(mapped(cpu_mesh, functools.partial(body, "model")), x)
 
 
 def test_a_device_that_does_not_come() -> None:
