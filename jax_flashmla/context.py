@@ -140,7 +140,8 @@ def merge_over(
         out, lse: of out's dtype, and float32; h_q / n heads with heads_split.
 
     Raises:
-        ValueError: the ranks cannot share the heads evenly.
+        TypeError, ValueError: an argument is not as described, or the ranks cannot share the heads
+            evenly.
     """
     n, heads = _checks.axis_size("axis", axis), lse.ndim - 1
     few = n * (out.size * out.dtype.itemsize + lse.size * 4) <= _limits.MAX_EXCHANGE_BYTES

@@ -1,4 +1,4 @@
-"""Devices that reach each other's memory, so that small sums over them need no collective library.
+"""Devices that reach each other's memory: small sums and exchanges need no collective library.
 
 Connecting is done once, by the host and outside of XLA. Each device gets a mailbox, into which the
 others write: within a process by peer access, between the processes of a host by CUDA IPC.
@@ -31,9 +31,9 @@ class Peers:
     """The devices along one axis of a mesh, connected: see `connect_peers`. Static and hashable.
 
     Attributes:
-        mesh: the mesh; that of the `jax.shard_map` in which sums are made.
+        mesh: the mesh; that of the `jax.shard_map` in which sums and exchanges are made.
         axis: the axis along which devices are connected.
-        refusal: why they are not, and `all_reduce_sum` takes `jax.lax.psum`; None where they are.
+        refusal: why they are not, and XLA's collectives are taken; None where they are.
     """
 
     mesh: Mesh
@@ -47,21 +47,21 @@ class Peers:
         return int(self.mesh.shape[self.axis])
 
     def failed(self) -> bool:
-        """Whether a device of this process waited in vain for another. All sums since are NaN."""
+        """Whether a device of this process waited in vain for another: all since then is NaN."""
         if self.refusal is not None:
             return False
         module = module_of(_platform(self.mesh))
         return any(module.has_failed(self.group, d.local_hardware_id) for d in _local(self.mesh))
 
     def close(self) -> None:
-        """Frees the mailboxes. No sum may be running, and none is made with these peers again."""
+        """Frees the mailboxes. Nothing that uses these peers may be running, or is called again."""
         if self.refusal is None:
             _close(self.mesh, self.group)
         _connected.pop(_key(self.mesh, self.axis), None)
 
 
 def connect_peers(mesh: Mesh, axis: str, *, timeout: float = 60.0) -> Peers:
-    """Connects the devices along an axis of a mesh, for `all_reduce_sum`.
+    """Connects the devices along an axis of a mesh, for `all_reduce_sum` and context parallelism.
 
     Called once, outside of jit; with the devices of several processes, by all processes of
     `jax.distributed`. Called again with the same mesh and axis it gives the same peers, with their
@@ -74,12 +74,13 @@ def connect_peers(mesh: Mesh, axis: str, *, timeout: float = 60.0) -> Peers:
     Args:
         mesh: the mesh that `jax.shard_map` is given.
         axis: one of its axes.
-        timeout: seconds that a device waits for another within a sum. Then that sum and all later
-            ones are NaN on all devices, and `Peers.failed()` is true. Long enough for what devices
-            may be apart, as by compiling.
+        timeout: seconds that a device waits for another within a sum or an exchange. Then its
+            results and all later ones are NaN on all devices, and `Peers.failed()` is true. Long
+            enough for what devices may be apart, as by compiling.
 
     Returns:
-        Peers, to be passed to `all_reduce_sum` or `jax_flashmla.layers.decode`.
+        Peers, to be passed to `all_reduce_sum`, `jax_flashmla.layers.decode` or the functions of
+        `jax_flashmla.context`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
