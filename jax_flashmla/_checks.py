@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla._limits import INT32_MAX, MAX_BATCH
+from jax_flashmla._limits import INT32_MAX, MAX_BATCH, ROPE_LAYOUTS
 
 FLOAT32_TINY, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
@@ -115,6 +115,12 @@ def as_sink(attn_sink: Any, h_q: int) -> jax.Array:
     if shape != (h_q,):
         raise ValueError(f"attn_sink must have one entry per head, h_q = {h_q}, got shape {shape}")
     return jnp.asarray(attn_sink)
+
+
+def check_layout(layout: Any) -> None:
+    """How the columns that are rotated make pairs."""
+    if layout not in ROPE_LAYOUTS:
+        raise ValueError(f"layout must be one of {tuple(ROPE_LAYOUTS)}, got {layout!r}")
 
 
 def as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str) -> jax.Array:

@@ -95,8 +95,7 @@ def latent_append(
     format = format_of_blocks(format, blocks)
     if format.h_kv != 1:
         raise ValueError(f"blocks must have h_kv = 1, got {format.h_kv}")
-    if layout not in _limits.ROPE_LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(_limits.ROPE_LAYOUTS)}, got {layout!r}")
+    _checks.check_layout(layout)
     kv_norm, q_norm = _check_norms(kv_norm, q_norm)
     q_rank, rope = q_norm.shape[0], format.d_qk - kv_norm.shape[0]
     if rope < 0 or (layout != "none" and rope % 2):

@@ -61,8 +61,7 @@ def project(
     )
     weights = tuple(w) if isinstance(w, tuple | list) else (w,)
     rope = columns - _check_weights(x, weights, groups, columns, transposed)
-    if layout not in _limits.ROPE_LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(_limits.ROPE_LAYOUTS)}, got {layout!r}")
+    _checks.check_layout(layout)
     if layout != "none" and rope % 2:
         raise ValueError(f"x must have an even number of columns behind w's k, got {rope}")
     pairs = 0 if layout == "none" else rope // 2

@@ -69,8 +69,7 @@ def project_twice(
             f"columns, at least m each, got shape {v.shape}"
         )
     rope = groups * n // heads - m
-    if layout not in _limits.ROPE_LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(_limits.ROPE_LAYOUTS)}, got {layout!r}")
+    _checks.check_layout(layout)
     if layout != "none" and rope % 2:
         raise ValueError(f"w must have an even number of columns behind v's m, got {rope} a head")
     pairs = 0 if layout == "none" else rope // 2
