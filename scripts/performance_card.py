@@ -1,14 +1,14 @@
 """All that is recorded on one card of the operations, in Markdown, for performance_doc.py.
 
-A file of a card is <operation>.json or <operation>_<what>.json; its plot is beside it under the
-same name.
+A file says which operation it is of; its plot is beside it under the same name. Where a card has
+several files of one, these are named <operation>_<what>.json.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from statistics import geometric_mean
 
 from performance_tables import Document, markdown, number, shapes, summary
 
@@ -29,13 +29,21 @@ def documents(folder: Path) -> list[tuple[Path, Document]]:
     return sorted(of_operations, key=lambda pair: list(TITLES).index(pair[1]["operation"]))
 
 
+def heading(path: Path, document: Document) -> str:
+    """An operation's title, with what its file's name has behind the operation's."""
+    operation = document["operation"]
+    what = path.stem.removeprefix(f"{operation}_")
+    title, _ = TITLES[operation]
+    return title if what == path.stem else f"{title}: {what}"
+
+
 def card(folder: Path) -> str:
     """A section for each file: what ran, its plot, its groups, its shapes."""
     return "\n".join(_section(path, document) for path, document in documents(folder))
 
 
 def _section(path: Path, document: Document) -> str:
-    title, peer = TITLES[document["operation"]]
+    title, (_, peer) = heading(path, document), TITLES[document["operation"]]
     place = f"../benchmarks/results/{path.parent.name}"
     cut = ", interrupted" if document["interrupted"] else ""
     lines = [
@@ -63,9 +71,9 @@ def _recorded(document: Document) -> str:
     ]
     if not ratios:
         return ""
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     count = "shape" if len(ratios) == 1 else f"{len(ratios)} shapes"
-    return f" Over the {count} recorded of it before, {number(mean)} times its speed."
+    mean = number(geometric_mean(ratios))
+    return f" Over the {count} recorded of it before, {mean} times its speed."
 
 
 def _gather(document: Document) -> str:
@@ -84,9 +92,9 @@ def compact(folder: Path) -> str:
     """The card's picture, and a line for each file: speed against the live peer and plain XLA,
     share of the limit. For README.md."""
     lines = []
-    for _, document in documents(folder):
+    for path, document in documents(folder):
         found = document["summary"]
-        title, peer = TITLES[document["operation"]]
+        title, (_, peer) = heading(path, document), TITLES[document["operation"]]
         live, xla, limit = (
             found.get(ratio, {}).get("all")
             for ratio in ("speedup_vs_live_peer", "speedup_vs_xla", "limit_fraction")

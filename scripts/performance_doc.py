@@ -7,7 +7,7 @@ A table stands between two comments; what lies between them is replaced:
 
     <!-- table: runs h200 -->                    every file of a card: commit, date, versions
     <!-- table: card h100 -->                    every operation's file of a card: all that it says
-    <!-- table: compact h100 -->                 the same in one line for each group of shapes
+    <!-- table: compact h100 -->                 a line for each file of a card
     <!-- table: summary h200/targets.json -->    geometric means of a grid's groups
     <!-- table: shapes h200/targets.json -->     every shape of a grid
     <!-- table: step h200/mla_step.json -->      benchmarks/bench_mla_step.py
