@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import tolerances
 from jax_flashmla import Peers, context, decode_specs, dense_decode
+from jax_flashmla.bench.processes import put
 
 SHAPES = {"cpu": (8, 24, 16, 8), "gpu": (128, 576, 512, 64)}  # h_q, d_qk, d_v, block_size
 
@@ -68,16 +69,14 @@ def check_long_context(
     q = np.asarray(_make_keys(s_q * h_q, d_qk, 2)).reshape(1, s_q, h_q, d_qk)
     lengths = np.array([tokens], np.int32)
 
-    def put(x: np.ndarray, spec: P) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-
     attend = functools.partial(
         context.dense_decode, axis="t", heads_split=heads_split, d_v=d_v, causal=True, peers=peers
     )
     sharded = jax.jit(
         jax.shard_map(attend, mesh=mesh, in_specs=specs.in_specs, out_specs=specs.out_specs)
     )
-    got = sharded(put(q, specs.q), blocks, table, put(lengths, specs.cache_seqlens))
+    placed = put((q, lengths), mesh, (specs.q, specs.cache_seqlens))
+    got = sharded(placed[0], blocks, table, placed[1])
     with jax.default_device(own[0]):
         whole, ids = _page(_make_keys(tokens, d_qk, 1), 0, 1, block_size)
         expected = jax.jit(functools.partial(dense_decode, d_v=d_v, causal=True))(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import layer_cases
 import tolerances
 from jax_flashmla import PagedCache, Peers
+from jax_flashmla.bench.processes import put
 from jax_flashmla.layers import MLAConfig, MLAParams, decode
 
 CONFIGS = {
@@ -55,16 +55,6 @@ def devices_of(platform: str, count: int) -> list[jax.Device]:
 def make_mesh(devices: list[jax.Device], data: int = 1) -> Mesh:
     """[data, the rest]."""
     return Mesh(np.array(devices).reshape(data, -1), ("data", "model"))
-
-
-def put(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Host arrays to devices, of other processes too."""
-
-    def place(x: Any, spec: P) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-
-    return jax.tree.map(place, tree, specs)
 
 
 def operations(hlo: str) -> list[tuple[str, str]]:
