@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 
 #include "sm90/host/launch.h"
 #include "sm90/host/tensor_map.h"

@@ -11,6 +11,7 @@
 #include "sm90/ptx/tma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
+
 Status check_supported(const DenseDecodeParams& params) {
   if (params.d_v != kValueDim || params.block_size % kLeastPiece != 0) {
     return Status::InvalidArgument(
