@@ -6,7 +6,8 @@ DIR holds config.json, model.safetensors (or shards and their index) and tokeniz
 K2's tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures:
 deepseek_v2, deepseek_v3 (R1, V3.1), deepseek_v32, kimi_k2, glm4_moe_lite, glm_moe_dsa (GLM-5).
 V3.2 and GLM-5 attend sparsely, to the tokens that their indexers select; --cache-format v32 keeps
-the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU.
+the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU: on one device, where all weights
+must fit in --dtype. A model of several GPUs needs its layers sharded (docs/mla_layers.md).
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
 a time; those with equal beginnings share the blocks of the cache that hold them. --speculate N

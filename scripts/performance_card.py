@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from statistics import geometric_mean
 
-from performance_tables import Document, markdown, number, shapes, summary
+from performance_tables import Document, commit, markdown, number, shapes, summary
 
 TITLES = {  # operation -> heading, and its peer in the same run
     "sparse_decode": ("Sparse decode", "FlashMLA's frozen Hopper kernel"),
@@ -45,11 +45,11 @@ def card(folder: Path) -> str:
 def _section(path: Path, document: Document) -> str:
     title, (_, peer) = heading(path, document), TITLES[document["operation"]]
     place = f"../benchmarks/results/{path.parent.name}"
-    cut = ", interrupted" if document["interrupted"] else ""
+    cut = f" (its first {len(document['shapes'])} shapes)" if document["interrupted"] else ""
     lines = [
         f"### {title}\n",
         f"[{path.name}]({place}/{path.name}): grid `{document['grid']}`{cut}, "
-        f"{document['hardware']['device']}, commit {(document['commit'] or 'unknown')[:7]}, "
+        f"{document['hardware']['device']}, commit {commit(document)}, "
         f"{document['date'][:10]}."
         + (f" The peer in the same run is {peer}." if peer else "")
         + _recorded(document)
@@ -88,6 +88,12 @@ def _gather(document: Document) -> str:
     return f" Rows are gathered at, in TB/s: {each}: {document['limits']['gather_source']}."
 
 
+def _mean(entry: Document, measured: int) -> str:
+    """A ratio's geometric mean, and over how many shapes where those are not all."""
+    some = "" if entry["shapes"] == measured else f" over {entry['shapes']}"
+    return number(entry["geometric_mean"]) + some
+
+
 def compact(folder: Path) -> str:
     """The card's picture, and a line for each file: speed against the live peer and plain XLA,
     share of the limit. For README.md."""
@@ -101,14 +107,13 @@ def compact(folder: Path) -> str:
         )
         if limit is None:
             continue
-        least = f" (least {number(live['least'])})" if live else ""
         lines.append(
             [
                 title,
                 str(limit["shapes"]),
                 peer,
-                f"{number(live['geometric_mean'])}{least}" if live else "",
-                number(xla and xla["geometric_mean"]),
+                _mean(live, limit["shapes"]) + f" (least {number(live['least'])})" if live else "",
+                _mean(xla, limit["shapes"]) if xla else "",
                 number(limit["geometric_mean"]),
             ]
         )

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from performance_card import card, compact  # noqa: E402
 from performance_tables import (  # noqa: E402
     Document,
+    commit,
     markdown,
     number,
     results_of,
@@ -55,7 +56,7 @@ def runs(folder: Path) -> str:
         lines.append(
             [
                 f"[{path.name}](../benchmarks/results/{folder.name}/{path.name})",
-                str(document["commit"]),
+                commit(document),
                 document["date"][:10],
                 hardware["device"],
                 hardware.get("power_limit") or "",

@@ -45,6 +45,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - whole)}f}"
 
 
+def commit(document: Document) -> str:
+    """Of the sources that were measured, as the file records it."""
+    changed = " and uncommitted changes" if document.get("uncommitted_changes") else ""
+    return (document["commit"] or "unknown")[:7] + changed
+
+
 def tokens(count: int | None) -> str:
     if count is None:
         return ""
@@ -77,10 +83,10 @@ def shapes(document: Document) -> str:
     own, *_ = COUNTERPARTS.get(document.get("operation", ""), ("",))
     header = [
         "model", "b", "query tokens", "heads", "top k", "of an extra cache", "cached tokens",
-        "columns", "lengths", "format", "us", "samples", "lasting load", "TB/s", "TFLOP/s",
-        "kernels alone", "weights read once", "limit", "of limit", "peer in this run",
-        "times that", "fastest recorded peer", "times the peer", "plain XLA", "times XLA", own,
-        "calls in graphs",
+        "columns", "lengths", "format", "us", "samples, us", "lasting load, us", "TB/s", "TFLOP/s",
+        "kernels alone, us", "weights read once, us", "limit, us", "of limit",
+        "peer in this run, us", "times this peer", "fastest recorded peer, us",
+        "times the recorded peer", "plain XLA, us", "times XLA", own, "calls in graphs",
     ]  # fmt: skip
     beside = counterparts(document)
     lines = [shape_line(r, beside[i]) for i, r in enumerate(results_of(document))]
@@ -106,7 +112,8 @@ def counterparts(document: Document) -> list[float | None]:
 
 def shape_line(result: Result, beside: float | None = None) -> list[str]:
     line = [result.get("model", ""), str(result.get("b", ""))]
-    line += [str(result.get("s_q", "")), str(result.get("h_q", result.get("heads")))]
+    heads = result.get("h_q", result.get("heads"))
+    line += [str(result.get("s_q", "")), str(heads or "scores given")]
     line += [str(result.get(name) or "") for name in ("topk", "extra_topk")]
     line += [tokens(result.get("s_k", result.get("s_kv")))]
     line += [str(result.get(name, "")) for name in ("d_qk", "lengths", "format")]

@@ -80,11 +80,14 @@ def matches(shape: Any, condition: str) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the benchmark's options."""
     every = OPERATIONS.values()
-    parser.add_argument("--operation", choices=sorted(OPERATIONS), default=Options.operation)
     parser.add_argument(
-        "--grid",
-        choices=_union(operation.grids for operation in every),
-        help="default: quick on a GPU, cpu on a CPU",
+        "--operation",
+        choices=sorted(OPERATIONS),
+        default=Options.operation,
+        help="default %(default)s",
+    )
+    parser.add_argument(
+        "--grid", metavar="NAME", help="which shapes; each operation has grids of its own, below"
     )
     parser.add_argument(
         "--shapes",
@@ -165,6 +168,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def grids_by_operation() -> str:
+    """The operations with their grids, for the end of --help."""
+    lines = ["grids, the default of a platform marked by it:"]
+    for name, operation in sorted(OPERATIONS.items()):
+        marks = {}
+        for platform, grid in operation.default_grids.items():
+            marks[grid] = f"{marks.get(grid, grid)} ({platform.upper()})"
+        lines.append(f"  {name}")
+        lines.append(f"      {', '.join(marks.get(grid, grid) for grid in operation.grids)}")
+    return "\n".join(lines)
+
+
 def _union(choices: Iterable[Iterable[Any]]) -> list[Any]:
     return sorted({choice for some in choices for choice in some})
 
@@ -198,6 +213,12 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     return options
 
 
+def _owners(name: str, value: Any) -> str:
+    """Which operations have a grid of that name, for one who asked another for it."""
+    owners = [other for other, found in sorted(OPERATIONS.items()) if value in found.grids]
+    return f" (a grid of {', '.join(owners)})" if name == "grid" and owners else ""
+
+
 def _check(options: Options, operation: Operation) -> None:
     """Whatever can be told before anything runs."""
     for name, value, known in (
@@ -208,7 +229,7 @@ def _check(options: Options, operation: Operation) -> None:
         if value is not None and value not in known:
             raise ValueError(
                 f"--{name} of {operation.name} must be one of {', '.join(map(str, known))}, "
-                f"got {value}"
+                f"got {value}{_owners(name, value)}"
             )
     if options.layers is not None and options.layers < 1:
         raise ValueError(f"layers must be at least 1, got {options.layers}")

@@ -19,6 +19,11 @@ NEEDS = {  # packages of the extra `cli` that a command needs
     "info": ("rich",),
     "bench": ("rich", "matplotlib"),
 }
+BENCH = """\
+Times an operation over a grid of shapes: N calls over N separate caches in one
+jitted function. Compares with the limit model, plain XLA and, on an H100 or
+H200, the recorded peers; on a CPU with the pure-JAX reference. A shape that
+fails is reported and the others still run. Ctrl-C keeps what was measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,10 +57,9 @@ def _run(argv: Sequence[str] | None) -> int:
     bench_parser = commands.add_parser(
         "bench",
         help="time an operation over a grid of shapes",
-        description="Times an operation over a grid of shapes: N calls over N separate caches in "
-        "one jitted function. Compares with the limit model, plain XLA and, on an H200, the "
-        "recorded peers; on a CPU with the pure-JAX reference. A shape that fails is reported and "
-        "the others still run. Ctrl-C keeps what was measured.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=BENCH,
+        epilog=bench_options.grids_by_operation(),
     )
     bench_options.add_arguments(bench_parser)
     info_parser = commands.add_parser(

@@ -207,7 +207,9 @@ def test_no_shape_is_left(capsys):
         (["--rows", "b"], "got 'b'"),
         (["--layers", "0"], "layers must be at least 1, got 0"),
         (["--block-size", "48"], "invalid choice"),
-        (["--grid", "all"], "invalid choice"),
+        (["--grid", "all"], "--grid of dense_decode must be one of targets, quick, off_table"),
+        (["--grid", "v32"], "got v32 (a grid of layer_step)"),
+        (["--operation", "layer_step", "--grid", "off_table"], "(a grid of dense_decode, sparse"),
         (["--from", "no-such-file"], "No such file"),
         (["--from", str(ROOT / "README.md")], "is not JSON"),
         (["--from", str(peers.FILE)], "holds no benchmark results: it lacks hardware"),
@@ -219,6 +221,24 @@ def test_bad_options_are_named(options, message, capsys):
         bench(*options)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_lists_the_grids_of_each_operation(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench("--help")
+    assert stopped.value.code == 0
+    _, _, listed = capsys.readouterr().out.partition("\ngrids, ")
+    lines = [line.strip() for line in listed.splitlines()[1:]]
+    assert dict(zip(lines[::2], lines[1::2], strict=True)) == {
+        "dense_decode": "targets, quick (GPU), off_table, fp8, tiny_fp8, layers, xla, cpu (CPU), "
+        "tiny",
+        "index_scores": "indexer, quick (GPU), xla, cpu (CPU), tiny",
+        "index_topk": "indexer, quick (GPU), xla, cpu (CPU), tiny",
+        "layer_step": "targets (GPU), v3, v32, tiny (CPU)",
+        "sparse_decode": "targets, quick (GPU), off_table, prefill, results, layers, xla, "
+        "cpu (CPU), tiny",
+        "sparse_prefill": "targets, quick (GPU), off_table, xla, cpu (CPU), tiny",
+    }
 
 
 def test_the_peers_are_in_the_wheel():

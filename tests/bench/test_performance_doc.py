@@ -165,7 +165,7 @@ def test_sparse_shapes_have_their_own_columns(tmp_path):
     cells = dict(zip(header.split("|"), line.split("|"), strict=True))
     assert cells[" top k "] == " 2048 "
     assert cells[" format "] == " v32 "
-    assert (cells[" peer in this run "], cells[" times that "]) == (" 163 ", " 2.00 ")
+    assert (cells[" peer in this run, us "], cells[" times this peer "]) == (" 163 ", " 2.00 ")
     assert not {" lengths ", " of an extra cache "} & set(cells)
 
 
