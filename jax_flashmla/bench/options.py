@@ -172,7 +172,7 @@ def grids_by_operation() -> str:
     """The operations with their grids, for the end of --help."""
     lines = ["grids, the default of a platform marked by it:"]
     for name, operation in sorted(OPERATIONS.items()):
-        marks = {}
+        marks: dict[str, str] = {}
         for platform, grid in operation.default_grids.items():
             marks[grid] = f"{marks.get(grid, grid)} ({platform.upper()})"
         lines.append(f"  {name}")

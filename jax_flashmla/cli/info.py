@@ -9,24 +9,24 @@ import platform
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import jax_flashmla
 from jax_flashmla.bench import environment
-from jax_flashmla.bench.device import describe_decode, describe_device
+from jax_flashmla.bench.device import describe_device
+from jax_flashmla.cli import probes
 
 VARIABLES = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "LD_LIBRARY_PATH")  # beginnings of their names
 
 
 def run(*, as_json: bool) -> int:
-    """Prints versions, compiled modules, and each device with what dense_decode runs on it.
+    """Prints versions, compiled modules, and each device with what operations run on it.
 
     Args:
         as_json: one JSON object instead of a table, for bug reports: also the hardware, the commit
             and the environment variables that JAX, XLA and CUDA read.
 
     Returns:
-        0; 1 if a small dense_decode fails or is wrong on a device.
+        0; 1 if a small call of an operation fails or is wrong on a device.
     """
     found = describe()
     if as_json:
@@ -42,22 +42,26 @@ def describe() -> dict[str, Any]:
     Returns:
         What a benchmark's document says of hardware and software, and "platform" (the operating
         system), "kernels" ({"cpu", "cuda"}: whether they are built and usable), "devices"
-        ([{"device", "dense_decode", "right"}]) and "environment" (variables).
+        ([{"device", <operation>, ..., "right"}]) and "environment" (variables).
     """
     devices = _devices()
-    decodes = [_decode_on(device) for device in devices]
     return {
         **environment.describe(devices[0]),
         "platform": platform.platform(),
         "kernels": {target: _kernels(target) for target in ("cpu", "cuda")},
-        "devices": [
-            {"device": describe_device(device), "dense_decode": verdict, "right": is_right}
-            for device, (verdict, is_right) in zip(devices, decodes, strict=True)
-        ],
+        "devices": [_on_device(device) for device in devices],
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
         },
     }
+
+
+def _on_device(device: jax.Device) -> dict[str, Any]:
+    """What each operation runs there, and whether all were right."""
+    ran = {operation: probes.run(operation, device) for operation in probes.PROBES}
+    verdicts = {operation: verdict for operation, (verdict, _) in ran.items()}
+    right = all(is_right for _, is_right in ran.values())
+    return {"device": describe_device(device), **verdicts, "right": right}
 
 
 def _print_table(found: dict[str, Any]) -> None:
@@ -75,7 +79,8 @@ def _print_table(found: dict[str, Any]) -> None:
     table.add_row("CUDA kernels", found["kernels"]["cuda"])
     for device in found["devices"]:
         table.add_row("device", device["device"])
-        table.add_row("    dense_decode", device["dense_decode"])
+        for operation in probes.PROBES:
+            table.add_row(f"    {operation}", device[operation])
     Console().print(table, highlight=False, markup=False)
 
 
@@ -106,21 +111,3 @@ def _devices() -> list[jax.Device]:
     if jax.default_backend() != "cpu":
         devices = [*devices, *jax.local_devices(backend="cpu")]
     return devices
-
-
-def _decode_on(device: jax.Device) -> tuple[str, bool]:
-    """Compiles and runs a small dense_decode there: what ran or went wrong, and whether right."""
-    try:
-        with jax.default_device(device):
-            q = jnp.ones((1, 1, 16, 576), jnp.bfloat16)
-            blocks = jnp.ones((2, 64, 1, 576), jnp.bfloat16)
-            block_table = jnp.array([[1, 0]], jnp.int32)
-            cache_seqlens = jnp.array([100], jnp.int32)
-            arguments = (q, blocks, block_table, cache_seqlens)
-            compiled = jax.jit(jax_flashmla.dense_decode).lower(*arguments).compile()
-            out, _ = jax.block_until_ready(compiled(*arguments))
-            # Every value is 1, so every mean of values is.
-            is_right = bool((out == 1).all())
-    except Exception as error:  # whatever fails is the answer to the user's question
-        return f"fails: {type(error).__name__}: {error}", False
-    return describe_decode(compiled, device) + ("" if is_right else ", WRONG RESULT"), is_right

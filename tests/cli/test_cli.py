@@ -183,8 +183,10 @@ def test_info_says_what_runs_here(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     said = capsys.readouterr().out
-    for expected in ("jaxlib", "CPU kernels", "CUDA kernels", "custom call flashmla_dense_decode"):
+    for expected in ("jaxlib", "CPU kernels", "CUDA kernels"):
         assert expected in said
+    for operation in ("dense_decode", "sparse_decode", "sparse_prefill", "index_topk"):
+        assert f"custom call flashmla_{operation}_v1 x 1" in said
     assert "WRONG" not in said
     assert "fails" not in said
 
@@ -225,6 +227,16 @@ def test_info_notices_a_wrong_result_and_a_failure(capsys, monkeypatch):
         monkeypatch.setattr(jax_flashmla, "dense_decode", decode)
         assert main(["info"]) == 1
         assert said in capsys.readouterr().out
+
+
+def test_info_notices_a_wrong_selection(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    real = jax_flashmla.index_topk
+    monkeypatch.setattr(jax_flashmla, "index_topk", lambda *a, **options: real(*a, **options) + 1)
+    assert main(["info"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG RESULT" in line]
+    assert wrong
+    assert all("index_topk" in line for line in wrong)
 
 
 def test_without_rich_it_says_what_to_install(capsys, monkeypatch):
