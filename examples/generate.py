@@ -6,8 +6,7 @@ DIR holds config.json, model.safetensors (or shards and their index) and tokeniz
 K2's tiktoken.model; without either, and with a vocabulary of 256, tokens are bytes. Architectures:
 deepseek_v2, deepseek_v3 (R1, V3.1), deepseek_v32, kimi_k2, glm4_moe_lite, glm_moe_dsa (GLM-5).
 V3.2 and GLM-5 attend sparsely, to the tokens that their indexers select; --cache-format v32 keeps
-the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU: on one device, where all weights
-must fit in --dtype. A model of several GPUs needs its layers sharded (docs/mla_layers.md).
+the latents in fp8. Runs on a CPU and, unchanged, on a Hopper GPU.
 
 Several prompts (--prompt again, or a line each of --prompts-file) are decoded together, --batch at
 a time; those with equal beginnings share the blocks of the cache that hold them. --speculate N
@@ -179,6 +178,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--dtype must be bfloat16 or float16 with --cache-format "
             f"{arguments.cache_format}, got float32"
+        )
+    row = config.attention.kv_lora_rank, config.attention.qk_rope_head_dim
+    if arguments.cache_format == "v32" and row != (512, 64):
+        raise ValueError(
+            "--cache-format v32 takes models of kv_lora_rank 512 and qk_rope_head_dim 64, got "
+            f"{row[0]} and {row[1]}"
         )
     peers = connect(arguments.devices, config)
     prompts = read_prompts(arguments)

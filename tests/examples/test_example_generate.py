@@ -55,6 +55,9 @@ def test_sparse_model_generates_from_an_fp8_cache_past_topk(capsys):
     assert out.startswith(expected_text(1, directory, count=2))
     assert generate.main([*options, "--cache-format", "v32", "--dtype", "float32"]) == 2
     assert "--dtype must be bfloat16 or float16 with --cache-format v32" in capsys.readouterr().err
+    narrow = [option.replace("v32_wide", "v32") for option in options]
+    assert generate.main([*narrow, "--cache-format", "v32"]) == 2
+    assert "kv_lora_rank 512 and qk_rope_head_dim 64, got 16 and 8" in capsys.readouterr().err
 
 
 def run(capsys, *options: str) -> str:
