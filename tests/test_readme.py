@@ -39,7 +39,7 @@ def test_layer_example_runs():
     assert bool(jnp.isfinite(names["y"]).all())
 
 
-@pytest.mark.parametrize("last", ["/jax-flashmla demo", "/pytest"])
+@pytest.mark.parametrize("last", ["/jax-flashmla demo", "/pytest -n 2 --dist loadfile"])
 def test_first_screen_has_the_commands(last):
     """Each a line of its own in a code block, which sets up all that it needs."""
     screen = README.read_text().splitlines()[:28]
