@@ -123,7 +123,7 @@ def check_layout(layout: Any) -> None:
         raise ValueError(f"layout must be one of {tuple(ROPE_LAYOUTS)}, got {layout!r}")
 
 
-def as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str) -> jax.Array:
+def _as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str) -> jax.Array:
     """cos or sin of every row and pair, float32; empty where nothing is rotated."""
     if layout == "none":
         if x is not None:
@@ -133,6 +133,14 @@ def as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str)
     if got != shape:
         raise ValueError(f"{name} must have shape {shape}, got {got}")
     return jnp.asarray(x)
+
+
+def as_rotation(
+    cos: Any, sin: Any, layout: str, rope: int, rows: tuple[int, ...], dims: str
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [*rows, rope / 2] float32 of rope columns; [*rows, 0] where none is rotated."""
+    shape = (*rows, 0 if layout == "none" else rope // 2)
+    return _as_angles("cos", cos, shape, dims, layout), _as_angles("sin", sin, shape, dims, layout)
 
 
 def as_layer(layer: Any, layers: int, *, may_be_traced: bool = True) -> int | jax.Array:

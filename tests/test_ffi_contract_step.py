@@ -81,7 +81,7 @@ LATENT_APPEND = {
     "q_latent": ({"q_latent": result(b, s_new, q_rank + 1, dtype=jnp.bfloat16)}, "q_latent must"),
     "layout": ({"layout": np.int32(4)}, "layout must be between 0 and 3"),
     "rows_dtype": ({"rows_dtype": np.int32(1)}, "rows_dtype must be that of blocks"),
-    "no rows_dtype": ({"rows_dtype": np.int32(-1)}, "rows_dtype between 0 and 2"),
+    "no rows_dtype": ({"rows_dtype": np.int32(-1)}, "rows_dtype must be between 0 and 2"),
     "a format's width": ({"format": np.int32(3), "blocks": zeros(5, 65 * 576, dtype=jnp.uint8)},
                          "rows must end in"),
 }  # fmt: skip

@@ -7,6 +7,7 @@
 
 #include "ffi/append.h"
 #include "ffi/buffers.h"
+#include "ffi/rope_layout.h"
 #include "params/latent_append.h"
 #include "status.h"
 
@@ -56,14 +57,11 @@ inline Status read_latent_append(AnyBuffer blocks, AnyBuffer projected, AnyBuffe
     return checks.status();
   }
   const int64_t q_rank = q_norm.dimensions()[0];
-  if (attrs.layout < 0 || attrs.layout >= kNumRopeLayouts || attrs.rows_dtype < 0 ||
-      attrs.rows_dtype > static_cast<int32_t>(DType::kFloat32)) {
-    checks.fail("layout must be between 0 and " + std::to_string(kNumRopeLayouts - 1) +
-                " and rows_dtype between 0 and 2, got " + std::to_string(attrs.layout) + " and " +
-                std::to_string(attrs.rows_dtype));
-    return checks.status();
+  params->layout = read_layout(checks, attrs.layout);
+  if (attrs.rows_dtype < 0 || attrs.rows_dtype > static_cast<int32_t>(DType::kFloat32)) {
+    checks.fail("rows_dtype must be between 0 and 2, got " + std::to_string(attrs.rows_dtype));
   }
-  params->layout = static_cast<RopeLayout>(attrs.layout);
+  if (!checks.ok()) return checks.status();
   const bool turned = params->layout != RopeLayout::kNone;
   const int64_t pairs = cos.dimensions()[2];
   const int64_t d = turned ? kv_rank + 2 * pairs : row_columns(attrs, columns - q_rank);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "ffi/buffers.h"
+#include "ffi/rope_layout.h"
 #include "params/project.h"
 #include "status.h"
 
@@ -36,10 +37,7 @@ inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2,
   const auto [rows, groups, columns] =
       checks.read<3>("x", x.dimensions(), {"rows", "groups", "k + rope"});
   const auto weights = checks.read<3>("w", w.dimensions(), {"groups", "k", "n"});
-  if (attrs.layout < 0 || attrs.layout >= kNumRopeLayouts) {
-    checks.fail("layout must be between 0 and " + std::to_string(kNumRopeLayouts - 1) + ", got " +
-                std::to_string(attrs.layout));
-  }
+  params->layout = read_layout(checks, attrs.layout);
   if (!checks.ok()) return checks.status();
 
   const int64_t k = weights[attrs.transposed ? 2 : 1];
@@ -59,7 +57,6 @@ inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2,
   }
   if (!checks.ok()) return checks.status();
   const int64_t rope = columns - k;
-  params->layout = static_cast<RopeLayout>(attrs.layout);
   const bool turned = params->layout != RopeLayout::kNone;
   if (rope < 0 || (turned && rope % 2 != 0)) {
     checks.fail("w must have at most x's " + std::to_string(columns) +

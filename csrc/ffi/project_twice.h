@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "ffi/buffers.h"
+#include "ffi/rope_layout.h"
 #include "params/project_twice.h"
 #include "status.h"
 
@@ -40,10 +41,7 @@ inline Status read_project_twice(AnyBuffer x, AnyBuffer w, AnyBuffer v, F32R2 co
   const auto [rows, groups, k] = checks.read<3>("x", x.dimensions(), {"rows", "groups", "k"});
   const auto first = checks.read<3>("w", w.dimensions(), {"groups", "k", "n"});
   const auto [heads, k2, n2] = checks.read<3>("v", v.dimensions(), {"heads", "k", "n"});
-  if (attrs.layout < 0 || attrs.layout >= kNumRopeLayouts) {
-    checks.fail("layout must be between 0 and " + std::to_string(kNumRopeLayouts - 1) + ", got " +
-                std::to_string(attrs.layout));
-  }
+  const RopeLayout layout = read_layout(checks, attrs.layout);
   if (!checks.ok()) return checks.status();
 
   const int64_t n = first[attrs.transposed ? 1 : 2];
@@ -51,7 +49,6 @@ inline Status read_project_twice(AnyBuffer x, AnyBuffer w, AnyBuffer v, F32R2 co
   checks.expect(
       "w", w.dimensions(),
       {{"groups", groups}, attrs.transposed ? width : depth, attrs.transposed ? depth : width});
-  const auto layout = static_cast<RopeLayout>(attrs.layout);
   const bool turned = layout != RopeLayout::kNone;
   const int64_t columns = groups * n, rope = columns / heads - k2;
   if (rope < 0 || columns % heads != 0 || (turned && rope % 2 != 0)) {

@@ -38,12 +38,6 @@ def cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-@jax.jit
-def take(array: jax.Array, places: jax.Array) -> jax.Array:
-    """array[places], as one program; outside jit it would be ten."""
-    return array[places]
-
-
 def count_calls(compiled: jax.stages.Compiled, target: str = DECODE_TARGET) -> int:
     """How many custom calls of a target are in a compiled program's HLO."""
     return (compiled.as_text() or "").count(f'custom_call_target="{target}"')

@@ -1,4 +1,4 @@
-"""How fast rows are gathered at random: what plain XLA reaches on this device."""
+"""Rows at random places: read back for a check, and how fast plain XLA gathers them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla.bench.measure import Method, time_calls
+
+
+@jax.jit
+def take(array: jax.Array, places: jax.Array) -> jax.Array:
+    """array[places], as one program; outside jit it would be ten."""
+    return array[places]
 
 
 def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:

@@ -108,13 +108,8 @@ def latent_append(
             f"projected must end in at least q_rank + d_qk = {q_rank} + {format.d_qk} columns, got "
             f"shape {projected.shape}"
         )
-    pairs = 0 if layout == "none" else rope // 2
-    cos, sin = (
-        _checks.as_angles(
-            name, x, (*rows, pairs), "[T, pairs]" if packed else "[b, s_new, pairs]", layout
-        )
-        for name, x in (("cos", cos), ("sin", sin))
-    )
+    dims = "[T, pairs]" if packed else "[b, s_new, pairs]"
+    cos, sin = _checks.as_rotation(cos, sin, layout, rope, tuple(rows), dims)
     block_table = _checks.as_block_table(block_table, b, format.block_size)
     positions = _checks.as_per_sequence("positions", positions, b)
     if num_new is None:

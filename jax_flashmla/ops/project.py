@@ -64,11 +64,7 @@ def project(
     _checks.check_layout(layout)
     if layout != "none" and rope % 2:
         raise ValueError(f"x must have an even number of columns behind w's k, got {rope}")
-    pairs = 0 if layout == "none" else rope // 2
-    cos, sin = (
-        _checks.as_angles(name, a, (rows, pairs), "[rows, pairs]", layout)
-        for name, a in (("cos", cos), ("sin", sin))
-    )
+    cos, sin = _checks.as_rotation(cos, sin, layout, rope, (rows,), "[rows, pairs]")
     empty = list(weights[0].shape)
     empty[1 if transposed else 2] = 0
     missing = [jnp.zeros(empty, x.dtype)] * (_limits.MAX_WEIGHTS - len(weights))
@@ -141,28 +137,35 @@ def _results(
     return [((*x.shape[:2], sum(n) + x.shape[2] - k), x.dtype)]
 
 
-def _batch(
-    operands: tuple[jax.Array, ...], dims: vmap.Dims, **params: Any
+def batch_rows(
+    op: Operation, operands: tuple[jax.Array, ...], dims: vmap.Dims, params: dict[str, Any]
 ) -> tuple[list[jax.Array], list[int]]:
+    """vmap of x, weights, cos and sin: more rows, or a call each where weights are mapped."""
     if any(d is not None for d in dims[1:-2]):
-        return vmap.call_each(lambda *x: project_op.bind(*x, **params), operands, dims), [0]
-    n = vmap.mapped_size(operands, dims)
-    x, *weights, cos, sin = operands
-    x, cos, sin = (vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[-2]), (sin, dims[-1])))
-    return [vmap.unfold(y, n) for y in project_op.bind(x, *weights, cos, sin, **params)], [0]
+        results = vmap.call_each(lambda *x: op.bind(*x, **params), operands, dims)
+    else:
+        n = vmap.mapped_size(operands, dims)
+        x, *weights, cos, sin = operands
+        x, cos, sin = (
+            vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[-2]), (sin, dims[-1]))
+        )
+        results = [vmap.unfold(y, n) for y in op.bind(x, *weights, cos, sin, **params)]
+    return results, [0] * len(results)
 
 
-project_op = Operation(
+def attributes(*, layout: str, transposed: bool) -> dict[str, Any]:
+    """The handler's."""
+    return {"transposed": transposed, "layout": np.int32(_limits.ROPE_LAYOUTS[layout])}
+
+
+project_op: Operation = Operation(
     "project",
     static=("layout", "transposed"),
     results=_results,
     num_results=1,
     reference=lambda *operands, **params: [reference(*operands, **params)],
-    batch=_batch,
-    attributes=lambda *, layout, transposed: {
-        "transposed": transposed,
-        "layout": np.int32(_limits.ROPE_LAYOUTS[layout]),
-    },
+    batch=lambda operands, dims, **params: batch_rows(project_op, operands, dims, params),
+    attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
 )

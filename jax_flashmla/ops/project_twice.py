@@ -6,12 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_flashmla import _checks, _limits
-from jax_flashmla._xla import vmap
+from jax_flashmla import _checks
 from jax_flashmla._xla.operation import Operation
-from jax_flashmla.ops.project import refusal_of_sizes
+from jax_flashmla.ops.project import attributes, batch_rows, refusal_of_sizes
 from jax_flashmla.reference.project import project_twice as reference
 
 
@@ -72,11 +70,7 @@ def project_twice(
     _checks.check_layout(layout)
     if layout != "none" and rope % 2:
         raise ValueError(f"w must have an even number of columns behind v's m, got {rope} a head")
-    pairs = 0 if layout == "none" else rope // 2
-    cos, sin = (
-        _checks.as_angles(name, a, (rows, pairs), "[rows, pairs]", layout)
-        for name, a in (("cos", cos), ("sin", sin))
-    )
+    cos, sin = _checks.as_rotation(cos, sin, layout, rope, (rows,), "[rows, pairs]")
     operands = (*map(jnp.asarray, (x, w, v)), cos, sin)
     if implementation is None and _refusal(*operands, transposed=transposed) is not None:
         implementation = "xla"
@@ -104,30 +98,14 @@ def _results(
     return [(y, x.dtype), ((x.shape[0], between), x.dtype)]
 
 
-def _batch(
-    operands: tuple[jax.Array, ...], dims: vmap.Dims, **params: Any
-) -> tuple[list[jax.Array], list[int]]:
-    if dims[1] is not None or dims[2] is not None:
-        each = vmap.call_each(lambda *x: project_twice_op.bind(*x, **params), operands, dims)
-        return each, [0, 0]
-    n = vmap.mapped_size(operands, dims)
-    x, w, v, cos, sin = operands
-    x, cos, sin = (vmap.fold(a, d, n) for a, d in ((x, dims[0]), (cos, dims[3]), (sin, dims[4])))
-    results = project_twice_op.bind(x, w, v, cos, sin, **params)
-    return [vmap.unfold(a, n) for a in results], [0, 0]
-
-
-project_twice_op = Operation(
+project_twice_op: Operation = Operation(
     "project_twice",
     static=("layout", "transposed"),
     results=_results,
     num_results=1,
     reference=lambda *operands, **params: [reference(*operands, **params)],
-    batch=_batch,
-    attributes=lambda *, layout, transposed: {
-        "transposed": transposed,
-        "layout": np.int32(_limits.ROPE_LAYOUTS[layout]),
-    },
+    batch=lambda operands, dims, **params: batch_rows(project_twice_op, operands, dims, params),
+    attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
 )

@@ -14,21 +14,9 @@ from jax.sharding import PartitionSpec as P
 import cases
 from jax_flashmla import Peers, all_reduce_sum, connect_peers, context
 from jax_flashmla.ops.exchange import exchange, exchange_refusal
-from parallel import DEVICES, devices_of, make_mesh
+from parallel import make_mesh
 
 CALL = "flashmla_exchange_v1"
-
-
-@pytest.fixture(params=DEVICES)
-def mesh(request: pytest.FixtureRequest) -> Mesh:
-    """All of its "model" for GPUs, and two groups of 4 CPU devices."""
-    devices = devices_of(*request.param)
-    return make_mesh(devices, data=2 if request.param[0] == "cpu" else 1)
-
-
-@pytest.fixture
-def cpu_mesh() -> Mesh:
-    return make_mesh(jax.devices("cpu")[:8], data=2)
 
 
 def place(mesh: Mesh, x: np.ndarray) -> jax.Array:

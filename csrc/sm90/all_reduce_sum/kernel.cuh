@@ -38,13 +38,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first = blockIdx.x * split.chunk;
   const int64_t count = min(split.chunk, split.segment - first);
 
-  uint32_t* epoch = workspace.epochs + blockIdx.x;
-  const uint32_t now = *static_cast<volatile uint32_t*>(epoch);
-  const bool failed = *static_cast<volatile uint32_t*>(workspace.failed) != 0;
-  const Region region{workspace, (blockIdx.x * 2 + now % 2) * kRegionVectors, split.chunk};
+  const Turn turn = begin_turn(workspace, split.chunk);
+  const Region& region = turn.region;
 
   const auto load = [&](int64_t vector) {
-    return failed ? kNaNs : reinterpret_cast<const uint4*>(x)[vector];
+    return turn.failed ? kNaNs : reinterpret_cast<const uint4*>(x)[vector];
   };
   const auto store = [&](int64_t vector, const uint4& v) {
     store_vector(out, vector * kElements<Element>, params.elements, v);
@@ -101,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  __syncthreads();  // all threads have read the epoch
-  if (threadIdx.x == 0) *epoch = now + 1;
+  end_turn(turn);
 }
 
 }  // namespace flashmla::sm90::all_reduce_sum

@@ -21,10 +21,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first = blockIdx.x * split.chunk;
   const int64_t count = min(split.chunk, split.vectors - first);
 
-  uint32_t* epoch = workspace.epochs + blockIdx.x;
-  const uint32_t now = *static_cast<volatile uint32_t*>(epoch);
-  const bool failed = *static_cast<volatile uint32_t*>(workspace.failed) != 0;
-  const Region region{workspace, (blockIdx.x * 2 + now % 2) * kRegionVectors, split.chunk};
+  const Turn turn = begin_turn(workspace, split.chunk);
+  const Region& region = turn.region;
 
   // Number `vector` of a segment: its array, and its place in that array's segments.
   const int64_t of_first = params.arrays[0].bytes / kVectorBytes;
@@ -36,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto load = [&](int to, int64_t i) {
     const Exchanged* array;
     const int64_t at = find(params.gather ? 0 : to, first + i, array);
-    return failed ? kNaNs : static_cast<const uint4*>(array->x)[at];
+    return turn.failed ? kNaNs : static_cast<const uint4*>(array->x)[at];
   };
   const auto store = [&](int from, int64_t i, const uint4& v) {
     const Exchanged* array;
@@ -62,8 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (from < size && from != rank) store(from, i, take(region, 0, from, i, parts[from]));
     }
   }
-  __syncthreads();  // all threads have read the epoch
-  if (threadIdx.x == 0) *epoch = now + 1;
+  end_turn(turn);
 }
 
 }  // namespace flashmla::sm90::exchange

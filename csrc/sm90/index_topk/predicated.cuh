@@ -6,15 +6,6 @@
 
 namespace flashmla::sm90::index_topk {
 
-__device__ __forceinline__ void store_if(bool yes, uint32_t address, float x) {
-  asm volatile(
-      "{\n.reg .pred yes;\n"
-      "setp.ne.u32 yes, %2, 0;\n"
-      "@yes st.shared::cta.f32 [%0], %1;\n}\n" ::"r"(address),
-      "f"(x), "r"(uint32_t{yes})
-      : "memory");
-}
-
 __device__ __forceinline__ void store_if(bool yes, uint32_t address, int32_t x) {
   asm volatile(
       "{\n.reg .pred yes;\n"
@@ -22,6 +13,10 @@ __device__ __forceinline__ void store_if(bool yes, uint32_t address, int32_t x) 
       "@yes st.shared::cta.s32 [%0], %1;\n}\n" ::"r"(address),
       "r"(x), "r"(uint32_t{yes})
       : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool yes, uint32_t address, float x) {
+  store_if(yes, address, __float_as_int(x));
 }
 
 // Appends to an array of which *count is how many it has.

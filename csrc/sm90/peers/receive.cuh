@@ -18,6 +18,26 @@ struct Region {
   }
 };
 
+// A block's turn: calls alternate between two regions.
+struct Turn {
+  uint32_t* epoch;  // this block's count of calls
+  uint32_t now;     // what it is in this one
+  bool failed;      // the group has, in this call or an earlier one
+  Region region;
+};
+
+__device__ __forceinline__ Turn begin_turn(const Workspace& workspace, int64_t chunk) {
+  uint32_t* epoch = workspace.epochs + blockIdx.x;
+  const uint32_t now = *static_cast<volatile uint32_t*>(epoch);
+  const bool failed = *static_cast<volatile uint32_t*>(workspace.failed) != 0;
+  return {epoch, now, failed, {workspace, (blockIdx.x * 2 + now % 2) * kRegionVectors, chunk}};
+}
+
+__device__ __forceinline__ void end_turn(const Turn& turn) {
+  __syncthreads();  // all threads have read the epoch
+  if (threadIdx.x == 0) *turn.epoch = turn.now + 1;
+}
+
 // Waits for the words of a slot that was found incomplete. Gives up after the timeout: from then on
 // every word of the group is NaN, here at once, at the other devices as they receive it.
 __device__ __forceinline__ uint4 await(const uint4* slot, uint64_t timeout_ns, uint32_t* failed,

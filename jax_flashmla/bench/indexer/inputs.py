@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import CacheFormat
-from jax_flashmla.bench.device import take
+from jax_flashmla.bench.gather import take
 from jax_flashmla.bench.indexer.shapes import BLOCK_SIZE, COLUMNS, KEY_BYTES, ScoresShape
 from jax_flashmla.bench.noise import normal
 from jax_flashmla.bench.pools import Pool

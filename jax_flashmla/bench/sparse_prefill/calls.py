@@ -12,7 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla.bench.attention_error import attention_error, heads_at
-from jax_flashmla.bench.device import take
+from jax_flashmla.bench.gather import take
 from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
