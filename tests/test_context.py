@@ -27,6 +27,7 @@ from jax_flashmla import (
     merge_lse,
 )
 from jax_flashmla.context import ContextAllocator
+from parallel import devices_of
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
@@ -40,11 +41,17 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
                          devices=jax.devices("cpu"))  # fmt: skip
 
 
-def make_problem(s_q: int, h_q: int, batches: int, ranks: int) -> tuple:
-    """q, then blocks and table as `decode_specs` splits them; and the keys, unpaged."""
+def make_problem(
+    s_q: int, h_q: int, batches: int, ranks: int, width: int = 24, dtype: str = "float32"
+) -> tuple:
+    """q, then blocks and table as `decode_specs` splits them; and the keys, unpaged.
+
+    16-bit keys are small: what each rank sends is rounded, to 2^-9 of it.
+    """
+    scale = 1.0 if dtype == "float32" else 0.2
     rng = np.random.default_rng(cases.SEED)
-    q = cases.normal(rng, (8, s_q, h_q, 24), "float32", 2.0)
-    keys = cases.normal(rng, (8, int(LENGTHS.max()), 1, 24), "float32")
+    q = cases.normal(rng, (8, s_q, h_q, width), dtype, 2.0)
+    keys = cases.normal(rng, (8, int(LENGTHS.max()), 1, width), dtype, scale)
     shares = [
         context_cases.share_out(of, lengths, ranks, 8)
         for of, lengths in zip(np.split(keys, batches), np.split(LENGTHS, batches), strict=True)
@@ -54,7 +61,7 @@ def make_problem(s_q: int, h_q: int, batches: int, ranks: int) -> tuple:
         np.pad(x, [(0, 0), (0, num_blocks - x.shape[1]), *[(0, 0)] * 3], constant_values=np.nan)
         for x, _ in shares
     ]
-    blocks = np.stack(padded).reshape(-1, 8, 1, 24)  # batch, rank, block
+    blocks = np.stack(padded).reshape(-1, 8, 1, width)  # batch, rank, block
     table = np.concatenate([np.concatenate(tables, axis=1) for _, tables in shares])
     return q, blocks, table, keys
 
@@ -122,34 +129,48 @@ def test_packed_queries_on_an_explicit_mesh() -> None:
 
 
 def test_sparse_decode_is_that_of_one_device() -> None:
+    check_sparse_decode(devices_of("cpu", 8), 24, D_V, "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_sparse_decode_is_that_of_one_gpu(size: int) -> None:
+    check_sparse_decode(devices_of("cuda", size), 576, 512, "bfloat16")
+
+
+def check_sparse_decode(devices: list[jax.Device], width: int, d_v: int, dtype: str) -> None:
     """Of indices that some ranks have none of, with a sink, heads split over the same axis."""
-    rng = np.random.default_rng(cases.SEED)
-    _, blocks, table, keys = make_problem(1, 8, 1, 8)
-    q = cases.normal(rng, (8, 2, 8, 24), "float32", 2.0)
+    rng, ranks = np.random.default_rng(cases.SEED), len(devices)
+    _, blocks, table, keys = make_problem(1, 8, 1, ranks, width, dtype)
+    q = cases.normal(rng, (8, 2, 8, width), dtype, 2.0)
     sink = cases.normal(rng, (8,), "float32")
     chosen = rng.random((8, 2, int(LENGTHS.max()))) < 0.3
     chosen &= np.arange(LENGTHS.max()) < LENGTHS[:, None, None]
-    tables, indices = table.reshape(8, 8, -1), np.full((8, 2, 8, 12), -1, np.int32)
+    most = -(-int(LENGTHS.max()) // ranks)
+    tables, indices = table.reshape(8, ranks, -1), np.full((8, 2, ranks, most), -1, np.int32)
     for i, j, t in np.argwhere(chosen):
-        rank, local = t % 8, t // 8
+        rank, local = t % ranks, t // ranks
         free = int((indices[i, j, rank] >= 0).sum())
         indices[i, j, rank, free] = tables[i, rank, local // 8] * 8 + local % 8
     specs = decode_specs(context="t", heads="t")
 
     def local(q: jax.Array, blocks: jax.Array, indices: jax.Array, sink: jax.Array) -> tuple:
         return context.sparse_decode(
-            q, blocks, indices, axis="t", heads_split=True, attn_sink=sink, d_v=D_V
+            q, blocks, indices, axis="t", heads_split=True, attn_sink=sink, d_v=d_v
         )
 
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh_of(t=8),
-        in_specs=(specs.q, specs.blocks, P(None, None, "t"), P("t")),
-        out_specs=specs.out_specs,
-    )
-    got = jax.jit(sharded)(q, blocks, indices.reshape(8, 2, -1), sink)
-    expected = naive.attend(q, keys[:, None, :, 0], d_v=D_V, mask=chosen, sink=sink)
-    tolerances.assert_decoded(got, expected, **tolerances.F32_DECODE)
+    mesh = jax.make_mesh((ranks,), ("t",), axis_types=(AxisType.Auto,), devices=devices)
+    in_specs = (specs.q, specs.blocks, P(None, None, "t"), P("t"))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=specs.out_specs)
+    arguments = (q, blocks, indices.reshape(8, 2, -1), sink)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arguments, in_specs, strict=True)
+    ]
+    got = jax.jit(sharded)(*placed)
+    expected = naive.attend(q, keys[:, None, :, 0], d_v=d_v, mask=chosen, sink=sink)
+    bounds = tolerances.F32_DECODE if dtype == "float32" else {"out": tolerances.SPARSE_OUT}
+    tolerances.assert_decoded(got, expected, **bounds)
 
 
 @pytest.mark.parametrize("few", [True, False], ids=["few bytes", "many"])

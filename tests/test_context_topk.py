@@ -7,13 +7,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import index_cases
 from index_cases import IndexCase, Problem
 from jax_flashmla import context, index_scores, index_topk
 from jax_flashmla.ops import index_topk as topk_module
+from parallel import devices_of
 from stored import poisoned_blocks
 
 
@@ -59,6 +60,19 @@ CASES = [
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("case", "size", "given"), CASES, ids=str)
 def test_ranks_select_what_one_device_does(case: IndexCase, size: int, given: bool) -> None:
+    check_selection(case, devices_of("cpu", size), given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [True, False], ids=["of scores", "of keys"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_gpus_select_what_one_does(size: int, given: bool) -> None:
+    case = IndexCase(b=3, s_q=2, heads=64, s_k=9000, topk=2048)
+    check_selection(case, devices_of("cuda", size), given)
+
+
+def check_selection(case: IndexCase, devices: list[jax.Device], given: bool) -> None:
+    size = len(devices)
     problem = index_cases.make_problem(case)
     blocks, tables = share_keys(problem, size)
     fixed = {k: problem.arguments[k] for k in ("q", "weights", "cache_seqlens")}
@@ -77,11 +91,10 @@ def test_ranks_select_what_one_device_does(case: IndexCase, size: int, given: bo
         got = context.index_topk(**arguments, axis="t", topk=case.topk, return_positions=True)
         return got[0][None], got[1][None]
 
-    mesh = jax.make_mesh(
-        (size,), ("t",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:size]
-    )
+    mesh = jax.make_mesh((size,), ("t",), axis_types=(AxisType.Auto,), devices=devices)
     sharded = jax.jit(jax.shard_map(select, mesh=mesh, in_specs=P("t"), out_specs=P("t")))
-    check(problem, size, *map(np.asarray, sharded(blocks, tables)), tables)
+    placed = (jax.device_put(x, NamedSharding(mesh, P("t"))) for x in (blocks, tables))
+    check(problem, size, *map(np.asarray, sharded(*placed)), tables)
 
 
 @pytest.mark.usefixtures("on_cpu")
