@@ -175,7 +175,9 @@ class Step:
         jitted: Any = jax.jit(step, donate_argnums=1)
         self._step, self.capture = jitted, None
         if jax.process_count() == 1:  # else processes would compile with different options
-            self._step, self.capture = compile_and_look(jitted, self.weights, self.cache, self.x)
+            self._step, self.capture = compile_and_look(
+                jitted.lower(self.weights, self.cache, self.x)
+            )
 
     def __call__(self) -> jax.Array:
         self.cache, x = self._step(self.weights, self.cache, self.x)

@@ -6,7 +6,6 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.stages
 
@@ -44,15 +43,17 @@ def parse_thunks(listing: str) -> Capture:
     return Capture(command_buffers, inside, outside)
 
 
-def compile_and_look(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, Capture | None]:
-    """Compiles a jitted function, and reads in XLA's dump how its custom calls are launched.
+def compile_and_look(
+    lowered: jax.stages.Lowered,
+) -> tuple[jax.stages.Compiled, Capture | None]:
+    """Compiles a lowered function, and reads in XLA's dump how its custom calls are launched.
 
     Returns:
         The compiled function, and what the dump says; None where XLA lists no thunks, as on a CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder}
-        compiled = function.lower(*arguments).compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options)
         for pattern in DUMPS:
             for file in Path(folder).glob(pattern):
                 return compiled, parse_thunks(file.read_text())

@@ -16,6 +16,11 @@ def take(array: jax.Array, places: jax.Array) -> jax.Array:
     return array[places]
 
 
+@jax.jit
+def _sums(pool: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.sum(pool[index], axis=1)
+
+
 def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:
     """GB/s, in its fastest sample, of sums over rows of `row_bytes` at random places.
 
@@ -28,7 +33,6 @@ def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:
     with jax.default_device(device):
         pool = jnp.ones((num_rows, row_bytes // 4), jnp.uint32)
         index = jax.random.randint(jax.random.key(0), (count,), 0, num_rows)
-        sums = jax.jit(lambda pool, index: jnp.sum(pool[index], axis=1))
         method = replace(method, sustained_seconds=0.0)
-        us = time_calls(lambda: sums(pool, index), 1, method).us_min
+        us = time_calls(lambda: _sums(pool, index), 1, method).us_min
     return count * row_bytes / us / 1e3

@@ -155,6 +155,14 @@ class Ceilings:
     gather_gbs: Mapping[int, float] = field(default_factory=dict)  # by bytes of a row: gather.py
 
 
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+_sum, _matmul = jax.jit(jnp.sum), jax.jit(jnp.matmul)  # compiled once for all runs of a process
+
+
 def measure_ceilings(device: jax.Device, method: Method) -> Ceilings:
     """Device copy and read bandwidth, and a square matrix product."""
     on_gpu = device.platform == "gpu"
@@ -163,13 +171,10 @@ def measure_ceilings(device: jax.Device, method: Method) -> Ceilings:
     method = replace(method, sustained_seconds=0.0)
     with jax.default_device(device):
         x = jnp.ones((elements,), jnp.float32)
-        copy = jax.jit(lambda x: x + 1)
-        copy_us = time_calls(lambda: copy(x), 1, method).us_min
-        read = jax.jit(jnp.sum)
-        read_us = time_calls(lambda: read(x), 1, method).us_min
+        copy_us = time_calls(lambda: _copy(x), 1, method).us_min
+        read_us = time_calls(lambda: _sum(x), 1, method).us_min
         a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-        matmul = jax.jit(jnp.matmul)
-        matmul_us = time_calls(lambda: matmul(a, b), 1, method).us_min
+        matmul_us = time_calls(lambda: _matmul(a, b), 1, method).us_min
     return Ceilings(
         copy_gbs=2 * x.nbytes / copy_us / 1e3,
         read_gbs=x.nbytes / read_us / 1e3,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_flashmla.bench.command_buffers import compile_and_look
+from jax_flashmla.bench.ahead import Program, Programs
 from jax_flashmla.bench.device import count_calls
 from jax_flashmla.bench.kernel_table import profile_kernels
 from jax_flashmla.bench.live import Torch
@@ -16,6 +16,7 @@ from jax_flashmla.bench.measure import Method, Timing, time_calls
 from jax_flashmla.bench.operation import Calls, Operation
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.shape import Result, Shape
+from jax_flashmla.bench.stopwatch import Stopwatch
 
 PEER_ERROR = 0.1  # a peer's may have queries in fp8; above this it solved another problem
 
@@ -25,35 +26,33 @@ def measure_shape(
     shape: Shape,
     pool: Any,
     setup: Setup,
+    programs: Programs,
     *,
-    with_xla: bool,
     peer: Torch | None = None,
     profile: bool = False,
 ) -> Result:
-    """Times one shape and, with_xla, its baselines; with a peer, that too; with profile, kernels.
+    """Times one shape and its baselines; with a peer, that too; with profile, kernels.
 
     Raises:
         AssertionError: the result is wrong.
-        Exception: whatever compiling or running it raises.
+        Exception: whatever compiling or running it raised.
     """
-    module = operation.calls()
-    calls = module.make_calls(shape, pool, setup, with_xla=with_xla)
-    function, arguments = calls.kernel.function, calls.kernel.arguments
-    launched: Result = {}
-    if setup.look_inside:
-        function, capture = compile_and_look(function, *arguments)
-        launched["custom_calls"] = count_calls(function, module.TARGET)
-        launched["command_buffers"] = capture and dataclasses.asdict(capture)
-    error = calls.error(function(*arguments))
+    module, watch = operation.calls(), Stopwatch()
+    with watch("make"):
+        calls = module.make_calls(shape, pool, setup, programs)
+    run = partial(calls.kernel.function, *calls.kernel.arguments)
+    with watch("check"):
+        error = calls.error(run())
     if not error <= module.MAX_RELATIVE_ERROR:
         raise AssertionError(f"wrong result: relative error {error:.1e}")
-    timing = time_calls(partial(function, *arguments), calls.kernel.calls, setup.method)
-    limit_us, parts = _limit(shape, calls, setup)
+    with watch("time"):
+        timing = time_calls(run, calls.kernel.calls, setup.method)
+        limit_us, parts = _limit(shape, calls, setup)
     result = {
         **dataclasses.asdict(timing),
         "calls": calls.kernel.calls,
         "caches": setup.caches(shape),
-        **launched,
+        **_launches(programs["kernel"], module.TARGET, setup),
         **parts,
         "relative_error": error,
         "tflops": shape.flops / timing.us / 1e6,
@@ -71,11 +70,25 @@ def measure_shape(
         result["peers"] = recorded
         result["speedup_vs_peers"] = recorded["best_us"] / timing.us
     if peer is not None:
-        result |= _beside(operation, shape, calls, timing, peer, setup.method)
+        with watch("peer"):
+            result |= _beside(operation, shape, calls, timing, peer, setup.method)
     if profile:
-        kernels = profile_kernels(partial(function, *arguments), calls.kernel.calls)
-        result["kernels"] = [dataclasses.asdict(kernel) for kernel in kernels]
-    return result | _baselines(calls, timing, setup.method)
+        with watch("profile"):
+            kernels = profile_kernels(run, calls.kernel.calls)
+            result["kernels"] = [dataclasses.asdict(kernel) for kernel in kernels]
+    with watch("baselines"):
+        result |= _baselines(calls, timing, setup.method)
+    return result | {"wall_seconds": watch.seconds}
+
+
+def _launches(kernel: Program, target: str, setup: Setup) -> Result:
+    """How its custom calls are launched, if that is asked for."""
+    if not setup.look_inside or kernel.compiled is None:
+        return {}
+    return {
+        "custom_calls": count_calls(kernel.compiled, target),
+        "command_buffers": kernel.capture and dataclasses.asdict(kernel.capture),
+    }
 
 
 def _limit(shape: Shape, calls: Calls, setup: Setup) -> tuple[float, Result]:

@@ -1,4 +1,4 @@
-"""Normal numbers for arguments: drawn once, on the host, so that no shape compiles a generator."""
+"""Random arguments, made on the host, so that no shape compiles a generator."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ def _drawn(dtype: str, scale: float) -> np.ndarray:
 def host_normal(
     shape: tuple[int, ...], dtype: Any, seed: int = 0, scale: float = 1.0
 ) -> np.ndarray:
-    """Those of different seeds are the same sequence from different places on."""
-    start = seed * 1_000_003 % COUNT
-    drawn = np.roll(_drawn(jnp.dtype(dtype).name, scale), -start)
-    return np.resize(drawn[: math.prod(shape)], shape)
+    """Normal numbers; of different seeds the same sequence from different places on."""
+    start, size = seed * 1_000_003 % COUNT, math.prod(shape)
+    drawn = _drawn(jnp.dtype(dtype).name, scale)
+    if start + size <= COUNT:
+        return drawn[start : start + size].reshape(shape)
+    return np.resize(np.roll(drawn, -start)[:size], shape)
 
 
 def normal(shape: tuple[int, ...], dtype: Any, device: jax.Device, seed: int = 0) -> jax.Array:
     """The same on a device."""
     return jax.device_put(host_normal(shape, dtype, seed), device)
+
+
+def runs(numbers: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
+    """int32 [len(start), length]: so many of `numbers` from each start on, going round."""
+    around = np.concatenate([numbers, numbers[:length]]).astype(np.int32)
+    return np.lib.stride_tricks.sliding_window_view(around, length)[start]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jax_flashmla.bench.shape import Result
 
 if TYPE_CHECKING:
+    from jax_flashmla.bench.ahead import Lowered, Programs
     from jax_flashmla.bench.live import Torch
     from jax_flashmla.bench.setup import Setup
 
@@ -41,7 +42,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Timed:
-    """A jitted function with its arguments, and how often it calls the operation."""
+    """A compiled function with its arguments, and how often it calls the operation."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -72,8 +73,14 @@ class MakesCalls(Protocol):
     def make_pool(self, shapes: list[Any], setup: Setup) -> Any:
         """What all these shapes share, made once."""
 
-    def make_calls(self, shape: Any, pool: Any, setup: Setup, *, with_xla: bool) -> Calls:
-        """The functions of one shape, and with_xla its baselines."""
+    def programs(self, shape: Any, pool: Any, setup: Setup, *, with_xla: bool) -> Lowered:
+        """All that the shape runs, with_xla its baselines too, lowered from abstract arguments.
+
+        No array is made for it. Names: "kernel", those of baselines, whatever make_calls needs.
+        """
+
+    def make_calls(self, shape: Any, pool: Any, setup: Setup, programs: Programs) -> Calls:
+        """The arrays of one shape, and its programs on them."""
 
 
 class CallsPeer(Protocol):

@@ -30,6 +30,7 @@ class Options:
     layers: int | None = None  # calls in one jitted function; by default as the grid says
     commit: str | None = None
     json: Path | None = None
+    resume: bool = False  # go on with the run whose file that is
     profile: Path | None = None
     plots: Path | None = None
     saved: Path | None = None  # show these results instead of measuring
@@ -133,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what --json's file has of an earlier run that was cut off, on the same device "
+        "and of the same commit, and measure the other shapes",
+    )
+    parser.add_argument(
         "--profile",
         type=Path,
         metavar="PATH",
@@ -203,6 +210,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         layers=arguments.layers,
         commit=arguments.commit,
         json=arguments.json,
+        resume=arguments.resume,
         profile=arguments.profile,
         plots=arguments.plots,
         saved=arguments.saved,
@@ -242,6 +250,8 @@ def _check(options: Options, operation: Operation) -> None:
         raise ValueError("--compare measures nothing: beside it only --tolerance has a meaning")
     if not 0 <= options.tolerance < math.inf:
         raise ValueError(f"--tolerance must be a fraction of at least 0, got {options.tolerance}")
+    if options.resume and options.json is None:
+        raise ValueError("--resume needs --json, the file that it goes on with")
     first, *_ = next(iter(operation.grids.values())).shapes()
     for condition in options.conditions:
         matches(first, condition)

@@ -6,7 +6,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_flashmla import CacheFormat
 from jax_flashmla.cache.quantise import quantise
@@ -23,31 +22,33 @@ class Pool:
         self._device = device
         self._made: tuple[CacheFormat, jax.Array] | None = None
 
+    def abstract(self, format: CacheFormat) -> jax.ShapeDtypeStruct:
+        """What `blocks` returns, without it."""
+        return jax.eval_shape(partial(random_blocks, format, self._num_blocks[format]))
+
     def blocks(self, format: CacheFormat) -> jax.Array:
         """[num_blocks, *format.block_shape]; those of another format are freed."""
         if self._made is None or self._made[0] != format:
             self._made = None
-            self._made = format, random_blocks(format, self._num_blocks[format], self._device)
+            with jax.default_device(self._device):
+                self._made = format, random_blocks(format, self._num_blocks[format])
         return self._made[1]
 
 
-def random_blocks(format: CacheFormat, num_blocks: int, device: jax.Device) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def random_blocks(format: CacheFormat, num_blocks: int) -> jax.Array:
     """Rows of normal numbers; a slab of them is stored again and again."""
     slab = min(num_blocks, max(1, SLAB_NUMBERS // (format.block_size * format.d_qk)))
-    with jax.default_device(device):
-        stored = _slab(format, slab)
-        pool = format.allocate(num_blocks)
-        for start in range(0, num_blocks, slab):
-            pool = _place(pool, stored, np.int32(min(start, num_blocks - slab)))
-    return pool
+    stored = _slab(format, slab)
+    first = (0,) * (stored.ndim - 1)
+
+    def store(i: jax.Array, pool: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * slab, num_blocks - slab)
+        return jax.lax.dynamic_update_slice(pool, stored, (start, *first))
+
+    return jax.lax.fori_loop(0, -(-num_blocks // slab), store, format.allocate(num_blocks))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _place(pool: jax.Array, stored: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(pool, stored, (start, *(0,) * (pool.ndim - 1)))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
 def _slab(format: CacheFormat, num_blocks: int) -> jax.Array:
     """Blocks of random rows."""
     ends = (num_blocks, format.block_size, format.d_qk)

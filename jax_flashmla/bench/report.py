@@ -194,6 +194,9 @@ def show(document: dict[str, Any], plots: Path | None, console: Console) -> int:
         0 if every shape was measured, 1 if one failed, 130 if the run was interrupted.
     """
     print_summary(document["summary"], console)
+    if seconds := document.get("wall_seconds"):
+        parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        print_plain(console, f"this took {sum(seconds.values()):.0f} s: {parts}")
     if plots is not None:
         from jax_flashmla.bench.plots import draw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jax_flashmla import _interrupt, kernel_refusal
 from jax_flashmla.bench import document as documents
-from jax_flashmla.bench import environment, live, report
+from jax_flashmla.bench import environment, live, report, resume
+from jax_flashmla.bench.ahead import AT_ONCE, Lowered, Programs, compile_shapes
 from jax_flashmla.bench.device import platform_of
 from jax_flashmla.bench.gather import measure_gather
 from jax_flashmla.bench.limits import limits_of
@@ -23,6 +25,8 @@ from jax_flashmla.bench.operation import Operation
 from jax_flashmla.bench.operations import OPERATIONS
 from jax_flashmla.bench.options import Options
 from jax_flashmla.bench.setup import Setup
+from jax_flashmla.bench.shape import Result
+from jax_flashmla.bench.stopwatch import Stopwatch
 from jax_flashmla.bench.summary import summarise
 
 USABLE_MEMORY = 0.9  # of what JAX may allocate: the rest is for XLA's own temporaries
@@ -47,7 +51,11 @@ def run(options: Options, console: Console) -> int:
     except (ValueError, ImportError) as error:
         console.print(f"[red]{escape(str(error))}")
         return 2
-    found = measure(grid, shapes, options, device, console, peer)
+    try:
+        found = measure(grid, shapes, options, device, console, peer)
+    except resume.OtherRun as error:
+        console.print(f"[red]{escape(str(error))}")
+        return 2
     return report.show(found, options.plots, console)
 
 
@@ -63,15 +71,18 @@ def measure(
 
     Ctrl-C ends it early: the shapes measured by then are in the document. It counts as interrupted
     until its last shape, so that the file of a run that was killed says so too.
+
+    Raises:
+        resume.OtherRun: options.resume, and options.json is of another run.
     """
-    operation = OPERATIONS[options.operation]
+    operation, watch = OPERATIONS[options.operation], Stopwatch()
     layers = options.layers_of(grid)
     method = METHODS[device.platform]
     if options.brief:
         method = method.brief()
     if layers is not None:
         method = dataclasses.replace(method, min_calls=layers, max_calls=layers)
-    with console.status("measuring what XLA reaches on this device"):
+    with console.status("measuring what XLA reaches on this device"), watch("start"):
         ceilings = measure_ceilings(device, method)
         row_bytes = sorted({size for shape in shapes for size in shape.gathered})
         gather_gbs = {size: measure_gather(device, method, size) for size in row_bytes}
@@ -85,12 +96,24 @@ def measure(
         look_inside=layers is not None,
     )
     document = _begin(options, grid, setup, ceilings)
+    kept = resume.measured(document, options, shapes) if options.resume else {}
     report.print_setting(document, console)
 
     memory = (device.memory_stats() or {}).get("bytes_limit", 1 << 34)
+    usable = USABLE_MEMORY * memory
     calls = operation.calls()
-    fitting = [s for s in shapes if calls.memory(s, setup) < USABLE_MEMORY * memory]
-    pool = calls.make_pool(fitting, setup)
+    todo = [shape for shape in shapes if shape not in kept]
+    document |= {"shapes": list(kept.values()), "interrupted": bool(todo)}
+    pool = calls.make_pool([s for s in todo if calls.memory(s, setup) < usable], setup)
+
+    def lower(shape: Any) -> Lowered:
+        needed = calls.memory(shape, setup)
+        if needed >= usable:
+            raise MemoryError(f"needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB")
+        with_xla = _wants_xla(shape, operation, options.xla, device.platform)
+        with jax.default_device(device):
+            return calls.programs(shape, pool, setup, with_xla=with_xla)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,37 +122,61 @@ def measure(
     )
     table = report.ShapeTable(operation, document["limits"])
     report.print_plain(console, table.header())
+    for result in kept.values():
+        report.print_plain(console, table.line(result))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(shapes))
+        task = progress.add_task("", total=len(shapes), completed=len(kept))
         try:
             with _interrupt.keeping():
-                for shape in shapes:
-                    progress.update(task, description=str(shape))
-                    try:
-                        if shape not in fitting:
-                            needed = f"{calls.memory(shape, setup) / 1e9:.1f} GB"
-                            raise MemoryError(f"needs {needed} of {memory / 1e9:.1f} GB")
-                        with_xla = _wants_xla(shape, operation, options.xla, device.platform)
-                        result = measure_shape(
-                            operation,
-                            shape,
-                            pool,
-                            setup,
-                            with_xla=with_xla,
-                            peer=peer,
-                            profile=options.profile is not None,
+                for start in range(0, len(todo), AT_ONCE):
+                    batch = todo[start : start + AT_ONCE]
+                    progress.update(task, description=f"compiling for {len(batch)} shapes")
+                    with watch("compile"):
+                        compiled = compile_shapes(
+                            [partial(lower, shape) for shape in batch],
+                            look_inside=setup.look_inside,
                         )
-                    except Exception as error:  # one shape's failure must not cost the others
-                        result = {"error": first_line(error)}
-                    fields = {**dataclasses.asdict(shape), **shape.facts}
-                    document["shapes"].append({**fields, **result})
-                    document["interrupted"] = len(document["shapes"]) < len(shapes)
-                    report.print_plain(progress.console, table.line(document["shapes"][-1]))
-                    _keep(document, options)
-                    progress.advance(task)
+                    for shape in batch:
+                        progress.update(task, description=str(shape))
+                        programs = compiled.pop(0)
+                        result = _measured(operation, shape, pool, setup, programs, peer, options)
+                        watch.add(result.get("wall_seconds", {}))
+                        document["wall_seconds"] = watch.seconds
+                        kept[shape] = {**dataclasses.asdict(shape), **shape.facts, **result}
+                        document["shapes"] = [kept[s] for s in shapes if s in kept]
+                        document["interrupted"] = len(kept) < len(shapes)
+                        report.print_plain(progress.console, table.line(kept[shape]))
+                        _keep(document, options)
+                        progress.advance(task)
         except KeyboardInterrupt:
             _keep(document, options)
     return document
+
+
+def _measured(
+    operation: Operation,
+    shape: Any,
+    pool: Any,
+    setup: Setup,
+    programs: Programs | Exception,
+    peer: live.Torch | None,
+    options: Options,
+) -> Result:
+    """As `measure_shape`; of one that fails, its error, which must not cost the others."""
+    try:
+        if isinstance(programs, Exception):
+            raise programs
+        return measure_shape(
+            operation,
+            shape,
+            pool,
+            setup,
+            programs,
+            peer=peer,
+            profile=options.profile is not None,
+        )
+    except Exception as error:
+        return {"error": first_line(error)}
 
 
 def _begin(options: Options, grid: str, setup: Setup, ceilings: Ceilings) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_xla_keeps_calls_over_the_same_cache_apart():
     shape = Shape(2, 1, 4, 96)
     device = jax.devices("cpu")[0]
     tables = make_tables(shape, 1, 16) * 3
-    pool = random_blocks(CacheFormat(block_size=16), shape.num_blocks(16), device)
+    pool = random_blocks(CacheFormat(block_size=16), shape.num_blocks(16))
     arguments = (make_q(shape, "bfloat16", device), pool, tables, shape.seqlens())
     decode = package_decode(shape, "kernel")
     assert count_calls(decode.lower(*arguments).compile()) == 3

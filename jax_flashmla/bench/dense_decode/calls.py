@@ -12,6 +12,7 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.dense_decode.shapes import D_QK, D_V, ITEMSIZE, Shape
 from jax_flashmla.bench.device import DECODE_TARGET
@@ -75,10 +76,6 @@ def make_q(shape: Shape, dtype: Any, device: jax.Device) -> jax.Array:
     return normal((shape.b, shape.s_q, shape.h_q, D_QK), dtype, device)
 
 
-# (q, pool, tables, cache_seqlens) -> the last table's out, and something of each table's result
-Decode = Callable[..., tuple[jax.Array, Any]]
-
-
 @partial(jax.jit, static_argnums=(0, 2))
 def make_schedule(
     shape: Shape, cache_seqlens: jax.Array, max_seqlen: int
@@ -89,51 +86,49 @@ def make_schedule(
     )
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def package_decode(
     shape: Shape,
     implementation: str,
+    format: CacheFormat,
+    q: jax.Array,
+    pool: jax.Array,
+    tables: list[jax.Array],
+    cache_seqlens: jax.Array,
     schedule: jax_flashmla.SplitSchedule | None = None,
-    format: CacheFormat | None = None,
-) -> Decode:
+) -> tuple[jax.Array, Any]:
     """One call per table, through jax_flashmla.
 
     Without a schedule the function makes one for all its calls, as a decoding step does. Of the
-    kernels' calls it returns the sum of one lse each. So an out dies at once, as in a model, and
-    all get the same memory: each in memory of its own, they would all be written to DRAM, 4 us more
-    a call of 140 (b 128, 16 heads, 4k tokens, an H200). And the host has no 128 results to make:
-    with them, dispatching a run took it 0.65 ms instead of 0.29.
+    kernels' calls it returns, beside the last out, the sum of one lse each. So an out dies at once,
+    as in a model, and all get the same memory: each in memory of its own, they would all be written
+    to DRAM, 4 us more a call of 140 (b 128, 16 heads, 4k tokens, an H200). And the host has no 128
+    results to make: with them, dispatching a run took it 0.65 ms instead of 0.29.
     """
-
-    @jax.jit
-    def decode(
-        q: jax.Array,
-        pool: jax.Array,
-        tables: list[jax.Array],
-        cache_seqlens: jax.Array,
-        schedule: jax_flashmla.SplitSchedule | None = None,
-    ) -> tuple[jax.Array, Any]:
-        if schedule is None:
-            block_size = pool.shape[1] if format is None else format.block_size
-            schedule = make_schedule(shape, cache_seqlens, tables[0].shape[1] * block_size)
-        attend = partial(
-            jax_flashmla.dense_decode,
-            causal=True,
-            format=format,
-            schedule=schedule,
-            implementation=implementation,
-        )
-        outs, lses = zip(*(attend(q, pool, table, cache_seqlens) for table in tables), strict=True)
-        return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
-
-    return decode if schedule is None else partial(decode, schedule=schedule)
+    if schedule is None:
+        schedule = make_schedule(shape, cache_seqlens, tables[0].shape[1] * format.block_size)
+    attend = partial(
+        jax_flashmla.dense_decode,
+        causal=True,
+        format=format,
+        schedule=schedule,
+        implementation=implementation,
+    )
+    outs, lses = zip(*(attend(q, pool, table, cache_seqlens) for table in tables), strict=True)
+    return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
 
 
-def composed_decode(format: CacheFormat) -> Decode:
+@partial(jax.jit, static_argnums=0)
+def composed_decode(
+    format: CacheFormat,
+    q: jax.Array,
+    pool: jax.Array,
+    tables: list[jax.Array],
+    cache_seqlens: jax.Array,
+) -> tuple[jax.Array, list[jax.Array]]:
     """As package_decode, but what a JAX user writes without it: gather, dequantise, two einsums."""
 
-    def attend(
-        q: jax.Array, pool: jax.Array, table: jax.Array, cache_seqlens: jax.Array
-    ) -> jax.Array:
+    def attend(table: jax.Array) -> jax.Array:
         b, s_q = q.shape[:2]
         keys = rows_of(format, pool[table]).reshape(b, -1, D_QK)
         scores = jnp.einsum("bshd,bkd->bshk", q, keys, preferred_element_type=jnp.float32)
@@ -142,14 +137,8 @@ def composed_decode(format: CacheFormat) -> Decode:
         p = jax.nn.softmax(jnp.where(visible[:, :, None], scores * D_QK**-0.5, -jnp.inf))
         return jnp.einsum("bshk,bkd->bshd", p.astype(q.dtype), keys[..., :D_V])
 
-    @jax.jit
-    def decode(
-        q: jax.Array, pool: jax.Array, tables: list[jax.Array], cache_seqlens: jax.Array
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        outs = [attend(q, pool, table, cache_seqlens) for table in tables]
-        return outs[-1], outs
-
-    return decode
+    outs = [attend(table) for table in tables]
+    return outs[-1], outs
 
 
 def rows_of(format: CacheFormat, blocks: jax.Array) -> jax.Array:
@@ -157,48 +146,73 @@ def rows_of(format: CacheFormat, blocks: jax.Array) -> jax.Array:
     return load_rows(format, blocks, jnp.float32(1)).astype(format.dtype)
 
 
-def make_calls(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
-    """The kernels' calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
+def _longest(shape: Shape, block_size: int) -> tuple[int, int, int]:
+    """The longest sequence, its tokens, and the blocks that they take."""
+    sequence = int(shape.seqlens().argmax())
+    tokens = int(shape.seqlens()[sequence])
+    return sequence, tokens, -(-tokens // block_size)
+
+
+def programs(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The schedule, the kernels' calls, the rows of a check; with_xla plain XLA's calls, and on a
+    CPU the pure-JAX reference's."""
+    format, blocks = format_of(shape, setup), pool.abstract(format_of(shape, setup))
+    _, _, columns = _longest(shape, setup.block_size)
+    q = jax.ShapeDtypeStruct((shape.b, shape.s_q, shape.h_q, D_QK), setup.dtype)
+    ids = jax.ShapeDtypeStruct((columns,), jnp.int32)
+    table = jax.ShapeDtypeStruct((shape.b, columns), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((shape.b,), jnp.int32)
+    few = (q, blocks, [table] * min(BASELINE_CALLS, setup.calls(shape)), lengths)
+    found, schedule = {"rows": _rows_at.lower(format, blocks, ids)}, None
+    # The peers' schedules were made beforehand. A stack of layers makes its own, once.
+    if not setup.look_inside:
+        room = columns * setup.block_size
+        schedule = jax.eval_shape(lambda x: make_schedule(shape, x, room), lengths)
+        found["schedule"] = make_schedule.lower(shape, lengths, room)
+    found["kernel"] = package_decode.lower(
+        shape, "kernel", format, q, blocks, [table] * setup.calls(shape), lengths, schedule
+    )
+    if with_xla:
+        found["xla"] = composed_decode.lower(format, *few)
+        if setup.device.platform == "cpu":
+            found["reference"] = package_decode.lower(shape, "xla", format, *few)
+    return found
+
+
+def make_calls(shape: Shape, pool: Pool, setup: Setup, programs: Programs) -> Calls:
+    """The shape's tables, lengths and q."""
     caches, calls = setup.caches(shape), setup.calls(shape)
     # Arrays of their own, of which XLA cannot know that some are the same.
     tables = make_tables(shape, caches, setup.block_size) * (calls // caches)
-    format = format_of(shape, setup)
-    blocks = pool.blocks(format)
+    blocks = pool.blocks(format_of(shape, setup))
     q = make_q(shape, setup.dtype, setup.device)
     seqlens, device_tables = jax.device_put((shape.seqlens(), tables), setup.device)
-    # The peers' schedules were made beforehand. A stack of layers makes its own, once.
-    schedule = None
-    if not setup.look_inside:
-        schedule = make_schedule(shape, seqlens, tables[0].shape[1] * setup.block_size)
-    decode = package_decode(shape, "kernel", schedule, format)
-
-    baselines = {}
-    if with_xla:
-        few = (q, blocks, device_tables[:BASELINE_CALLS], seqlens)
-        baselines["xla"] = Timed(composed_decode(format), few, len(few[2]))
-        if setup.device.platform == "cpu":
-            reference = package_decode(shape, "xla", format=format)
-            baselines["reference"] = Timed(reference, few, len(few[2]))
+    schedule = programs["schedule"](seqlens) if "schedule" in programs else None
+    few = (q, blocks, device_tables[:BASELINE_CALLS], seqlens)
     return Calls(
-        Timed(decode, (q, blocks, device_tables, seqlens), calls),
-        lambda result: relative_error(result[0], q, format, blocks, tables[-1], shape),
-        baselines,
+        Timed(programs["kernel"], (q, blocks, device_tables, seqlens, schedule), calls),
+        lambda result: relative_error(
+            result[0], q, partial(programs["rows"], blocks), tables[-1], shape, setup.block_size
+        ),
+        {
+            name: Timed(programs[name], few, len(few[2]))
+            for name in ("xla", "reference")
+            if name in programs
+        },
     )
 
 
 def relative_error(
     out: jax.Array,
     q: jax.Array,
-    format: CacheFormat,
-    pool: jax.Array,
+    rows_at: Callable[[np.ndarray], jax.Array],
     table: np.ndarray,
     shape: Shape,
+    block_size: int,
 ) -> float:
     """The worst head's error, of the longest sequence's last query, against naive attention."""
-    sequence = int(shape.seqlens().argmax())
-    tokens = int(shape.seqlens()[sequence])
-    ids = table[sequence, : -(-tokens // format.block_size)]
-    rows = np.asarray(_rows_at(format, pool, ids)).reshape(-1, D_QK)[:tokens]
+    sequence, tokens, columns = _longest(shape, block_size)
+    rows = np.asarray(rows_at(table[sequence, :columns])).reshape(-1, D_QK)[:tokens]
     got, asked = (heads_at(array, sequence, -1) for array in (out, q))
     return attention_error(got, asked, rows, d_v=D_V, sm_scale=D_QK**-0.5)
 

@@ -28,7 +28,7 @@ def _fp8_rows(format: CacheFormat, blocks: jax.Array) -> jax.Array:
 
 
 def peer_calls(shape: Shape, arguments: tuple[Any, ...], peer: FlashMLA) -> list[Callable[[], Any]]:
-    """As `operation.CallsPeer`; arguments are (q, blocks, tables, cache_seqlens)."""
+    """As `operation.CallsPeer`; arguments are (q, blocks, tables, cache_seqlens, schedule)."""
     torch, ops = peer.torch, peer.ops
     blocks = arguments[1]
     if blocks.shape[1] != BLOCK_SIZE:

@@ -55,6 +55,21 @@ def memory(shape: ScoresShape, setup: Setup) -> int:
     return keys + queries + (given + 2) * scores
 
 
+def abstract_inputs(shape: ScoresShape, pool: Pool, calls: int) -> Inputs:
+    """What `make_inputs` returns, for so many calls, without the arrays."""
+    rows, blocks = (shape.b, shape.s_q, shape.heads), blocks_of(shape)
+    made = jax.ShapeDtypeStruct
+    scores = made((*rows[:2], blocks * BLOCK_SIZE), jnp.float32)
+    return Inputs(
+        q=made((*rows, COLUMNS), jnp.float8_e4m3fn),
+        weights=made(rows, jnp.float32),
+        blocks=pool.abstract(FORMAT),
+        cache_seqlens=made((shape.b,), jnp.int32),
+        tables=[made((shape.b, blocks), jnp.int32)] * calls,
+        scores=[scores] * calls if shape.heads == 0 else [],
+    )
+
+
 def make_inputs(shape: ScoresShape, pool: Pool, setup: Setup) -> Inputs:
     """Blocks of a cache are at random places within a run of the pool of its own."""
     caches, calls = setup.caches(shape), setup.calls(shape)

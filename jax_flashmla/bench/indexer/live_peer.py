@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla.bench.indexer.shapes import BLOCK_SIZE, KEY_BYTES, ScoresShape, TopkShape
 from jax_flashmla.bench.live import Torch, load_torch
@@ -74,8 +75,8 @@ def peer_calls(
     if not isinstance(shape, TopkShape):
         return logits
     rows = shape.b * shape.s_q
-    query = jnp.arange(rows, dtype=jnp.int32) % shape.s_q
-    seen = peer.tensor(shape.s_k - (shape.s_q - 1 - query))
+    query = np.arange(rows, dtype=np.int32) % shape.s_q
+    seen = peer.torch.from_numpy(shape.s_k - (shape.s_q - 1 - query)).cuda()
     positions = seen.new_zeros((rows, shape.topk))
 
     def select(logits: Callable[[], Any]) -> Any:
@@ -92,8 +93,9 @@ def _logits(inputs: Any, peer: Indexers, s_k: int) -> list[Callable[[], Any]]:
     b, s_q, heads, _ = q.shape
     weights = peer.tensor(inputs.weights).view(b * s_q, heads)
     blocks = peer.tensor(inputs.blocks).view(-1, BLOCK_SIZE, 1, KEY_BYTES)
-    query = jnp.arange(s_q, dtype=jnp.int32)[None]
-    seqlens = peer.tensor(inputs.cache_seqlens[:, None] - (s_q - 1 - query))  # each query's own
+    query = np.arange(s_q, dtype=np.int32)[None]
+    seen = np.asarray(inputs.cache_seqlens)[:, None] - (s_q - 1 - query)  # each query's own
+    seqlens = torch.from_numpy(seen).cuda()
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     schedule = deep_gemm.get_paged_mqa_logits_metadata(seqlens, BLOCK_SIZE, multiprocessors)
 

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 import jax_flashmla
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.indexer.inputs import (
     FORMAT,
     Inputs,
+    abstract_inputs,
     compose_scores,
     last_scores,
     make_inputs,
@@ -23,7 +25,7 @@ from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
 
-__all__ = ["MAX_RELATIVE_ERROR", "TARGET", "make_calls", "make_pool", "memory"]
+__all__ = ["MAX_RELATIVE_ERROR", "TARGET", "make_calls", "make_pool", "memory", "programs"]
 
 MAX_RELATIVE_ERROR = 1e-3  # of a query token's scores in the 2-norm
 TARGET = "flashmla_index_scores_v1"
@@ -54,21 +56,30 @@ def _composed(inputs: Inputs) -> list[jax.Array]:
     return [compose_scores(q, weights, blocks, table, seqlens) for table in tables]
 
 
-def make_calls(shape: ScoresShape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
-    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
-    inputs = make_inputs(shape, pool, setup)
-    baselines = {}
+def programs(shape: ScoresShape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The kernel's calls; with_xla plain XLA's, and on a CPU the pure-JAX reference's."""
+    inputs = abstract_inputs(shape, pool, setup.calls(shape))
+    few = inputs._replace(tables=inputs.tables[:BASELINE_CALLS])
+    found = {"kernel": _package.lower(inputs, implementation="kernel")}
     if with_xla:
-        few = inputs._replace(tables=inputs.tables[:BASELINE_CALLS])
-        baselines["xla"] = Timed(_composed, (few,), BASELINE_CALLS)
+        found["xla"] = _composed.lower(few)
         if setup.device.platform == "cpu":
-            reference = partial(_package, implementation="xla")
-            baselines["reference"] = Timed(reference, (few,), BASELINE_CALLS)
-    kernel = partial(_package, implementation="kernel")
+            found["reference"] = _package.lower(few, implementation="xla")
+    return found
+
+
+def make_calls(shape: ScoresShape, pool: Pool, setup: Setup, programs: Programs) -> Calls:
+    """The shape's keys, queries and tables."""
+    inputs = make_inputs(shape, pool, setup)
+    few = inputs._replace(tables=inputs.tables[:BASELINE_CALLS])
     return Calls(
-        Timed(kernel, (inputs,), setup.calls(shape)),
+        Timed(programs["kernel"], (inputs,), setup.calls(shape)),
         lambda result: relative_error(result[0], shape, inputs),
-        baselines,
+        {
+            name: Timed(programs[name], (few,), BASELINE_CALLS)
+            for name in ("xla", "reference")
+            if name in programs
+        },
     )
 
 

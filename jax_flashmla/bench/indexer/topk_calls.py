@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 import jax_flashmla
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.indexer.inputs import (
     FORMAT,
     Inputs,
+    abstract_inputs,
     compose_scores,
     last_scores,
     make_inputs,
@@ -23,7 +25,7 @@ from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
 
-__all__ = ["MAX_RELATIVE_ERROR", "TARGET", "make_calls", "make_pool", "memory"]
+__all__ = ["MAX_RELATIVE_ERROR", "TARGET", "make_calls", "make_pool", "memory", "programs"]
 
 MAX_RELATIVE_ERROR = 1e-4  # what the selected scores' sum lacks of the best's
 TARGET = "flashmla_index_topk_v1"
@@ -60,23 +62,36 @@ def _composed(inputs: Inputs, *, topk: int) -> list[jax.Array]:
     return [jax.lax.top_k(x, min(topk, x.shape[-1]))[1] for x in scores]
 
 
-def make_calls(shape: TopkShape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
-    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
-    inputs = make_inputs(shape, pool, setup)
-    package = partial(_package, topk=shape.topk)
-    baselines = {}
+def _few(inputs: Inputs) -> Inputs:
+    """Of a few calls: the baselines'."""
+    tables, scores = inputs.tables[:BASELINE_CALLS], inputs.scores[:BASELINE_CALLS]
+    return inputs._replace(tables=tables, scores=scores)
+
+
+def programs(shape: TopkShape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The kernel's calls; with_xla plain XLA's, and on a CPU the pure-JAX reference's."""
+    inputs = abstract_inputs(shape, pool, setup.calls(shape))
+    few, topk = _few(inputs), shape.topk
+    found = {"kernel": _package.lower(inputs, topk=topk, implementation="kernel")}
     if with_xla:
-        few = inputs._replace(
-            tables=inputs.tables[:BASELINE_CALLS], scores=inputs.scores[:BASELINE_CALLS]
-        )
-        baselines["xla"] = Timed(partial(_composed, topk=shape.topk), (few,), BASELINE_CALLS)
+        found["xla"] = _composed.lower(few, topk=topk)
         if setup.device.platform == "cpu":
-            reference = partial(package, implementation="xla")
-            baselines["reference"] = Timed(reference, (few,), BASELINE_CALLS)
+            found["reference"] = _package.lower(few, topk=topk, implementation="xla")
+    return found
+
+
+def make_calls(shape: TopkShape, pool: Pool, setup: Setup, programs: Programs) -> Calls:
+    """The shape's keys or scores, queries and tables."""
+    inputs = make_inputs(shape, pool, setup)
+    few = _few(inputs)
     return Calls(
-        Timed(partial(package, implementation="kernel"), (inputs,), setup.calls(shape)),
+        Timed(programs["kernel"], (inputs,), setup.calls(shape)),
         lambda result: relative_error(result[0], shape, inputs),
-        baselines,
+        {
+            name: Timed(programs[name], (few,), BASELINE_CALLS)
+            for name in ("xla", "reference")
+            if name in programs
+        },
     )
 
 

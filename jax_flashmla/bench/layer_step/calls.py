@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 
 from jax_flashmla import (
     BlockTable,
+    CacheFormat,
     PagedCache,
     SplitSchedule,
     dense_decode,
     index_topk,
     sparse_decode,
 )
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.layer_step.shapes import INDEX_HEADS, TOPK, WIDTHS, Shape
 from jax_flashmla.bench.noise import host_normal, normal
 from jax_flashmla.bench.operation import Calls, Timed
@@ -35,6 +38,7 @@ from jax_flashmla.layers import (
 # Of a token's y in the 2-norm, both sides in bfloat16: 4e-3 to 7e-3. With an indexer, a few of the
 # 2,048 tokens are others where scores round differently: each counts with the root of 2 / 2048.
 MAX_RELATIVE_ERROR = 0.15
+Blocks = Callable[[CacheFormat, int], jax.Array]  # format, num_blocks -> random blocks
 TARGET = "flashmla_latent_append_v1"
 YARN = YarnConfig(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
 INDEXER = IndexerConfig(num_heads=INDEX_HEADS, topk=TOPK, rope_layout="half")
@@ -67,6 +71,17 @@ def config_of(shape: Shape) -> MLAConfig:
     )
 
 
+def formats_of(shape: Shape) -> tuple[CacheFormat, CacheFormat | None]:
+    """Of the cache and of its index keys."""
+    config = config_of(shape)
+    return config.cache_format(name="v32" if shape.sparse else "dense"), config.index_format()
+
+
+def blocks_of(shape: Shape) -> int:
+    """Of all layers."""
+    return shape.layers * shape.b * -(-shape.s_k // 64)
+
+
 def make_weights(config: MLAConfig, layers: int, device: jax.Device) -> list[MLAParams]:
     """Bfloat16 weights for each layer: the same random ones, in arrays of its own.
 
@@ -87,24 +102,23 @@ def _copy(weights: MLAParams) -> MLAParams:
     return jax.tree.map(jnp.copy, weights)
 
 
-def make_cache(shape: Shape, device: jax.Device) -> PagedCache:
+def make_cache(shape: Shape, device: jax.Device, blocks: Blocks = random_blocks) -> PagedCache:
     """Random rows for all but each sequence's last token; blocks in random order."""
-    config, columns = config_of(shape), -(-shape.s_k // 64)
+    columns = -(-shape.s_k // 64)
     ids = np.random.default_rng(2).permutation(shape.b * columns).astype(np.int32)
     table = BlockTable.create(
         ids.reshape(shape.b, columns), np.full(shape.b, shape.s_k - 1, np.int32), block_size=64
     )
-    format = config.cache_format(name="v32" if shape.sparse else "dense")
+    format, index = formats_of(shape)
     cache = PagedCache.create(
-        format, table, num_blocks=1, layers=1, index_format=config.index_format(), device=device
+        format, table, num_blocks=1, layers=1, index_format=index, device=device
     )  # its table; the blocks are made random, one array for all layers
-    num_blocks = shape.layers * shape.b * columns
-    index = config.index_format()
+    num_blocks = blocks_of(shape)
     return dataclasses.replace(
         cache,
-        blocks=random_blocks(format, num_blocks, device),
+        blocks=blocks(format, num_blocks),
         layers=shape.layers,
-        index_blocks=None if index is None else random_blocks(index, num_blocks, device),
+        index_blocks=None if index is None else blocks(index, num_blocks),
         index_layers=0 if index is None else shape.layers,
     )
 
@@ -176,45 +190,64 @@ def attend(
 class Step:
     """A step that is run again and again over the cache that it donates."""
 
-    def __init__(self, config: MLAConfig, weights: list[Any], cache: PagedCache, x: jax.Array):
-        self.config, self.weights, self.cache, self.x = config, weights, cache, x
-        self._step = partial(step, config)
+    def __init__(self, programs: Programs, weights: list[Any], cache: PagedCache, x: jax.Array):
+        self._step, self._check = programs["kernel"], programs["check"]
+        self.weights, self.cache, self.x = weights, cache, x
 
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         self.cache, x, first = self._step(self.weights, self.cache, self.x)
         return x, first
 
-    def lower(self) -> Step:
-        self._lowered = step.lower(self.config, self.weights, self.cache, self.x)
-        return self
-
-    def compile(self, compiler_options: dict[str, Any]) -> Step:
-        self._step = self._lowered.compile(compiler_options)  # type: ignore[assignment]
-        return self
-
-    def as_text(self) -> str:
-        return self._step.as_text()  # type: ignore[attr-defined]
+    def first_in_jax(self) -> jax.Array:
+        """The first layer's y, in pure JAX."""
+        self.cache, _, first = self._check(self.weights[:1], self.cache, self.x)
+        return first
 
 
-def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
-    """The step, and its attention kernels alone; with_xla nothing else."""
+def programs(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The step, its first layer in pure JAX, its attention kernels alone, the cache's blocks."""
     del pool, with_xla
+    config, made = config_of(shape), jax.ShapeDtypeStruct
+    weights = [MLAParams.shapes(config, jnp.bfloat16)] * shape.layers
+    cache = jax.eval_shape(lambda: make_cache(shape, setup.device))
+    x = made((shape.b, 1, config.hidden_size), jnp.bfloat16)
+    queries = (
+        made((shape.b, 1, shape.h_q, config.d_qk), jnp.bfloat16),
+        made((shape.b, 1, INDEX_HEADS, 128), jnp.float8_e4m3fn),
+        made((shape.b, 1, INDEX_HEADS), jnp.float32),
+    )
+    return {
+        **{
+            format.name: random_blocks.lower(format, blocks_of(shape))
+            for format in formats_of(shape)
+            if format is not None
+        },
+        "kernel": step.lower(config, weights, cache, x),
+        "check": step.lower(config, weights[:1], cache, x, implementation="xla"),
+        "alone": attend.lower(config, cache, *queries),
+    }
+
+
+def make_calls(shape: Shape, pool: None, setup: Setup, programs: Programs) -> Calls:
+    """The layers' weights and caches, and what they run on."""
+    del pool
     config, device = config_of(shape), setup.device
     weights = make_weights(config, shape.layers, device)
-    # On the device for good, as the step returns it, which would be compiled again otherwise.
-    cache = jax.device_put(make_cache(shape, device), device)
+    # On the device for good, as the step returns it.
+    made = make_cache(shape, device, lambda format, _: programs[format.name]())
+    cache = jax.device_put(made, device)
     x = normal((shape.b, 1, config.hidden_size), jnp.bfloat16, device)
-    q = normal((shape.b, 1, shape.h_q, config.d_qk), jnp.bfloat16, device, seed=1)
-    index = (
+    queries = (
+        normal((shape.b, 1, shape.h_q, config.d_qk), jnp.bfloat16, device, seed=1),
         normal((shape.b, 1, INDEX_HEADS, 128), jnp.float8_e4m3fn, device, seed=2),
         normal((shape.b, 1, INDEX_HEADS), jnp.float32, device, seed=3),
     )
-    run = Step(config, weights, cache, x)
+    run, alone = Step(programs, weights, cache, x), programs["alone"]
     return Calls(
         Timed(run, (), shape.layers),
         lambda result: relative_error(result, run),
         {},
-        alone=Timed(lambda: attend(config, run.cache, q, *index), (), shape.layers),
+        alone=Timed(lambda: alone(run.cache, *queries), (), shape.layers),
         read_once=shape.weight_bytes,
     )
 
@@ -227,7 +260,6 @@ def relative_error(result: tuple[jax.Array, jax.Array], run: Step) -> float:
     x, got = (np.asarray(a, np.float32) for a in result)
     if not np.isfinite(x).all():
         return float("nan")
-    run.cache, _, y = step(run.config, run.weights[:1], run.cache, run.x, implementation="xla")
-    expected = np.asarray(y, np.float32)
+    expected = np.asarray(run.first_in_jax(), np.float32)
     norm = partial(np.linalg.norm, axis=-1)
     return float((norm(got - expected) / norm(expected)).max())

@@ -12,8 +12,9 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.attention_error import attention_error, heads_at
-from jax_flashmla.bench.noise import normal
+from jax_flashmla.bench.noise import normal, runs
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
@@ -97,11 +98,9 @@ def _pick(
     topk: int,
     block_size: int,
 ) -> np.ndarray:
-    b = len(table)
-    start = generator.integers(len(order), size=(b, s_q, 1))
-    token = order[(start + np.arange(topk)) % len(order)]
-    block = table[np.arange(b)[:, None, None], token // block_size]
-    return (block * block_size + token % block_size).astype(np.int32)
+    start = generator.integers(len(order), size=(len(table), s_q))
+    slots = table[:, order // block_size] * block_size + order % block_size  # in order, [b, s_k]
+    return np.stack([runs(*one, topk) for one in zip(slots, start, strict=True)])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -115,50 +114,39 @@ def make_schedule(shape: Shape) -> jax_flashmla.SplitSchedule | None:
     return schedule
 
 
-# (q, blocks, picks) -> the last picks' out, and something of each picks' result
-Decode = Callable[..., tuple[jax.Array, Any]]
-
-
+@partial(jax.jit, static_argnums=(0, 1))
 def package_decode(
-    format: CacheFormat, implementation: str, schedule: jax_flashmla.SplitSchedule | None
-) -> Decode:
+    format: CacheFormat,
+    implementation: str,
+    q: jax.Array,
+    blocks: jax.Array,
+    picks: list[Picks],
+    schedule: jax_flashmla.SplitSchedule | None,
+) -> tuple[jax.Array, Any]:
     """One call for each picks, through jax_flashmla.
 
-    Of the kernel's calls it returns the sum of one lse each: so every out gets the same memory, as
-    in a model.
+    Returns:
+        The last call's out and, of the kernel's calls, the sum of one lse each: so every out gets
+        the same memory, as in a model.
     """
-
-    @jax.jit
-    def decode(
-        q: jax.Array,
-        blocks: jax.Array,
-        picks: list[Picks],
-        schedule: jax_flashmla.SplitSchedule | None,
-    ) -> tuple[jax.Array, Any]:
-        results = []
-        for indices, *extra in picks:
-            options: dict[str, Any] = {}
-            if extra:
-                options = {
-                    "extra_blocks": blocks,
-                    "extra_indices": extra[0],
-                    "extra_format": format,
-                }
-            results.append(
-                jax_flashmla.sparse_decode(
-                    q,
-                    blocks,
-                    indices,
-                    format=format,
-                    schedule=schedule,
-                    implementation=implementation,
-                    **options,
-                )
+    results = []
+    for indices, *extra in picks:
+        options: dict[str, Any] = {}
+        if extra:
+            options = {"extra_blocks": blocks, "extra_indices": extra[0], "extra_format": format}
+        results.append(
+            jax_flashmla.sparse_decode(
+                q,
+                blocks,
+                indices,
+                format=format,
+                schedule=schedule,
+                implementation=implementation,
+                **options,
             )
-        outs, lses = zip(*results, strict=True)
-        return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
-
-    return partial(decode, schedule=schedule)
+        )
+    outs, lses = zip(*results, strict=True)
+    return outs[-1], sum(lse[0, 0, 0] for lse in lses) if implementation == "kernel" else outs
 
 
 @partial(jax.jit, static_argnums=0)
@@ -173,58 +161,73 @@ def gather(format: CacheFormat, blocks: jax.Array, picks: Picks) -> jax.Array:
     return jnp.concatenate(rows, axis=-2)
 
 
-def composed_decode(format: CacheFormat) -> Decode:
+@partial(jax.jit, static_argnums=0)
+def composed_decode(
+    format: CacheFormat, q: jax.Array, blocks: jax.Array, picks: list[Picks]
+) -> tuple[jax.Array, list[jax.Array]]:
     """As package_decode, but what a JAX user writes without it: gather, dequantise, two einsums."""
 
-    def attend(q: jax.Array, blocks: jax.Array, picks: Picks) -> jax.Array:
+    def attend(picks: Picks) -> jax.Array:
         rows = gather(format, blocks, picks)
         scores = jnp.einsum("bshd,bskd->bshk", q, rows, preferred_element_type=jnp.float32)
         p = jax.nn.softmax(scores * format.d_qk**-0.5)
         return jnp.einsum("bshk,bskd->bshd", p.astype(q.dtype), rows[..., :D_V])
 
-    @jax.jit
-    def decode(
-        q: jax.Array, blocks: jax.Array, picks: list[Picks]
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        outs = [attend(q, blocks, x) for x in picks]
-        return outs[-1], outs
-
-    return decode
+    outs = [attend(x) for x in picks]
+    return outs[-1], outs
 
 
-def make_calls(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Calls:
-    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
-    caches, calls = setup.caches(shape), setup.calls(shape)
+def programs(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The schedule, the kernel's calls, the rows of a check; with_xla plain XLA's calls, and on a
+    CPU the pure-JAX reference's."""
     format = format_of(shape, setup)
-    blocks = pool.blocks(format)
+    q = jax.ShapeDtypeStruct((shape.b, shape.s_q, shape.h_q, shape.d_qk), setup.dtype)
+    blocks = pool.abstract(format)
+    topks = (shape.topk, shape.extra_topk)[: _regions(shape)]
+    one = tuple(jax.ShapeDtypeStruct((shape.b, shape.s_q, topk), jnp.int32) for topk in topks)
+    few = [one] * min(BASELINE_CALLS, setup.calls(shape))
+    last = tuple(jax.ShapeDtypeStruct((topk,), jnp.int32) for topk in topks)
+    found, schedule = {"rows": gather.lower(format, blocks, last)}, None
+    # FlashMLA's schedule was made beforehand. A stack of layers makes its own, once.
+    if not setup.look_inside:
+        schedule = jax.eval_shape(partial(make_schedule, shape))
+    if schedule is not None:
+        found["schedule"] = make_schedule.lower(shape)
+    all_picks = [one] * setup.calls(shape)
+    found["kernel"] = package_decode.lower(format, "kernel", q, blocks, all_picks, schedule)
+    if with_xla:
+        found["xla"] = composed_decode.lower(format, q, blocks, few)
+        if setup.device.platform == "cpu":
+            found["reference"] = package_decode.lower(format, "xla", q, blocks, few, None)
+    return found
+
+
+def make_calls(shape: Shape, pool: Pool, setup: Setup, programs: Programs) -> Calls:
+    """The shape's caches, indices and q."""
+    caches, calls = setup.caches(shape), setup.calls(shape)
+    blocks = pool.blocks(format_of(shape, setup))
     # Arrays of their own, of which XLA cannot know that some are the same.
     picks = make_picks(shape, caches, setup.block_size) * (calls // caches)
     q = normal((shape.b, shape.s_q, shape.h_q, shape.d_qk), setup.dtype, setup.device)
-    with jax.default_device(setup.device):
-        # FlashMLA's schedule was made beforehand. A stack of layers makes its own, once.
-        schedule = None if setup.look_inside else make_schedule(shape)
+    schedule = programs["schedule"]() if "schedule" in programs else None
     device_picks = jax.device_put(picks, setup.device)
-    decode = package_decode(format, "kernel", schedule)
-
-    baselines = {}
-    if with_xla:
-        few = (q, blocks, device_picks[:BASELINE_CALLS])
-        baselines["xla"] = Timed(composed_decode(format), few, len(few[2]))
-        if setup.device.platform == "cpu":
-            reference = package_decode(format, "xla", None)
-            baselines["reference"] = Timed(reference, few, len(few[2]))
+    few = device_picks[:BASELINE_CALLS]
+    arguments = {"xla": (q, blocks, few), "reference": (q, blocks, few, None)}
     return Calls(
-        Timed(decode, (q, blocks, device_picks), calls),
-        lambda result: relative_error(result[0], q, format, blocks, picks[-1]),
-        baselines,
+        Timed(programs["kernel"], (q, blocks, device_picks, schedule), calls),
+        lambda result: relative_error(result[0], q, partial(programs["rows"], blocks), picks[-1]),
+        {
+            name: Timed(programs[name], given, len(few))
+            for name, given in arguments.items()
+            if name in programs
+        },
     )
 
 
 def relative_error(
-    out: Any, q: jax.Array, format: CacheFormat, blocks: jax.Array, picks: Picks
+    out: Any, q: jax.Array, rows_at: Callable[[Picks], jax.Array], picks: Picks
 ) -> float:
     """The worst head's error, of the last query token, against naive attention."""
-    rows = gather(format, blocks, tuple(x[-1, -1] for x in picks))
-    return attention_error(
-        heads_at(out, -1, -1), heads_at(q, -1, -1), rows, d_v=D_V, sm_scale=format.d_qk**-0.5
-    )
+    rows = rows_at(tuple(x[-1, -1] for x in picks))
+    got, asked = heads_at(out, -1, -1), heads_at(q, -1, -1)
+    return attention_error(got, asked, rows, d_v=D_V, sm_scale=q.shape[-1] ** -0.5)

@@ -14,11 +14,11 @@ MAX_HEADS = 128
 
 
 def peer_calls(shape: Shape, arguments: tuple[Any, ...], peer: FlashMLA) -> list[Callable[[], Any]]:
-    """As `operation.CallsPeer`; arguments are (q, blocks, picks)."""
+    """As `operation.CallsPeer`; arguments are (q, blocks, picks, schedule)."""
     if shape.format not in FORMATS or shape.h_q > MAX_HEADS:
         return []
     torch, sparse_decode = peer.torch, peer.ops.sparse_decode_fwd
-    q, blocks, picks = arguments
+    q, blocks, picks, _ = arguments
     q = peer.padded(peer.tensor(q))
     cache = peer.tensor(blocks).view(torch.float8_e4m3fn)
     if shape.format == "v4":  # rows of 584 bytes by their number; it knows where the planes are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_flashmla
+from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.gather import take
-from jax_flashmla.bench.noise import host_normal, normal
+from jax_flashmla.bench.noise import host_normal, normal, runs
 from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.sparse_prefill.shapes import D_V, ITEMSIZE, Shape
@@ -46,14 +46,9 @@ def make_sources(shape: Shape, setup: Setup) -> Sources:
     """
     kv = host_normal((shape.s_kv, 1, shape.d_qk), setup.dtype, seed=1)
     generator = np.random.default_rng(2)
-    order = generator.permutation(shape.s_kv).astype(np.int32)
-    start = generator.integers(shape.s_kv, size=(shape.s_q, 1))
-    indices = order[(start + np.arange(shape.topk)) % shape.s_kv]
+    order = generator.permutation(shape.s_kv)
+    indices = runs(order, generator.integers(shape.s_kv, size=shape.s_q), shape.topk)
     return [jax.device_put((kv, indices), setup.device) for _ in range(setup.caches(shape))]
-
-
-# (q, sources) -> the last call's out, and something of each call's result
-Prefill = Callable[..., tuple[jax.Array, Any]]
 
 
 @partial(jax.jit, static_argnames="implementation")
@@ -84,25 +79,40 @@ def composed_prefill(q: jax.Array, sources: Sources) -> tuple[jax.Array, list[ja
     return outs[-1], outs
 
 
-def make_calls(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Calls:
-    """The kernel's calls and, with_xla, plain XLA's; on a CPU also the pure-JAX reference's."""
+def programs(shape: Shape, pool: None, setup: Setup, *, with_xla: bool) -> Lowered:
+    """The kernel's calls; with_xla plain XLA's, and on a CPU the pure-JAX reference's."""
+    del pool
+    q = jax.ShapeDtypeStruct((shape.s_q, shape.h_q, shape.d_qk), setup.dtype)
+    source = (
+        jax.ShapeDtypeStruct((shape.s_kv, 1, shape.d_qk), setup.dtype),
+        jax.ShapeDtypeStruct((shape.s_q, shape.topk), jnp.int32),
+    )
+    calls = setup.calls(shape)
+    few = [source] * min(BASELINE_CALLS, calls)
+    found = {"kernel": package_prefill.lower(q, [source] * calls, "kernel")}
+    if with_xla:
+        found["xla"] = composed_prefill.lower(q, few)
+        if setup.device.platform == "cpu":
+            found["reference"] = package_prefill.lower(q, few, "xla")
+    return found
+
+
+def make_calls(shape: Shape, pool: None, setup: Setup, programs: Programs) -> Calls:
+    """The shape's rows, indices and q."""
     del pool
     q = normal((shape.s_q, shape.h_q, shape.d_qk), setup.dtype, setup.device)
     made = make_sources(shape, setup)
     calls = setup.calls(shape)
     sources = made * (calls // len(made))
-    baselines = {}
-    if with_xla:
-        few = sources[:BASELINE_CALLS]
-        baselines["xla"] = Timed(composed_prefill, (q, few), len(few))
-        if setup.device.platform == "cpu":
-            reference = partial(package_prefill, implementation="xla")
-            baselines["reference"] = Timed(reference, (q, few), len(few))
-    kernel = partial(package_prefill, implementation="kernel")
+    few = sources[:BASELINE_CALLS]
     return Calls(
-        Timed(kernel, (q, sources), calls),
+        Timed(programs["kernel"], (q, sources), calls),
         lambda result: relative_error(result[0], q, *sources[-1]),
-        baselines,
+        {
+            name: Timed(programs[name], (q, few), len(few))
+            for name in ("xla", "reference")
+            if name in programs
+        },
     )
 
 
