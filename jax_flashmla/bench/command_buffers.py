@@ -52,8 +52,7 @@ def compile_and_look(
         The compiled function, and what the dump says; None where XLA lists no thunks, as on a CPU.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder}
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         for pattern in DUMPS:
             for file in Path(folder).glob(pattern):
                 return compiled, parse_thunks(file.read_text())

@@ -10,9 +10,10 @@ from jax_flashmla.bench.options import Options
 from jax_flashmla.bench.shape import Result
 
 SAME = (
-    "operation", "grid", "dtype", "block_size", "method", "hardware", "versions", "xla_flags",
-    "commit", "uncommitted_changes",
+    "operation", "grid", "dtype", "block_size", "method", "versions", "xla_flags", "commit",
+    "uncommitted_changes",
 )  # fmt: skip
+SAME_HARDWARE = ("device", "power_limit")  # another card of the kind may do
 
 
 class OtherRun(ValueError):
@@ -24,7 +25,7 @@ def measured(
 ) -> dict[Any, Result]:
     """The shapes that options.json has already, but for those that failed.
 
-    What that run was held against, which its shapes' limits follow, is added to
+    When and where that run was, and what its shapes' limits follow, is added to
     document["resumed"].
 
     Args:
@@ -39,14 +40,16 @@ def measured(
         old = documents.read(options.json)
     except ValueError as error:
         raise OtherRun(str(error)) from None
-    for name in SAME:
-        before, now = old.get(name), document[name]
+    for name, before, now in (
+        *((name, old.get(name), document[name]) for name in SAME),
+        *((n, old["hardware"].get(n), document["hardware"].get(n)) for n in SAME_HARDWARE),
+    ):
         if before != now:
             raise OtherRun(
                 f"--resume: {options.json} must be of the same {name}, got {before} there and "
                 f"{now} now"
             )
-    part = {name: old[name] for name in ("date", "ceilings", "limits")}
+    part = {name: old[name] for name in ("date", "hardware", "ceilings", "limits")}
     document["resumed"] = [*old.get("resumed", []), part]
     fields = OPERATIONS[options.operation].fields
     found = {

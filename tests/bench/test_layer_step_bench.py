@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_flashmla.bench import report
+from jax_flashmla.bench.ahead import compile_shapes
 from jax_flashmla.bench.kernel_table import profile_kernels, short_name
 from jax_flashmla.bench.layer_step import OPERATION, calls, shapes
 from jax_flashmla.bench.limits import Limits
@@ -44,8 +46,15 @@ def setup(monkeypatch):
     return Setup(jax.local_devices(backend="cpu")[0], method, limits, "bfloat16", 64, False)
 
 
+def measure(setup):
+    """TINY's result."""
+    lower = functools.partial(calls.programs, TINY, None, setup, with_xla=False)
+    (programs,) = compile_shapes([lower])
+    return measure_shape(OPERATION, TINY, None, setup, programs)
+
+
 def test_a_shape_is_measured_against_its_parts(setup) -> None:
-    result = measure_shape(OPERATION, TINY, None, setup, with_xla=False)
+    result = measure(setup)
     assert result["limit_us"] == result["alone_us"] + result["read_once_us"]
     assert result["read_once_us"] == TINY.weight_bytes / 10.0 / 1e3
     assert result["relative_error"] < 1e-2
@@ -62,7 +71,7 @@ def test_a_wrong_layer_is_not_timed(setup, monkeypatch) -> None:
     monkeypatch.setattr(calls, "decode", wrong)
     calls.step.clear_cache()
     with pytest.raises(AssertionError, match="wrong result"):
-        measure_shape(OPERATION, TINY, None, setup, with_xla=False)
+        measure(setup)
     calls.step.clear_cache()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -46,10 +47,16 @@ class Shape:
         return {"numbers": self.topk}
 
 
-def make_calls(shape, pool, setup, *, with_xla):
+def programs(shape, pool, setup, *, with_xla):
+    lowered = jax.jit(jnp.sum).lower(jax.ShapeDtypeStruct((shape.topk,), setup.dtype))
+    return {"kernel": lowered, "xla": lowered} if with_xla else {"kernel": lowered}
+
+
+def make_calls(shape, pool, setup, programs):
     x = pool[: shape.topk]
-    baselines = {"xla": Timed(jnp.sum, (x,), 1)} if with_xla else {}
-    return Calls(Timed(jnp.sum, (x,), 1), lambda total: abs(float(total) - shape.topk), baselines)
+    kernel, *others = (Timed(program, (x,), 1) for program in programs.values())
+    baselines = dict(zip(("xla",), others, strict=False))
+    return Calls(kernel, lambda total: abs(float(total) - shape.topk), baselines)
 
 
 TOY = Operation(
@@ -81,6 +88,7 @@ TOY = Operation(
         MAX_RELATIVE_ERROR=0.0,
         memory=lambda shape, setup: shape.bytes,
         make_pool=lambda shapes, setup: jnp.ones(max(s.topk for s in shapes), setup.dtype),
+        programs=programs,
         make_calls=make_calls,
     ),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 import fake_flashmla
 from jax_flashmla.bench import document, live, run
+from jax_flashmla.bench.ahead import compile_shapes
 from jax_flashmla.bench.limits import H100_READ_GBS, limits_of
 from jax_flashmla.bench.measure import METHODS, Ceilings
 from jax_flashmla.bench.setup import Setup
@@ -56,8 +58,10 @@ def test_recorded_rates_follow_from_shapes():
 
 def test_a_wrong_result_is_seen():
     shape = Shape(3, 2, 8, 20)
-    setup = Setup(None, METHODS["cpu"], limits_of("gpu", H100, CEILINGS), "bfloat16", 64, False)
-    made = calls.make_calls(shape, None, setup, with_xla=False)
+    limits = limits_of("gpu", H100, CEILINGS)
+    setup = Setup(jax.devices("cpu")[0], METHODS["cpu"], limits, "bfloat16", 64, False)
+    (programs,) = compile_shapes([lambda: calls.programs(shape, None, setup, with_xla=False)])
+    made = calls.make_calls(shape, None, setup, programs)
     q, sources = made.kernel.arguments
     out = np.asarray(made.kernel.function(q, sources)[0])
     assert made.error((out,)) < calls.MAX_RELATIVE_ERROR < made.error((out * 1.1,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +58,13 @@ def memory(shape: ScoresShape, setup: Setup) -> int:
 def abstract_inputs(shape: ScoresShape, pool: Pool, calls: int) -> Inputs:
     """What `make_inputs` returns, for so many calls, without the arrays."""
     rows, blocks = (shape.b, shape.s_q, shape.heads), blocks_of(shape)
-    made = jax.ShapeDtypeStruct
+    made: Any = jax.ShapeDtypeStruct
+    keys: Any = pool.abstract(FORMAT)
     scores = made((*rows[:2], blocks * BLOCK_SIZE), jnp.float32)
     return Inputs(
         q=made((*rows, COLUMNS), jnp.float8_e4m3fn),
         weights=made(rows, jnp.float32),
-        blocks=pool.abstract(FORMAT),
+        blocks=keys,
         cache_seqlens=made((shape.b,), jnp.int32),
         tables=[made((shape.b, blocks), jnp.int32)] * calls,
         scores=[scores] * calls if shape.heads == 0 else [],

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla.bench.indexer.shapes import BLOCK_SIZE, KEY_BYTES, ScoresShape, TopkShape
@@ -76,7 +75,7 @@ def peer_calls(
         return logits
     rows = shape.b * shape.s_q
     query = np.arange(rows, dtype=np.int32) % shape.s_q
-    seen = peer.torch.from_numpy(shape.s_k - (shape.s_q - 1 - query)).cuda()
+    seen = _tensor(peer, shape.s_k - (shape.s_q - 1 - query), inputs)
     positions = seen.new_zeros((rows, shape.topk))
 
     def select(logits: Callable[[], Any]) -> Any:
@@ -86,16 +85,21 @@ def peer_calls(
     return [partial(select, call) for call in logits]
 
 
+def _tensor(peer: Indexers, x: np.ndarray, beside: Any) -> Any:
+    """An array of the host's, on the inputs' device."""
+    return peer.tensor(jax.device_put(x, beside.q.sharding))
+
+
 def _logits(inputs: Any, peer: Indexers, s_k: int) -> list[Callable[[], Any]]:
     torch, deep_gemm = peer.torch, peer.deep_gemm
-    codes = jax.lax.bitcast_convert_type(inputs.q, jnp.uint8)  # DLPack has no e4m3
-    q = peer.tensor(codes).view(torch.float8_e4m3fn)
+    codes = np.asarray(inputs.q).view(np.uint8)  # DLPack has no e4m3
+    q = _tensor(peer, codes, inputs).view(torch.float8_e4m3fn)
     b, s_q, heads, _ = q.shape
     weights = peer.tensor(inputs.weights).view(b * s_q, heads)
     blocks = peer.tensor(inputs.blocks).view(-1, BLOCK_SIZE, 1, KEY_BYTES)
     query = np.arange(s_q, dtype=np.int32)[None]
     seen = np.asarray(inputs.cache_seqlens)[:, None] - (s_q - 1 - query)  # each query's own
-    seqlens = torch.from_numpy(seen).cuda()
+    seqlens = _tensor(peer, seen, inputs)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     schedule = deep_gemm.get_paged_mqa_logits_metadata(seqlens, BLOCK_SIZE, multiprocessors)
 
