@@ -1,7 +1,7 @@
 """Makes the JSON files of benchmarks/results/<card>: several grids in one process.
 
     python benchmarks/make_results.py benchmarks/results/h100 --peers
-    python benchmarks/make_results.py /tmp/results --only layer_step dense
+    python benchmarks/make_results.py /tmp/results --only layer_step dense_bf16
 
 A grid's file is FOLDER/NAME.json, written after every shape, and is gone on with (`bench --resume`)
 where it is there: after Ctrl-C, or whatever ended the process, the same command measures the rest.
@@ -29,7 +29,7 @@ GRIDS = {  # the order in which they are measured
     "layer_step": Options("layer_step", "targets"),
     "sparse_prefill": Options("sparse_prefill", "targets"),
     "index_scores": Options("index_scores", "indexer", xla="none"),
-    "dense": Options("dense_decode", "quick"),
+    "dense_bf16": Options("dense_decode", "quick"),
 }
 INTERRUPTED = 130
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from performance_card import TITLES, documents, heading  # noqa: E402
+from performance_card import documents, heading  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 RATIO = "speedup_vs_live_peer"
@@ -31,7 +31,7 @@ def rows_of(folder: Path) -> list[tuple[str, list[float], float]]:
     rows = []
     for path, document in documents(folder):
         operation = OPERATIONS[document["operation"]]
-        title, (_, peer) = heading(path, document), TITLES[document["operation"]]
+        title, peer = heading(path, document)
         for name, entry in document["summary"].get(RATIO, {}).items():
             ratios = [
                 result[RATIO]

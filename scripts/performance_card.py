@@ -15,10 +15,13 @@ from performance_tables import Document, commit, markdown, number, shapes, summa
 TITLES = {  # operation -> heading, and its peer in the same run
     "sparse_decode": ("Sparse decode", "FlashMLA's frozen Hopper kernel"),
     "sparse_prefill": ("Sparse prefill", "FlashMLA's frozen Hopper kernel"),
-    "dense_decode": ("Dense decode over fp8 caches", "FlashMLA's fp8 kernel"),
+    "dense_decode": ("Dense decode", "FlashMLA's frozen Hopper kernel"),
     "index_topk": ("Indexer: selection", "DeepGEMM's logits and SGLang's top-k"),
     "index_scores": ("Indexer: scores", "DeepGEMM's logits"),
     "layer_step": ("A layer's decoding step", ""),
+}
+OF_GRIDS = {  # (operation, grid) -> likewise
+    ("dense_decode", "fp8"): ("Dense decode over fp8 caches", "FlashMLA's fp8 kernel"),
 }
 
 
@@ -29,12 +32,12 @@ def documents(folder: Path) -> list[tuple[Path, Document]]:
     return sorted(of_operations, key=lambda pair: list(TITLES).index(pair[1]["operation"]))
 
 
-def heading(path: Path, document: Document) -> str:
-    """An operation's title, with what its file's name has behind the operation's."""
+def heading(path: Path, document: Document) -> tuple[str, str]:
+    """The title, with what the file's name has behind the operation's, and the peer."""
     operation = document["operation"]
     what = path.stem.removeprefix(f"{operation}_")
-    title, _ = TITLES[operation]
-    return title if what == path.stem else f"{title}: {what}"
+    title, peer = OF_GRIDS.get((operation, document["grid"]), TITLES[operation])
+    return title if what == path.stem else f"{title}: {what}", peer
 
 
 def card(folder: Path) -> str:
@@ -43,7 +46,7 @@ def card(folder: Path) -> str:
 
 
 def _section(path: Path, document: Document) -> str:
-    title, (_, peer) = heading(path, document), TITLES[document["operation"]]
+    title, peer = heading(path, document)
     place = f"../benchmarks/results/{path.parent.name}"
     cut = f" (its first {len(document['shapes'])} shapes)" if document["interrupted"] else ""
     lines = [
@@ -100,7 +103,7 @@ def compact(folder: Path) -> str:
     lines = []
     for path, document in documents(folder):
         found = document["summary"]
-        title, (_, peer) = heading(path, document), TITLES[document["operation"]]
+        title, peer = heading(path, document)
         live, xla, limit = (
             found.get(ratio, {}).get("all")
             for ratio in ("speedup_vs_live_peer", "speedup_vs_xla", "limit_fraction")

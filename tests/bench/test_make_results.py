@@ -44,5 +44,5 @@ def test_a_failed_grid_costs_no_other_but_an_interrupt_ends_it(
 ):
     left = list(statuses)
     monkeypatch.setattr(script, "run", lambda options, console: left.pop(0))
-    assert script.main([str(tmp_path), "--only", "dense", "layer_step"]) == worst
+    assert script.main([str(tmp_path), "--only", "dense_bf16", "layer_step"]) == worst
     assert len(statuses) - len(left) == made
