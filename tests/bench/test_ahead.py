@@ -46,7 +46,7 @@ def test_a_program_that_does_not_compile_costs_no_other():
 
 def test_programs_are_compiled_at_the_same_time(monkeypatch):
     """Each waits for all the others."""
-    monkeypatch.setattr(ahead, "AT_ONCE", 4)
+    monkeypatch.setattr(ahead, "THREADS", 4)
     together = threading.Barrier(4, timeout=20)
 
     class Lowered:
