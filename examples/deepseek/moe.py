@@ -8,22 +8,36 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek.config import MoEConfig
+from deepseek.float8 import Float8
+
+TILES_AT_ONCE = 32  # copies of experts' weights that are made beside the model's
+
+
+def matrix(rngs: nnx.Rngs, dtype: DTypeLike, *shape: int) -> nnx.Param:
+    """A projection's weights, or a stack of them: [..., inputs, outputs].
+
+    Its value is an array, or `Float8` where a checkpoint stores that.
+    """
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * shape[-2] ** -0.5)
+
+
+def swiglu(x: jax.Array, *weights: jax.Array | Float8) -> jax.Array:
+    """down(silu(gate(x)) * up(x)): x [..., hidden], weights of gate, up and down."""
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). x [..., hidden]."""
+    """An ordinary MLP. x [..., hidden]."""
 
     def __init__(self, hidden: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(
-                inputs, outputs, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
-
-        self.gate_proj, self.up_proj = linear(hidden, width), linear(hidden, width)
-        self.down_proj = linear(width, hidden)
+        self.gate_proj = matrix(rngs, dtype, hidden, width)
+        self.up_proj = matrix(rngs, dtype, hidden, width)
+        self.down_proj = matrix(rngs, dtype, width, hidden)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        return swiglu(x, *(p.get_value() for p in projections))
 
 
 class MoE(nnx.Module):
@@ -91,22 +105,55 @@ class Experts(nnx.Module):
     """The routed experts' MLPs, their weights stacked."""
 
     def __init__(self, config: MoEConfig, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        def stacked(inputs: int, outputs: int) -> nnx.Param:
-            shape = (config.num_experts, inputs, outputs)
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * inputs**-0.5)
-
-        width = config.intermediate_size
-        self.gate_proj, self.up_proj = stacked(hidden, width), stacked(hidden, width)
-        self.down_proj = stacked(width, hidden)
+        experts, width = config.num_experts, config.intermediate_size
+        self.gate_proj = matrix(rngs, dtype, experts, hidden, width)
+        self.up_proj = matrix(rngs, dtype, experts, hidden, width)
+        self.down_proj = matrix(rngs, dtype, experts, width, hidden)
 
     def __call__(self, x: jax.Array, weights: jax.Array, ids: jax.Array) -> jax.Array:
         """Each token's weighted sum over its experts: x [tokens, hidden], the rest as `Router`."""
         tokens, per_token = ids.shape
-        order = jnp.argsort(ids.reshape(-1))  # rows of one expert beside each other
-        rows = x[order // per_token]
-        sizes = jnp.bincount(ids.reshape(-1), length=self.gate_proj.shape[0]).astype(jnp.int32)
-        gate = jax.lax.ragged_dot(rows, self.gate_proj[...], sizes)
-        up = jax.lax.ragged_dot(rows, self.up_proj[...], sizes)
-        out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down_proj[...], sizes)
-        out = out[jnp.argsort(order)].reshape(tokens, per_token, -1).astype(jnp.float32)
-        return (out * weights[:, :, None]).sum(axis=1).astype(x.dtype)
+        place, expert_of_tile, height = tile(ids.reshape(-1), self.gate_proj.shape[0])
+        count = len(expert_of_tile)
+        # Places that stay free compute the first token, for nobody.
+        token = (
+            jnp.zeros(count * height, jnp.int32).at[place].set(jnp.arange(ids.size) // per_token)
+        )
+        projections = [p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)]
+
+        def of_tile(expert: jax.Array, token: jax.Array) -> jax.Array:
+            return swiglu(x[token], *(w[expert] for w in projections))
+
+        out = jax.lax.map(
+            lambda tile: of_tile(*tile),
+            (expert_of_tile, token.reshape(count, height)),
+            batch_size=TILES_AT_ONCE,
+        )
+        out = out.reshape(count * height, -1)[place].reshape(tokens, per_token, -1)
+        return (out.astype(jnp.float32) * weights[:, :, None]).sum(axis=1).astype(x.dtype)
+
+
+def tile(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, int]:
+    """Sorts rows into tiles, each of them of rows for one expert.
+
+    Args:
+        expert: int32 [rows], each row's.
+        experts: how many there are.
+
+    Returns:
+        place: int32 [rows], where each row is among the places of all tiles.
+        expert_of_tile: int32 [tiles].
+        height: places of a tile.
+    """
+    rows = len(expert)
+    height = max(8, rows // experts)
+    count = min(rows, rows // height + experts)  # each expert may have a tile that is not full
+    if count > TILES_AT_ONCE:
+        count += -count % TILES_AT_ONCE
+    counted = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
+    rank = jnp.take_along_axis(counted, expert[:, None], axis=1)[:, 0] - 1  # among its expert's
+    tiles = -(-counted[-1] // height)  # of each expert
+    ends = jnp.cumsum(tiles)
+    expert_of_tile = (ends[None, :] <= jnp.arange(count)[:, None]).sum(axis=1)
+    place = (ends - tiles)[expert] * height + rank
+    return place, jnp.minimum(expert_of_tile, experts - 1), height
