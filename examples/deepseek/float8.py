@@ -47,7 +47,9 @@ class Float8:
         return self.values.shape
 
     def __getitem__(self, i: int | jax.Array) -> Float8:
-        return Float8(self.values[i], self.scales[i])
+        # As bytes: XLA may widen all float8 values before it gathers some of them.
+        picked = jax.lax.bitcast_convert_type(self.values, jnp.uint8)[i]
+        return Float8(jax.lax.bitcast_convert_type(picked, self.values.dtype), self.scales[i])
 
     def astype(self, dtype: DTypeLike) -> jax.Array:
         """The weights: products in float32, rounded to dtype."""

@@ -13,12 +13,25 @@ from deepseek.float8 import Float8
 TILES_AT_ONCE = 32  # copies of experts' weights that are made beside the model's
 
 
-def matrix(rngs: nnx.Rngs, dtype: DTypeLike, *shape: int) -> nnx.Param:
-    """A projection's weights, or a stack of them: [..., inputs, outputs].
+class Projections(nnx.Module):
+    """The weights of an MLP, or those of several, stacked: [*stack, inputs, outputs].
 
-    Its value is an array, or `Float8` where a checkpoint stores that.
+    Each is an array, or `Float8` where a checkpoint has that.
     """
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * shape[-2] ** -0.5)
+
+    def __init__(
+        self, hidden: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs, *stack: int
+    ) -> None:
+        def weights(inputs: int, outputs: int) -> nnx.Param:
+            shape = (*stack, inputs, outputs)
+            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * inputs**-0.5)
+
+        self.gate_proj, self.up_proj = weights(hidden, width), weights(hidden, width)
+        self.down_proj = weights(width, hidden)
+
+    def values(self) -> list[jax.Array | Float8]:
+        """Those of gate, up and down."""
+        return [p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)]
 
 
 def swiglu(x: jax.Array, *weights: jax.Array | Float8) -> jax.Array:
@@ -27,17 +40,12 @@ def swiglu(x: jax.Array, *weights: jax.Array | Float8) -> jax.Array:
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
-class MLP(nnx.Module):
-    """An ordinary MLP. x [..., hidden]."""
-
-    def __init__(self, hidden: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.gate_proj = matrix(rngs, dtype, hidden, width)
-        self.up_proj = matrix(rngs, dtype, hidden, width)
-        self.down_proj = matrix(rngs, dtype, width, hidden)
+class MLP(Projections):
+    """An ordinary MLP."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        projections = self.gate_proj, self.up_proj, self.down_proj
-        return swiglu(x, *(p.get_value() for p in projections))
+        """x [..., hidden]."""
+        return swiglu(x, *self.values())
 
 
 class MoE(nnx.Module):
@@ -45,7 +53,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.gate = Router(config, hidden, rngs)
-        self.experts = Experts(config, hidden, dtype, rngs)
+        self.experts = Experts(hidden, config.intermediate_size, dtype, rngs, config.num_experts)
         self.shared_experts = (
             MLP(hidden, config.shared_size, dtype, rngs) if config.shared_size else None
         )
@@ -101,47 +109,37 @@ def route(
     return weights * config.scale, ids
 
 
-class Experts(nnx.Module):
-    """The routed experts' MLPs, their weights stacked."""
-
-    def __init__(self, config: MoEConfig, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        experts, width = config.num_experts, config.intermediate_size
-        self.gate_proj = matrix(rngs, dtype, experts, hidden, width)
-        self.up_proj = matrix(rngs, dtype, experts, hidden, width)
-        self.down_proj = matrix(rngs, dtype, experts, width, hidden)
+class Experts(Projections):
+    """The routed experts' MLPs, stacked."""
 
     def __call__(self, x: jax.Array, weights: jax.Array, ids: jax.Array) -> jax.Array:
         """Each token's weighted sum over its experts: x [tokens, hidden], the rest as `Router`."""
         tokens, per_token = ids.shape
-        place, expert_of_tile, height = tile(ids.reshape(-1), self.gate_proj.shape[0])
-        count = len(expert_of_tile)
+        projections = self.values()
+        place, expert_of_tile, height = tile(ids.reshape(-1), projections[0].shape[0])
         # Places that stay free compute the first token, for nobody.
-        token = (
-            jnp.zeros(count * height, jnp.int32).at[place].set(jnp.arange(ids.size) // per_token)
-        )
-        projections = [p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)]
+        free = jnp.zeros(len(expert_of_tile) * height, jnp.int32)
+        token_of_place = free.at[place].set(jnp.arange(ids.size) // per_token)
 
-        def of_tile(expert: jax.Array, token: jax.Array) -> jax.Array:
-            return swiglu(x[token], *(w[expert] for w in projections))
+        def of_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+            expert, tokens = tile
+            return swiglu(x[tokens], *(w[expert] for w in projections))
 
-        out = jax.lax.map(
-            lambda tile: of_tile(*tile),
-            (expert_of_tile, token.reshape(count, height)),
-            batch_size=TILES_AT_ONCE,
-        )
-        out = out.reshape(count * height, -1)[place].reshape(tokens, per_token, -1)
+        tiles = expert_of_tile, token_of_place.reshape(-1, height)
+        out = jax.lax.map(of_tile, tiles, batch_size=TILES_AT_ONCE)
+        out = out.reshape(-1, x.shape[-1])[place].reshape(tokens, per_token, -1)
         return (out.astype(jnp.float32) * weights[:, :, None]).sum(axis=1).astype(x.dtype)
 
 
 def tile(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, int]:
-    """Sorts rows into tiles, each of them of rows for one expert.
+    """Sorts rows into tiles, so that all rows of a tile are for one expert.
 
     Args:
-        expert: int32 [rows], each row's.
+        expert: int32 [rows], the one that each row is for.
         experts: how many there are.
 
     Returns:
-        place: int32 [rows], where each row is among the places of all tiles.
+        place: int32 [rows], where each row goes, counted over the places of all tiles.
         expert_of_tile: int32 [tiles].
         height: places of a tile.
     """
@@ -151,9 +149,9 @@ def tile(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, int]:
     if count > TILES_AT_ONCE:
         count += -count % TILES_AT_ONCE
     counted = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
-    rank = jnp.take_along_axis(counted, expert[:, None], axis=1)[:, 0] - 1  # among its expert's
+    rank = jnp.take_along_axis(counted, expert[:, None], axis=1)[:, 0] - 1  # within its expert
     tiles = -(-counted[-1] // height)  # of each expert
     ends = jnp.cumsum(tiles)
-    expert_of_tile = (ends[None, :] <= jnp.arange(count)[:, None]).sum(axis=1)
     place = (ends - tiles)[expert] * height + rank
+    expert_of_tile = (ends[None, :] <= jnp.arange(count)[:, None]).sum(axis=1)
     return place, jnp.minimum(expert_of_tile, experts - 1), height

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -127,23 +126,22 @@ def test_each_share_is_dequantised_by_itself(shape, parts, block, grid):
         np.testing.assert_array_equal(rounded, columns.astype(ml_dtypes.bfloat16))
 
 
-def test_step_widens_the_experts_in_use_alone():
-    moe = ModelConfig.from_directory(V3).moe[1]
-    moe = dataclasses.replace(moe, num_experts=512, intermediate_size=128)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Experts(moe, 128, jnp.bfloat16, nnx.Rngs(0))))
+@pytest.mark.parametrize("tokens", [2, 100])
+def test_step_widens_a_few_experts_at_a_time(tokens):
+    experts = nnx.eval_shape(lambda: Experts(128, 128, "bfloat16", nnx.Rngs(0), 512))
+    graph, state = nnx.split(experts)
     for _, parameter in nnx.to_flat_state(state):
-        shape = parameter.get_value().shape
-        values = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
-        parameter.set_value(Float8(values, jax.ShapeDtypeStruct((512, 1, 1), jnp.float32)))
+        values = jax.ShapeDtypeStruct((512, 128, 128), "float8_e4m3fn")
+        parameter.set_value(Float8(values, jax.ShapeDtypeStruct((512, 1, 1), "float32")))
     arguments = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((2, 128), "bfloat16"), ((2, 3), "float32"), ((2, 3), "int32"))
+        jax.ShapeDtypeStruct((tokens, n), dtype)
+        for n, dtype in ((128, "bfloat16"), (3, "float32"), (3, "int32"))
     ]
     step = jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))
     memory = step.lower(state, *arguments).compile().memory_analysis()
     stored = 3 * 512 * 128 * 128
     assert stored < memory.argument_size_in_bytes < 1.1 * stored
-    assert memory.temp_size_in_bytes < 0.1 * stored
+    assert memory.temp_size_in_bytes < 0.5 * stored
 
 
 def test_guide_says_what_v32_takes_on_eight_devices(tmp_path):

@@ -136,11 +136,10 @@ def test_routing_equals_a_naive_one(options):
 )
 def test_experts_equal_a_naive_loop(monkeypatch, tokens, used, at_once):
     monkeypatch.setattr(moe, "TILES_AT_ONCE", at_once)
-    experts = moe.Experts(V3_MOE, 8, jnp.float32, nnx.Rngs(0))
-    projections = experts.gate_proj, experts.up_proj, experts.down_proj
-    for weights in projections:
+    experts = moe.Experts(8, 6, jnp.float32, nnx.Rngs(0), 12)
+    for weights in (experts.gate_proj, experts.up_proj, experts.down_proj):
         weights.set_value(weights[...].at[used:].set(jnp.nan))
-    gate, up, down = (np.asarray(w[...], np.float64) for w in projections)
+    gate, up, down = (np.asarray(w, np.float64) for w in experts.values())
     rng = np.random.default_rng(1)
     x = rng.standard_normal((tokens, 8), np.float32)
     weights = rng.random((tokens, 4), np.float32)
