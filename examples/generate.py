@@ -14,8 +14,9 @@ verifies up to N tokens ahead in one step, drafted from what the text has said b
 token. Text is printed as it comes, in the prompts' order; speeds go to standard error.
 
 --devices N splits the heads, the MLPs and the head over the vocabulary over N GPUs of this host, or
-as many CPU devices as JAX_NUM_CPU_DEVICES says. Each has the whole cache. Weights are kept in
---dtype, whatever the checkpoint stores: 671 billion take 1.3 TB, more than 8 H200s hold.
+as many CPU devices as JAX_NUM_CPU_DEVICES says. Each has the whole cache. MLPs and experts that the
+checkpoint stores in float8 stay in it, other weights are kept in --dtype: V3.2's are 91 GB on each
+of 8 GPUs.
 
 Needs: pip install 'jax-flashmla[flax,hf]'; for tiktoken.model, tiktoken
 """

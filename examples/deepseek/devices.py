@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek.config import ModelConfig
+from deepseek.float8 import Float8
 from jax_flashmla import Peers, connect_peers
 from jax_flashmla.layers import MLAParams
 
@@ -53,13 +54,24 @@ def everywhere(peers: Peers) -> NamedSharding:
     return NamedSharding(peers.mesh, P())
 
 
+def share(
+    config: ModelConfig, peers: Peers | None, path: tuple[Any, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of what each device has of a parameter."""
+    return shape if peers is None else _sharding(config, peers, path, shape).shard_shape(shape)
+
+
 def place(
-    config: ModelConfig, peers: Peers | None, path: tuple[Any, ...], x: jax.Array
-) -> jax.Array:
+    config: ModelConfig, peers: Peers | None, path: tuple[Any, ...], x: jax.Array | Float8
+) -> jax.Array | Float8:
     """A parameter, or each device's share of it; path is where it is in the model."""
-    if peers is None:
-        return x
-    return jax.device_put(x, NamedSharding(peers.mesh, _spec(config, peers, path, x.shape)))
+    return x if peers is None else jax.device_put(x, _sharding(config, peers, path, x.shape))
+
+
+def _sharding(
+    config: ModelConfig, peers: Peers, path: tuple[Any, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+    return NamedSharding(peers.mesh, _spec(config, peers, path, shape))
 
 
 def _spec(config: ModelConfig, peers: Peers, path: tuple[Any, ...], shape: tuple[int, ...]) -> P:

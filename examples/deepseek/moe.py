@@ -8,22 +8,44 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek.config import MoEConfig
+from deepseek.float8 import Float8
+
+TILES_AT_ONCE = 32  # copies of experts' weights that are made beside the model's
 
 
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). x [..., hidden]."""
+class Projections(nnx.Module):
+    """The weights of an MLP, or those of several, stacked: [*stack, inputs, outputs].
 
-    def __init__(self, hidden: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(
-                inputs, outputs, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
+    Each is an array, or `Float8` where a checkpoint has that.
+    """
 
-        self.gate_proj, self.up_proj = linear(hidden, width), linear(hidden, width)
-        self.down_proj = linear(width, hidden)
+    def __init__(
+        self, hidden: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs, *stack: int
+    ) -> None:
+        def weights(inputs: int, outputs: int) -> nnx.Param:
+            shape = (*stack, inputs, outputs)
+            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * inputs**-0.5)
+
+        self.gate_proj, self.up_proj = weights(hidden, width), weights(hidden, width)
+        self.down_proj = weights(width, hidden)
+
+    def values(self) -> list[jax.Array | Float8]:
+        """Those of gate, up and down."""
+        return [p.get_value() for p in (self.gate_proj, self.up_proj, self.down_proj)]
+
+
+def swiglu(x: jax.Array, *weights: jax.Array | Float8) -> jax.Array:
+    """down(silu(gate(x)) * up(x)): x [..., hidden], weights of gate, up and down."""
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class MLP(Projections):
+    """An ordinary MLP."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        """x [..., hidden]."""
+        return swiglu(x, *self.values())
 
 
 class MoE(nnx.Module):
@@ -31,7 +53,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.gate = Router(config, hidden, rngs)
-        self.experts = Experts(config, hidden, dtype, rngs)
+        self.experts = Experts(hidden, config.intermediate_size, dtype, rngs, config.num_experts)
         self.shared_experts = (
             MLP(hidden, config.shared_size, dtype, rngs) if config.shared_size else None
         )
@@ -87,26 +109,49 @@ def route(
     return weights * config.scale, ids
 
 
-class Experts(nnx.Module):
-    """The routed experts' MLPs, their weights stacked."""
-
-    def __init__(self, config: MoEConfig, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        def stacked(inputs: int, outputs: int) -> nnx.Param:
-            shape = (config.num_experts, inputs, outputs)
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * inputs**-0.5)
-
-        width = config.intermediate_size
-        self.gate_proj, self.up_proj = stacked(hidden, width), stacked(hidden, width)
-        self.down_proj = stacked(width, hidden)
+class Experts(Projections):
+    """The routed experts' MLPs, stacked."""
 
     def __call__(self, x: jax.Array, weights: jax.Array, ids: jax.Array) -> jax.Array:
         """Each token's weighted sum over its experts: x [tokens, hidden], the rest as `Router`."""
         tokens, per_token = ids.shape
-        order = jnp.argsort(ids.reshape(-1))  # rows of one expert beside each other
-        rows = x[order // per_token]
-        sizes = jnp.bincount(ids.reshape(-1), length=self.gate_proj.shape[0]).astype(jnp.int32)
-        gate = jax.lax.ragged_dot(rows, self.gate_proj[...], sizes)
-        up = jax.lax.ragged_dot(rows, self.up_proj[...], sizes)
-        out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down_proj[...], sizes)
-        out = out[jnp.argsort(order)].reshape(tokens, per_token, -1).astype(jnp.float32)
-        return (out * weights[:, :, None]).sum(axis=1).astype(x.dtype)
+        projections = self.values()
+        place, expert_of_tile, height = tile(ids.reshape(-1), projections[0].shape[0])
+        # Places that stay free compute the first token, for nobody.
+        free = jnp.zeros(len(expert_of_tile) * height, jnp.int32)
+        token_of_place = free.at[place].set(jnp.arange(ids.size) // per_token)
+
+        def of_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+            expert, tokens = tile
+            return swiglu(x[tokens], *(w[expert] for w in projections))
+
+        tiles = expert_of_tile, token_of_place.reshape(-1, height)
+        out = jax.lax.map(of_tile, tiles, batch_size=TILES_AT_ONCE)
+        out = out.reshape(-1, x.shape[-1])[place].reshape(tokens, per_token, -1)
+        return (out.astype(jnp.float32) * weights[:, :, None]).sum(axis=1).astype(x.dtype)
+
+
+def tile(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, int]:
+    """Sorts rows into tiles, so that all rows of a tile are for one expert.
+
+    Args:
+        expert: int32 [rows], the one that each row is for.
+        experts: how many there are.
+
+    Returns:
+        place: int32 [rows], where each row goes, counted over the places of all tiles.
+        expert_of_tile: int32 [tiles].
+        height: places of a tile.
+    """
+    rows = len(expert)
+    height = max(8, rows // experts)
+    count = min(rows, rows // height + experts)  # each expert may have a tile that is not full
+    if count > TILES_AT_ONCE:
+        count += -count % TILES_AT_ONCE
+    counted = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
+    rank = jnp.take_along_axis(counted, expert[:, None], axis=1)[:, 0] - 1  # within its expert
+    tiles = -(-counted[-1] // height)  # of each expert
+    ends = jnp.cumsum(tiles)
+    place = (ends - tiles)[expert] * height + rank
+    expert_of_tile = (ends[None, :] <= jnp.arange(count)[:, None]).sum(axis=1)
+    return place, jnp.minimum(expert_of_tile, experts - 1), height

@@ -7,12 +7,14 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
-from deepseek.devices import place
+from deepseek.devices import place, share
+from deepseek.float8 import Float8
 from deepseek.model import DeepSeek
 from jax_flashmla import Peers
 from jax_flashmla.layers.checkpoint import (
@@ -63,10 +65,10 @@ def load_model(
     reader.check(expected, within=within, ignore=_unused(config, prefix))
 
     for path, parameter in track(list(parameters.items()), "weights", progress):
-        shape, as_dtype = parameter.get_value().shape, parameter.get_value().dtype
-        tensors = [reader.read(name, as_dtype) for name in tensor_names(path, shape, prefix)]
-        tensors = [x.T if _is_transposed(path) else x for x in tensors]
-        value = jnp.stack(tensors) if _is_stacked(path) else tensors[0]
+        abstract = parameter.get_value()
+        names = tensor_names(path, abstract.shape, prefix)
+        of_device = share(config, peers, path, abstract.shape)
+        value = _read(reader, names, path, abstract.dtype, of_device)
         parameter.set_value(place(config, peers, path, value))
     layers = range(config.num_layers)
     loaded = load_attention(
@@ -81,6 +83,24 @@ def load_model(
     return nnx.merge(graph, state)
 
 
+def _read(
+    reader: TensorReader, names: list[str], path: Path, dtype: DTypeLike, share: tuple[int, ...]
+) -> jax.Array | Float8:
+    """A parameter from its tensors; an MLP's or experts' that are stored in float8 stay in it."""
+    in_float8 = all(reader.stored(name).dtype == "F8_E4M3" for name in names)
+
+    def read(name: str) -> jax.Array | Float8:
+        if _is_projection(path) and in_float8:
+            values, scales = reader.read_float8(name)
+            block = reader.block_size[::-1]
+            return Float8.from_checkpoint(values.T, scales.T, block, share[-2:])
+        x = reader.read(name, dtype)
+        return x.T if _is_transposed(path) else x
+
+    tensors = [read(name) for name in names]
+    return jax.tree.map(lambda *x: jnp.stack(x), *tensors) if _is_stacked(path) else tensors[0]
+
+
 def tensor_names(path: Path, shape: tuple[int, ...], prefix: str = "model.") -> list[str]:
     """The tensors that a parameter is made of: one, or one for each expert.
 
@@ -91,6 +111,8 @@ def tensor_names(path: Path, shape: tuple[int, ...], prefix: str = "model.") -> 
     module = before + ".".join(map(str, parents))
     if _is_stacked(path):
         return [f"{module}.{expert}.{leaf}.weight" for expert in range(shape[0])]
+    if _is_projection(path):
+        return [f"{module}.{leaf}.weight"]
     return [f"{module}." + {"kernel": "weight", "embedding": "weight"}.get(leaf, leaf)]
 
 
@@ -99,13 +121,18 @@ def _stored_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if _is_transposed(path) else shape
 
 
+def _is_projection(path: Path) -> bool:
+    """Whether it is a matrix of an MLP, or those of all experts."""
+    return path[-1] in ("gate_proj", "up_proj", "down_proj")
+
+
 def _is_stacked(path: Path) -> bool:
     return "experts" in path
 
 
 def _is_transposed(path: Path) -> bool:
-    """Whether it is a projection, which checkpoints store outputs first."""
-    return _is_stacked(path) or path[-1] == "kernel"
+    """Whether a checkpoint stores its outputs first."""
+    return _is_projection(path) or path[-1] == "kernel"
 
 
 def _unused(config: ModelConfig, prefix: str) -> str:

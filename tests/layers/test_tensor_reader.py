@@ -45,6 +45,9 @@ def test_float8_blocks_with_ragged_edges_are_dequantised(tmp_path, shape):
     np.testing.assert_array_equal(got, dequantise(values, scales))
     # 3 mantissa bits, and subnormals of 2^-9 times a scale of at most the largest value / 448.
     np.testing.assert_allclose(got, x, rtol=2**-4, atol=2**-10 * float(scales.max()))
+    for kept, stored in zip(reader.read_float8("w"), (values, scales), strict=True):
+        assert kept.dtype == stored.dtype
+        np.testing.assert_array_equal(np.asarray(kept), stored)
     rounded = reader.read("w", jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(rounded), got.astype(ml_dtypes.bfloat16))
 
@@ -151,6 +154,17 @@ def test_scales_of_integers_are_refused(tmp_path):
     reader = TensorReader(write_checkpoint(tmp_path / "model", tensors))
     with pytest.raises(ValueError, match="w must be of F32, BF16, F16, F8_E4M3, got F8_E8M0"):
         reader.read("w", jnp.float32)
+
+
+def test_only_float8_is_read_as_such(tmp_path):
+    values, _ = quantise(X)
+    reader = TensorReader(write_checkpoint(tmp_path / "model", {"w": values, "x": X}))
+    with pytest.raises(ValueError, match="x must be of F8_E4M3, got F32"):
+        reader.read_float8("x")
+    with pytest.raises(ValueError, match=r"missing w_scale_inv \[1, 1\]"):
+        reader.read_float8("w")
+    with pytest.raises(KeyError, match="has no tensor 'y'"):
+        reader.read_float8("y")
 
 
 def test_one_error_names_all_that_does_not_fit(tmp_path):

@@ -64,6 +64,9 @@ class TensorReader:
     Args:
         directory: with model.safetensors, or model.safetensors.index.json and the files it names.
 
+    Attributes:
+        block_size: rows and columns of a float8 tensor's blocks.
+
     Raises:
         FileNotFoundError: there is no such directory or no safetensors file in it.
         TypeError: directory is not a path.
@@ -80,7 +83,7 @@ class TensorReader:
                 f"directory must be a folder, got {str(directory)!r}{way}"
                 f"{download_first(directory)}"
             )
-        self._block_size = _weight_block_size(self.directory / "config.json")
+        self.block_size = _weight_block_size(self.directory / "config.json")
         index = self.directory / "model.safetensors.index.json"
         single = self.directory / "model.safetensors"
         self._shards: dict[str, _Shard] = {}
@@ -120,13 +123,30 @@ class TensorReader:
             KeyError: there is no such tensor.
             ValueError: it is not one that this class reads, or its scales do not fit.
         """
-        if problems := self._problems(name, self.stored(name).shape):
-            raise ValueError("; ".join(problems))
-        x = self._array(name)
-        if x.dtype != _DTYPES["F8_E4M3"]:
-            return jnp.asarray(x).astype(dtype)
+        if self.stored(name).dtype == "F8_E4M3":
+            values, scales = self.read_float8(name)
+            return _dequantise(values, scales, self.block_size, jnp.dtype(dtype))
+        self._check_stored(name)
+        return jnp.asarray(self._array(name)).astype(dtype)
+
+    def read_float8(self, name: str) -> tuple[jax.Array, jax.Array]:
+        """A float8 tensor as it is stored, on JAX's default device.
+
+        Returns:
+            values: float8_e4m3fn [m, n].
+            scales: float32 [ceil(m / block_size[0]), ceil(n / block_size[1])], by which the values
+                of a block are to be multiplied.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: it is not of float8, or its scales do not fit.
+        """
+        stored = self.stored(name)
+        if stored.dtype != "F8_E4M3":
+            raise ValueError(f"{name} must be of F8_E4M3, got {stored.dtype}")
+        self._check_stored(name)
         scales = self._array(name + _SCALE_SUFFIX).astype(np.float32)
-        return _dequantise(jnp.asarray(x), jnp.asarray(scales), self._block_size, jnp.dtype(dtype))
+        return jnp.asarray(self._array(name)), jnp.asarray(scales)
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], *, within: str = "", ignore: str = r"(?!)"
@@ -163,6 +183,10 @@ class TensorReader:
                 f"{listed}"
             )
 
+    def _check_stored(self, name: str) -> None:
+        if problems := self._problems(name, self.stored(name).shape):
+            raise ValueError("; ".join(problems))
+
     def _problems(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """What is wrong with a tensor that is there."""
         got = self.stored(name)
@@ -175,7 +199,7 @@ class TensorReader:
         scales = name + _SCALE_SUFFIX
         if len(shape) != 2:
             return [f"{name} must have rank 2 as F8_E4M3, got {list(shape)}"]
-        grid = tuple(-(-n // size) for n, size in zip(shape, self._block_size, strict=True))
+        grid = tuple(-(-n // size) for n, size in zip(shape, self.block_size, strict=True))
         if scales not in self:
             return [f"missing {scales} {list(grid)}"]
         stored = self.stored(scales)
