@@ -97,6 +97,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(arguments: argparse.Namespace, config: ModelConfig) -> None:
+    """Refuses options that are out of range or that do not fit the model or each other."""
+    if arguments.speculate < 0:
+        raise ValueError(f"--speculate must be at least 0, got {arguments.speculate}")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if arguments.cache_blocks is not None and arguments.cache_blocks < 1:
+        raise ValueError(f"--cache-blocks must be at least 1, got {arguments.cache_blocks}")
+    if arguments.cache_format != "dense" and arguments.dtype == "float32":
+        raise ValueError(
+            "--dtype must be bfloat16 or float16 with --cache-format "
+            f"{arguments.cache_format}, got float32"
+        )
+    row = config.attention.kv_lora_rank, config.attention.qk_rope_head_dim
+    if arguments.cache_format == "v32" and row != (512, 64):
+        raise ValueError(
+            "--cache-format v32 takes models of kv_lora_rank 512 and qk_rope_head_dim 64, got "
+            f"{row[0]} and {row[1]}"
+        )
+
+
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts_file:
@@ -118,6 +139,17 @@ def read_lines(path: pathlib.Path) -> list[str]:
             f"{path} must have a prompt on each line, line {lines.index('') + 1} is empty"
         )
     return lines
+
+
+def encode(prompts: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for i, tokens in enumerate(encoded):
+        if tokens and max(tokens) >= vocab_size:
+            raise ValueError(
+                f"prompt {i} has the token {max(tokens)}, the model's vocabulary only "
+                f"{vocab_size} tokens"
+            )
+    return encoded
 
 
 def print_in_order(
@@ -164,47 +196,21 @@ def summary(stats: Stats) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.from_directory(arguments.checkpoint)
+    check(arguments, config)
+    peers = connect(arguments.devices, config)
+    prompts = read_prompts(arguments)
+    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
+    prompt_tokens = encode(prompts, tokenizer, config.vocab_size)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    if arguments.speculate < 0:
-        raise ValueError(f"--speculate must be at least 0, got {arguments.speculate}")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    if arguments.cache_blocks is not None and arguments.cache_blocks < 1:
-        raise ValueError(f"--cache-blocks must be at least 1, got {arguments.cache_blocks}")
-    if arguments.cache_format != "dense" and arguments.dtype == "float32":
-        raise ValueError(
-            "--dtype must be bfloat16 or float16 with --cache-format "
-            f"{arguments.cache_format}, got float32"
-        )
-    row = config.attention.kv_lora_rank, config.attention.qk_rope_head_dim
-    if arguments.cache_format == "v32" and row != (512, 64):
-        raise ValueError(
-            "--cache-format v32 takes models of kv_lora_rank 512 and qk_rope_head_dim 64, got "
-            f"{row[0]} and {row[1]}"
-        )
-    peers = connect(arguments.devices, config)
-    prompts = read_prompts(arguments)
-    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer, config.vocab_size)
-    prompt_tokens = [tokenizer.encode(prompt) for prompt in prompts]
-    for prompt, tokens in enumerate(prompt_tokens):
-        if tokens and max(tokens) >= config.vocab_size:
-            raise ValueError(
-                f"prompt {prompt} has the token {max(tokens)}, the model's vocabulary only "
-                f"{config.vocab_size} tokens"
-            )
     dtype = jnp.dtype(arguments.dtype)
     stop_tokens = config.stop_tokens | set(arguments.stop_token)
     model = load_model(
-        arguments.checkpoint,
-        config,
-        dtype=dtype,
-        peers=peers,
-        progress=sys.stderr.isatty(),
+        arguments.checkpoint, config, dtype=dtype, peers=peers, progress=sys.stderr.isatty()
     )
     server = Server(
         config,

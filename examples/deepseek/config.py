@@ -7,9 +7,6 @@ import json
 import pathlib
 from typing import Any
 
-from jax.typing import DTypeLike
-
-from jax_flashmla import BlockTable, PagedCache
 from jax_flashmla.layers import MLAConfig
 
 # model_type: how the router scores experts. All rotate and cache as MLAConfig knows them.
@@ -77,26 +74,6 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.moe)
-
-    def create_cache(
-        self, table: BlockTable, *, num_blocks: int, dtype: DTypeLike, name: str = "dense"
-    ) -> PagedCache:
-        """The model's cache: its rows, and its index keys where layers have an indexer.
-
-        Args:
-            table: the block table; with an indexer, of blocks of 64 tokens.
-            num_blocks: blocks of each layer.
-            dtype: of the computation.
-            name: the format of rows, "dense" or "v32" (fp8).
-        """
-        return PagedCache.create(
-            self.attention.cache_format(dtype, table.block_size, name=name),
-            table,
-            num_blocks=num_blocks,
-            layers=self.num_layers,
-            index_format=self.attention.index_format(dtype),
-            index_layers=self.index_layers,
-        )
 
     @property
     def index_layers(self) -> int | None:

@@ -87,13 +87,12 @@ def _read(
     reader: TensorReader, names: list[str], path: Path, dtype: DTypeLike, share: tuple[int, ...]
 ) -> jax.Array | Float8:
     """A parameter from its tensors; an MLP's or experts' that are stored in float8 stay in it."""
-    in_float8 = all(reader.stored(name).dtype == "F8_E4M3" for name in names)
+    all_float8 = all(reader.stored(name).dtype == "F8_E4M3" for name in names)
 
     def read(name: str) -> jax.Array | Float8:
-        if _is_projection(path) and in_float8:
-            values, scales = reader.read_float8(name)
-            block = reader.block_size[::-1]
-            return Float8.from_checkpoint(values.T, scales.T, block, share[-2:])
+        if all_float8 and _is_projection(path):
+            values, scales = (x.T for x in reader.read_float8(name))
+            return Float8.from_checkpoint(values, scales, reader.block_size[::-1], share[-2:])
         x = reader.read(name, dtype)
         return x.T if _is_transposed(path) else x
 

@@ -31,7 +31,14 @@ def logits_of(
 ) -> np.ndarray:
     """float32 logits after each token from prefilled - 1 on: a prefill, then steps."""
     table = BlockTable.create(np.arange(8, dtype=np.int32)[None], block_size=block_size)
-    cache = config.create_cache(table, num_blocks=8, dtype=jnp.dtype(dtype))
+    cache = PagedCache.create(
+        config.attention.cache_format(dtype, block_size),
+        table,
+        num_blocks=8,
+        layers=config.num_layers,
+        index_format=config.attention.index_format(dtype),
+        index_layers=config.index_layers,
+    )
     graph, state = nnx.split(model)
 
     @jax.jit
