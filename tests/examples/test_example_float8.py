@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 V3 = golden_models.GOLDEN / "deepseek_v3"
 GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "guides" / "sharding.md"
-BLOCK = 24, 10  # divides none of the model's widths of 16, 32 and 48, nor halves of them
+BLOCK = 24, 10  # cut off at the edges of matrices of 16 x 32 and 48 x 32
 V32_MODEL = {
     "vocab_size": 129280,
     "intermediate_size": 18432,
