@@ -291,14 +291,23 @@ def _spread(indexer: IndexerConfig, x: jax.Array) -> jax.Array:
     if not indexer.hadamard:
         return x
     width, dtype = x.shape[-1], x.dtype
-    x = x.astype(jnp.float32)
-    half = 1
-    while half < width:  # sums and differences of columns half apart
-        pairs = x.reshape(*x.shape[:-1], width // (2 * half), 2, half)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = jnp.stack([first + second, first - second], axis=-2).reshape(x.shape)
-        half *= 2
-    return (x * np.float32(width**-0.5)).astype(dtype)
+    # One product, not a stage for each bit of width: those with +-1 are exact, sums are float32.
+    spread = jnp.einsum(
+        "...i,ij->...j",
+        x,
+        jnp.asarray(_hadamard(width), dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (spread * np.float32(width**-0.5)).astype(dtype)
+
+
+def _hadamard(width: int) -> np.ndarray:
+    """[width, width] of +-1, width a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < width:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix
 
 
 def _quantise(format: CacheFormat, q: jax.Array) -> tuple[jax.Array, jax.Array]:
