@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import sys
 import types
+import weakref
 
 import jax
 import numpy as np
@@ -113,6 +115,19 @@ def test_given_scores_are_selected_from_by_one_peer_alone():
     assert topk_calls.relative_error(positions, shape, given) == 0
     assert topk_calls.relative_error(positions % 130 - 1, shape, given) > 1e-3
     assert live_peer.peer_calls(ScoresShape(1, 1, 64, 130), (given,), alone) == []
+
+
+def test_a_peer_s_scores_are_alive_together_as_ours_are():
+    """Else its next call would overwrite, in L2, what ours write to DRAM."""
+    shape = ScoresShape(1, 1, 32, 130)
+    setup = Setup(jax.devices("cpu")[0], METHODS["cpu"], LIMITS, "bfloat16", 64, False)
+    given = inputs.make_inputs(shape, inputs.make_pool([shape], setup), setup)
+    peer_calls = live_peer.peer_calls(shape, (given,), fake_peers())
+    results = [weakref.ref(call()) for call in peer_calls]
+    assert len({id(result()) for result in results} - {id(None)}) == len(given.tables) > 1
+    del peer_calls
+    gc.collect()
+    assert [result() for result in results] == [None] * len(results)
 
 
 def test_what_peers_need_is_named(monkeypatch, capsys, tmp_path):

@@ -72,7 +72,9 @@ def peer_calls(
         given = [peer.tensor(x).view(shape.b * shape.s_q, -1) for x in inputs.scores]
         logits = [partial(lambda x: x, x) for x in given]
     if not isinstance(shape, TopkShape):
-        return logits
+        # All of our calls' scores are alive until the last one, each in memory of its own.
+        alive: list[Any] = []
+        return [partial(_keep, alive, call) for call in logits]
     rows = shape.b * shape.s_q
     query = np.arange(rows, dtype=np.int32) % shape.s_q
     seen = _tensor(peer, shape.s_k - (shape.s_q - 1 - query), inputs)
@@ -83,6 +85,12 @@ def peer_calls(
         return positions
 
     return [partial(select, call) for call in logits]
+
+
+def _keep(alive: list[Any], call: Callable[[], Any]) -> Any:
+    """The call's result, which lives as long as the calls do."""
+    alive.append(call())
+    return alive[-1]
 
 
 def _tensor(peer: Indexers, x: np.ndarray, beside: Any) -> Any:
