@@ -196,6 +196,9 @@ bool run_checks(Bench& bench, bool small) {
       {"b130 h64 ragged 200", 1, 64, ragged(130, 200)},
       {"b64 h32 ragged 900", 1, 32, ragged(64, 900)},
       {"b33 h128 1024", 1, 128, std::vector<int>(33, 1024)},
+      {"b4 h96 parts", 1, 96, {500, 0, 64, 130}, 18},
+      {"b40 h128 skewed", 1, 128, skewed},
+      {"h128 hostile lengths", 1, 128, hostile, 7},
   };
   for (Format format : {Format::kFp8Row, Format::kV32}) {
     for (const Shape& x : shapes) {
@@ -208,6 +211,11 @@ bool run_checks(Bench& bench, bool small) {
     const Shape& some = shapes[5];
     for (int block : {8, 16, 24, 40, 128, 256, 1000})
       ok &= bench.check(some, format, {.causal = true, .block_size = block, .bad_ids = true});
+    const Shape pairs{"b3 s2 h128", 2, 128, {700, 90, 65}, 3};
+    for (int block : {8, 24, 256})
+      ok &= bench.check(pairs, format, {.causal = true, .block_size = block, .bad_ids = true});
+    ok &= bench.check(pairs, format, {.kv_scale = -0.001f, .query_scale = 30});
+    ok &= bench.check(pairs, format, {.kv_scale = 1e20f, .query_scale = 1e-22f});
     ok &= bench.check(some, format, {.kv_scale = 3e-5f, .query_scale = 1e-4f});
     ok &= bench.check(some, format, {.kv_scale = -0.001f, .query_scale = 30});
     ok &= bench.check(some, format, {.kv_scale = 1e20f, .query_scale = 1e-22f});
