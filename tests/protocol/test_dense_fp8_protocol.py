@@ -1,7 +1,7 @@
 """The fp8 kernel of dense decode: csrc/sm90/dense_decode/fp8/{scores,query,values,load}.cuh.
 
-Two score sides, which exchange halves of their sums; value warps, the first of which loads. A warp
-stands for each side. Side 1 leaves its sums where the tile's probabilities will be.
+Two score sides, which take turns at tiles and at the references that both go by; value warps, the
+first of which loads. A warp stands for each side.
 """
 
 from __future__ import annotations
@@ -26,39 +26,58 @@ class Model:
     def side(self, side: int) -> Role:
         warp = Role(f"score{side}", self.drop)
         queries = [("query", other) for other in SIDES]
-        tile = 0
+        tile = raises = 0  # of the part; of this side
+        if side == 1:
+            warp.arrive(("turn", 0))
         warp.write(("query", side))  # copied, then scaled in place
         for n, tiles in enumerate(self.pieces):
+            if side == 0:
+                warp.write(("reference",))  # none yet
+                warp.end(("reference",))
             warp.meet(("pair",))  # the queries' largest value
             warp.end(("query", side))
             warp.meet(("pair",))
-            for _ in range(tiles):
+            for number in range(tiles):
                 stage, buffer = tile % self.stages, tile % BUFFERS
-                halves = [("p", other, buffer) for other in SIDES]
-                warp.wait(("full", stage), tile // self.stages)
-                warp.read(tile // self.stages + 1, ("ring", stage))
-                warp.read(n + 1, *queries)
-                warp.end(*queries)
-                warp.wait(("probabilities_empty", buffer), tile // BUFFERS - 1)
-                mine = halves if side else [("exchange",)]
-                warp.write(*mine)
-                warp.end(*mine)
-                warp.meet(("pair",))
-                theirs = [("exchange",)] if side else halves
-                warp.read(tile + 1 if side else 2 * (tile // BUFFERS) + 1, *theirs)
-                warp.end(*theirs)
-                warp.meet(("vote",))  # whether references rise
-                stored = [("p", side, buffer), ("rescale", side, buffer)]
-                warp.write(*stored)
-                warp.end(*stored, ("ring", stage))
-                warp.arrive(("probabilities_full", buffer))
+                if buffer == side:
+                    warp.wait(("full", stage), tile // self.stages)
+                    warp.read(tile // self.stages + 1, ("ring", stage))
+                    warp.read(n + 1, *queries)
+                    warp.end(*queries)
+                    warp.wait(("probabilities_empty", buffer), tile // BUFFERS - 1)
+                    warp.meet(("turn", side))
+                    if number > 0:
+                        warp.read((tile - 1) // BUFFERS + 1, ("raised", 1 - side))
+                        warp.end(("raised", 1 - side))
+                    moved = [("reference",), ("raised", side), ("warp_rows", side)]
+                    warp.write(*moved)
+                    warp.end(*moved)
+                    raises += 1
+                    warp.arrive(("turn", 1 - side))
+                    warp.write(("p", buffer))
+                    warp.end(("p", buffer), ("ring", stage))
+                    warp.arrive(("probabilities_full", buffer))
                 tile += 1
+            warp.meet(("pair",))  # no products are under way
             if n + 1 < len(self.pieces):
                 warp.write(("query", side))
-            warp.wait(("sums_empty",), n - 1)
-            warp.write(("inverse_sum", side))
-            warp.end(("inverse_sum", side))
-            warp.arrive(("sums_full",))
+            last = (tile - 1) % BUFFERS
+            if last != side:
+                warp.read((tile - 1) // BUFFERS + 1, ("raised", last))
+                warp.end(("raised", last))
+            warp.write(("warp_rows", side))
+            warp.end(("warp_rows", side))
+            warp.meet(("pair",))
+            if side == 0:
+                warp.read(raises + n + 1, ("warp_rows", 0))
+                warp.read(tile - raises + n + 1, ("warp_rows", 1))
+                warp.read(tile + n + 1, ("reference",))
+                warp.wait(("sums_empty",), n - 1)
+                warp.write(("inverse_sum",))
+                warp.end(("inverse_sum",), ("reference",), ("warp_rows", 0), ("warp_rows", 1))
+                warp.arrive(("sums_full",))
+        if tile % BUFFERS == side:
+            warp.meet(("turn", side))
         return warp
 
     def value_warp(self, name: str, loads: bool) -> Role:
@@ -72,19 +91,18 @@ class Model:
                 warp.wait(("full", stage), tile // self.stages)
                 warp.wait(("probabilities_full", buffer), tile // BUFFERS)
                 warp.read(tile // self.stages + 1, ("ring", stage))
-                warp.read(2 * (tile // BUFFERS + 1), *(("p", side, buffer) for side in SIDES))
-                warp.read(tile // BUFFERS + 1, *(("rescale", side, buffer) for side in SIDES))
+                warp.read(tile // BUFFERS + 1, ("p", buffer), ("raised", buffer))
                 warp.end(("ring", stage))  # as soon as its bytes are in registers
                 warp.arrive(("empty", stage))
-                warp.end(*((what, side, buffer) for what in ("p", "rescale") for side in SIDES))
+                warp.end(("p", buffer), ("raised", buffer))
                 warp.arrive(("probabilities_empty", buffer))
                 if loads and tile + self.stages < total:  # the tile that comes to lie here
                     warp.wait(("empty", stage), tile // self.stages)
                     warp.arrive(("issued", stage))
                 tile += 1
             warp.wait(("sums_full",), n)
-            warp.read(n + 1, *(("inverse_sum", side) for side in SIDES))
-            warp.end(*(("inverse_sum", side) for side in SIDES))
+            warp.read(n + 1, ("inverse_sum",))
+            warp.end(("inverse_sum",))
             warp.arrive(("sums_empty",))
         return warp
 
@@ -100,11 +118,9 @@ class Model:
     def explore(self) -> int:
         arrivals = {
             "pair": 2,
-            "vote": 2,
-            "probabilities_full": 2,
+            "turn": 2,
             "probabilities_empty": self.value_warps,
             "empty": self.value_warps,
-            "sums_full": 2,
             "sums_empty": self.value_warps,
         }
         roles = [
@@ -134,7 +150,7 @@ def test_every_interleaving_is_safe(model: Model) -> None:
     [
         ("score", "full"),
         ("score", "pair"),
-        ("score", "vote"),
+        ("score", "turn"),
         ("score", "probabilities_empty"),
         ("score", "sums_empty"),
         ("value", "probabilities_full"),

@@ -59,6 +59,11 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Arrives at a hardware barrier without waiting; counts among its `threads`.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Synchronises as named_barrier_sync does, and returns whether `vote` is true in any thread.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
   uint32_t any;

@@ -18,15 +18,17 @@ constexpr int kSharedBase = 1024;    // where dynamic shared memory starts: Hopp
 constexpr int kLeastPiece = 8;       // rows that one copy takes at least
 constexpr int kMaxPieces = kTileTokens / kLeastPiece;  // of a tile
 
-// Two warpgroups for the scores, each with half of the columns, then two for the values.
+// Two warpgroups for the scores, which take turns at tiles, then two for the values.
 constexpr int kWarps = kWarpgroupWarps;
 constexpr int kSides = 2;
 constexpr int kRoleWarps = kSides * kWarps;
 constexpr int kRoleThreads = kRoleWarps * 32;
 constexpr int kThreads = 2 * kRoleThreads;
 constexpr int kValueTiles = 4;  // 64-column tiles of a value warpgroup
-// Named barriers: both score warpgroups', each one's own, both value warpgroups', each one's own.
-constexpr int kPairBarrier = 1, kScoreBarrier = 2, kStoreBarrier = 4, kValueBarrier = 5;
+// Named barriers: both score warpgroups', each one's own, both value warpgroups', each one's own,
+// each score warpgroup's turn.
+constexpr int kPairBarrier = 1, kScoreBarrier = 2, kStoreBarrier = 4, kValueBarrier = 5,
+              kTurnBarrier = 7;
 
 struct KernelArgs {
   const uint8_t* blocks;

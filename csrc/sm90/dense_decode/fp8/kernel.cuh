@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.empty[i]), kRoleWarps);
     }
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(smem_address(&smem.probabilities_full[i]), kRoleWarps);
+      mbarrier_init(smem_address(&smem.probabilities_full[i]), kWarps);
       mbarrier_init(smem_address(&smem.probabilities_empty[i]), kRoleWarps);
     }
-    mbarrier_init(smem_address(&smem.sums_full), 4 * kSides);  // the threads that store them
+    mbarrier_init(smem_address(&smem.sums_full), kRows);  // the threads that store them
     mbarrier_init(smem_address(&smem.sums_empty), kRoleWarps);
     mbarrier_init_fence();
     smem.row_tile.template find<kRows>(blockIdx.x, 0, args.rows, args.h_q, args.h_q);

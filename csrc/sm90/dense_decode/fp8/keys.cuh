@@ -1,4 +1,4 @@
-// S^T = K Q^T by a score warpgroup: its half of the columns, for all query rows.
+// S^T = K Q^T by a score warpgroup.
 #pragma once
 
 #include "sm90/attention/partial.cuh"
@@ -51,31 +51,29 @@ __device__ __forceinline__ void load_factors(uint32_t (&factor)[2], uint32_t til
   }
 }
 
-// Puts the scales of the side's groups where the value warps read them: lanes 0 and 1 of a quad
-// have a group each. left: tokens of the sequence from the tile's first on; others count as zeros.
-// Returns whether there are scales that one factor does not hold.
+// Puts the tile's scales where the value warps read them: lanes of a quad have a group each. left:
+// tokens of the sequence from the tile's first on; others count as zeros. Returns whether there are
+// scales that one factor does not hold.
 template <typename Format, typename Storage>
 __device__ __forceinline__ bool store_scales(Storage& smem, int stage, int slot, int left) {
   const int thread = reread_thread(), warp = thread / 32 % kWarps, token = thread % 32 / 4;
-  const int group = reread_side() * 2 + thread % 2;
+  const int group = thread % 4;
   const uint32_t row =
       token_address<Format>(smem_address(smem.ring[stage]), Format::kScaleOffset + group * 4);
   const int first = warp * kWarpTokens + token;
   const float low = first < left ? load_scale(row) : 0.0f;
   const float high = first + 8 < left ? load_scale(row + 8 * Format::kRowBytes) : 0.0f;
-  if (thread % 4 < 2) {
-    const uint32_t value =
-        pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
-    uint16_t* const target =
-        smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 + warp % 2 * 4 + token % 2;
-    target[0] = value & 0xffff;
-    target[2] = value >> 16;
-  }
+  const uint32_t value =
+      pack<__nv_bfloat16>(clamp_scale(low) * kPlaced, clamp_scale(high) * kPlaced);
+  uint16_t* const target =
+      smem.scales[slot][group] + warp / 2 * 32 + token / 2 * 8 + warp % 2 * 4 + token % 2;
+  target[0] = value & 0xffff;
+  target[2] = value >> 16;
   return __any_sync(~0u, is_large(low) || is_large(high));
 }
 
-constexpr int kSideUnits = kHeadDim / kSides / 16;  // products of a side, sixteen columns each
-constexpr int kLatentUnits = kValueDim / kSides / 16;
+constexpr int kUnits = kHeadDim / 16;  // products of a tile, sixteen columns each
+constexpr int kLatentUnits = kValueDim / 16;
 template <int kRows>
 constexpr int kKeyBuffers = kRows == 64 ? 4 : 6;  // of their fragments
 
@@ -85,31 +83,27 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
                                                const TokenExponents& exponents) {
   constexpr int kBuffers = kKeyBuffers<kRows>;
   constexpr int kStep = kRows * kChunkRowBytes / 16;  // of an operand, for 64 columns
-  const int thread = reread_thread(), lane = thread % 32, side = reread_side();
+  const int thread = reread_thread(), lane = thread % 32;
   const uint32_t tile = smem_address(smem.ring[stage]);
   const uint32_t rows =
       tile + Format::offset_at(thread / 32 % kWarps * kWarpTokens + lane % 16) + lane / 16 * 16;
   uint32_t a[kBuffers][4], raw[2][2];  // raw: of two units
-  const uint32_t latent = rows + side * (kValueDim / 2);
-  // Alike in all lanes, as the compiler sees: operands are named by uniform registers.
-  const int side_of_all = __shfl_sync(~0u, side, 0);
-  const uint32_t query = operand_at(smem.query[0]) + side_of_all * (4 * kStep);
-  const uint32_t rope = operand_at(smem.query[kValueDim / 64]) + side_of_all * 4;
+  const uint32_t query = operand_at(smem.query[0]);
   const auto load_units = [&](int unit) {
-    if (unit >= (Format::kScales ? kLatentUnits : kSideUnits)) return;
+    if (unit >= (Format::kScales ? kLatentUnits : kUnits)) return;
     load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(raw),
-                   unit < kLatentUnits ? latent + unit * 16
-                                       : rows + Format::kRopeOffset + side * (kRopeDim / 2));
+                   rows + (unit < kLatentUnits ? unit * 16
+                                               : Format::kRopeOffset + (unit - kLatentUnits) * 16));
   };
   uint32_t factor[2];
   load_units(0);
   pin_registers(s);
 #pragma unroll
-  for (int unit = 0; unit < kSideUnits; ++unit) {
+  for (int unit = 0; unit < kUnits; ++unit) {
     uint32_t (&keys)[4] = a[unit % kBuffers];
     if constexpr (Format::kScales) {
       if (unit % 8 == 0 && unit < kLatentUnits) {
-        load_factors<Format>(factor, tile, side * 2 + unit / 8, exponents);
+        load_factors<Format>(factor, tile, unit / 8, exponents);
       }
     }
     if (unit >= kBuffers) wgmma_wait<kBuffers - 1>();
@@ -118,7 +112,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
         convert_keys(keys, raw[unit % 2], factor);
       } else {
         const int k = unit - kLatentUnits;
-        load_matrix_x4(keys, rows + Format::kRopeOffset + side * kRopeDim + k * 32);
+        load_matrix_x4(keys, rows + Format::kRopeOffset + k * 32);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           keys[i] = multiply_bf16x2(keys[i], bf16_twice(power_of_two(-exponents.of[i % 2])));
@@ -129,11 +123,12 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
     }
     if (unit % 2 == 1) load_units(unit + 1);
     wgmma_fence();
+    const uint64_t queries = descriptor(query + unit / 4 * kStep + unit % 4 * 2);
     if (unit < kLatentUnits) {
-      wgmma_rs<__half>(s, keys, descriptor(query + unit / 4 * kStep + unit % 4 * 2), unit > 0);
+      wgmma_rs<__half>(s, keys, queries, unit > 0);
     } else {
       using Rope = std::conditional_t<Format::kScales, __nv_bfloat16, __half>;
-      wgmma_rs<Rope>(s, keys, descriptor(rope + (unit - kLatentUnits) * 2), 1);
+      wgmma_rs<Rope>(s, keys, queries, 1);
     }
     wgmma_commit();
   }

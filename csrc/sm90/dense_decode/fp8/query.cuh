@@ -23,14 +23,8 @@ __device__ __forceinline__ uint4 scale_queries(const uint32_t (&pairs)[4], float
   return {words[0], words[1], words[2], words[3]};
 }
 
-// A row has 36 units of sixteen columns, 32 bytes each, four in a chunk. Which side multiplies with
-// one: 0 with the first half of the latent columns and of the rope, 1 with the second ones.
-__device__ __forceinline__ int side_of_unit(int unit) {
-  return unit < kValueDim / 16 ? unit / (kValueDim / 32) : unit / 2 % 2;
-}
-
 // Calls take(row, unit, address of its first and of its second half) for a score thread's own
-// units.
+// units: of the 36 of a row, sixteen columns each, 32 bytes, four in a chunk.
 template <int kRows, typename Take>
 __device__ __forceinline__ void for_own_units(
     const uint8_t (&query)[kHeadDim / 64][kRows * kChunkRowBytes], Take take) {
@@ -41,10 +35,9 @@ __device__ __forceinline__ void for_own_units(
     const int chunk = kStep == 1 ? first : first + thread / 4 / kRows;
     if (chunk >= kHeadDim / 64) break;
     const int unit = chunk * 4 + thread % 4;
-    const int place = row ^ side_of_unit(unit) * (kRows / kSides);
     const uint32_t target = smem_address(query[chunk]);
-    take(row, unit, target + swizzled_offset(place, unit % 4 * 2),
-         target + swizzled_offset(place, unit % 4 * 2 + 1));
+    take(row, unit, target + swizzled_offset(row, unit % 4 * 2),
+         target + swizzled_offset(row, unit % 4 * 2 + 1));
   }
 }
 

@@ -19,35 +19,32 @@ struct LoadState {
 };
 constexpr int kPlannedPieces = 64;  // of tiles that are looked up
 
-// kRows: query rows of a tile. A side is a score warpgroup: it multiplies half of the columns for
-// all query rows, and has the softmax of half of the query rows, its own.
+// kRows: query rows of a tile. A side is a score warpgroup: it has every other tile, whose
+// probabilities it leaves in a buffer of its own.
 template <typename Format, int kRows>
 struct alignas(1024) SharedStorage {
-  static constexpr int kOwnRows = kRows / kSides;
-
-  // K-major in the 128-byte swizzle, 64 columns a chunk. Of the columns of side 1 the two halves of
-  // the rows are exchanged: each side finds its own rows first.
+  // K-major in the 128-byte swizzle, 64 columns a chunk.
   uint8_t query[kHeadDim / 64][kRows * kChunkRowBytes];
   uint8_t probabilities[2][kRows * kChunkRowBytes];  // [row][token], the same
-  uint8_t exchange[kRows * kChunkRowBytes];          // side 0's sums for the rows of side 1
   uint8_t ring[kStages<kRows>][Format::kTileBytes];  // raw rows, of a tile at a time
   // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
   alignas(16) uint16_t scales[2][Format::kScaleGroups + !Format::kScales][kTileTokens];
   float reference[kRows];  // of the piece so far, and what is subtracted for it
   float offset[kRows];
-  float warp_rows[kRoleWarps][kOwnRows];  // between the warps of a side
-  float inverse_sum[kRows];               // of the last piece that is not empty, times kv_scale
-  float factor[kSides][kRows];            // of half rows that are to be stored as partial results
-  float score_scale;                      // what products are to be multiplied with
+  float warp_rows[kRoleWarps][kRows];  // between the warps of a side; sums of both
+  float inverse_sum[kRows];            // of the last piece that is not empty, times kv_scale
+  float factor[kSides][kRows];         // of half rows that are to be stored as partial results
+  float score_scale;                   // what products are to be multiplied with
   int2 kept[kRoleWarps];            // of each value warp, whose registers are few: see run_values
   int last_left;                    // tokens of the sequence from the last tile of the piece on
   uint32_t query_peak[kRoleWarps];  // largest magnitudes of queries, bf16x2
   alignas(8) uint8_t exponent[kRows][kRoleWarps];  // of a value warp's largest output
-  uint8_t rescale[2][kRows];                // the output so far is to be divided by 2 to this power
-  alignas(8) uint8_t flags[2][kRoleWarps];  // of a tile, by score warp: kRescaled, kHasLargeScales
-  uint64_t full[kStages<kRows>];            // tile loaded
-  uint64_t empty[kStages<kRows>];           // all value warps are through with it
+  uint8_t rescale[2][kRows];            // the output so far is to be divided by 2 to this power
+  uint32_t raised[2];                   // whether it is, for the side that follows
+  alignas(4) uint8_t flags[2][kWarps];  // of a tile, by score warp: kRescaled, kHasLargeScales
+  uint64_t full[kStages<kRows>];        // tile loaded
+  uint64_t empty[kStages<kRows>];       // all value warps are through with it
   uint64_t probabilities_full[2], probabilities_empty[2];
   uint64_t sums_full, sums_empty;  // inverse_sum
   Cut begin, end;                  // of the part

@@ -1,5 +1,5 @@
-// The softmax of a side's own query rows over a tile's tokens, which lie across a warpgroup's
-// threads. Registers named by `i` belong to a thread's query rows.
+// The softmax of the query rows over a tile's tokens, which lie across a side's threads. Registers
+// named by `i` belong to a thread's query rows.
 #pragma once
 
 #include "sm90/attention/mask.cuh"
@@ -10,19 +10,53 @@
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
-// Query rows, of a side's own, that a thread has.
+// Query rows that a thread has.
 template <int kRows>
-constexpr int kMine = kRows / kSides / 4;
+constexpr int kMine = kRows / 4;
 
-// Combines what all threads of the side have of a row. Ends with all warps having read.
-template <int kRows, typename Combine>
-__device__ __forceinline__ void combine_rows(float (*exchange)[kRows / kSides],
-                                             float (&x)[kMine<kRows>], Combine combine) {
+// Of them, those of whose sums over a warp's tokens a lane keeps one: from number
+// lane / 4 * kMine / 8 on. (With 16 rows two lanes keep the same.)
+template <int kRows>
+constexpr int kSums = kRows > 32 ? kMine<kRows> / 8 : 1;
+
+// The query row of a lane's sum j.
+template <int kRows>
+__device__ __forceinline__ int sum_row(int thread, int j) {
+  return query_row(thread, thread % 32 / 4 * kMine<kRows> / 8 + j);
+}
+
+// Adds to the sums what each of the warp's lanes has in x, of all of its rows.
+template <int kRows>
+__device__ __forceinline__ void add_to_sums(float (&sum)[kSums<kRows>], float (&x)[kMine<kRows>]) {
+  const int thread = reread_thread();
+  int count = kMine<kRows>;  // of x, that are left: known to the compiler, as loops are unrolled
+#pragma unroll
+  for (int lane = 16; lane >= 4; lane /= 2) {
+    if (count == 1) {
+      x[0] += __shfl_xor_sync(~0u, x[0], lane);
+      continue;
+    }
+    const bool upper = thread & lane;
+    count /= 2;
+#pragma unroll
+    for (int k = 0; k < kMine<kRows> / 2; ++k) {
+      if (k >= count) break;
+      const float other = __shfl_xor_sync(~0u, upper ? x[k] : x[k + count], lane);
+      x[k] = (upper ? x[k + count] : x[k]) + other;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kSums<kRows>; ++j) sum[j] += x[j];
+}
+
+// The largest of what all threads of the side have of a row. Ends with all warps having read.
+template <int kRows>
+__device__ __forceinline__ void combine_peaks(float (*exchange)[kRows], float (&x)[kMine<kRows>]) {
   const int thread = reread_thread(), side = reread_side(), warp = thread / 32 % kWarps;
 #pragma unroll
   for (int lane = 4; lane <= 16; lane *= 2) {
 #pragma unroll
-    for (int i = 0; i < kMine<kRows>; ++i) x[i] = combine(x[i], __shfl_xor_sync(~0u, x[i], lane));
+    for (int i = 0; i < kMine<kRows>; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(~0u, x[i], lane));
   }
   if (thread % 32 < 4) {
 #pragma unroll
@@ -34,17 +68,17 @@ __device__ __forceinline__ void combine_rows(float (*exchange)[kRows / kSides],
 #pragma unroll
   for (int i = 0; i < kMine<kRows>; ++i) {
     const int row = query_row(thread, i);
-    x[i] = combine(combine(exchange[0][row], exchange[1][row]),
-                   combine(exchange[2][row], exchange[3][row]));
+    x[i] =
+        fmaxf(fmaxf(exchange[0][row], exchange[1][row]), fmaxf(exchange[2][row], exchange[3][row]));
   }
   named_barrier_sync(kScoreBarrier + side, kWarpgroupThreads);
 }
 
-// Sets scores of keys that a row may not see to -inf. first_row: the side's, within [s_q, h_q];
+// Sets scores of keys that a row may not see to -inf. first_row: the tile's, within [s_q, h_q];
 // left: tokens of the sequence from the tile's first on.
 template <typename Format, int kRows>
 __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
-                                          float (&s)[kRows / kSides / 2], int left) {
+                                          float (&s)[kRows / 2], int left) {
   const int thread = reread_thread();
   const int place = thread / 32 % kWarps * kWarpTokens + thread % 32 / 4;
 #pragma unroll
@@ -56,22 +90,19 @@ __device__ __forceinline__ void mask_tile(const KernelArgs& args, int first_row,
   }
 }
 
-// Moves references to a tile's largest scores, which `peak` has of this thread, and its sums
-// with them. By what power of two the output is to be divided goes to `rescale`. reference, offset:
-// of the side's rows.
+// Moves references to a tile's largest scores, which `peak` has of this thread. By what power of
+// two sums and output are to be divided goes to `rescale`.
 template <int kRows>
-__device__ __forceinline__ void raise_references(float (*exchange)[kRows / kSides],
-                                                 float* references, float* offsets,
-                                                 float (&peak)[kMine<kRows>],
-                                                 float (&sum)[kMine<kRows>], uint8_t* rescale) {
+__device__ __forceinline__ void raise_references(float (*exchange)[kRows], float* references,
+                                                 float* offsets, float (&peak)[kMine<kRows>],
+                                                 uint8_t* rescale) {
   const int thread = reread_thread(), side = reread_side();
-  combine_rows<kRows>(exchange, peak, [](float a, float b) { return fmaxf(a, b); });
+  combine_peaks<kRows>(exchange, peak);
 #pragma unroll
   for (int i = 0; i < kMine<kRows>; ++i) {
     const int row = query_row(thread, i);
     float moved = references[row];
     const int power = raise_reference(moved, peak[i]);
-    sum[i] *= rescale_factor(power);
     peak[i] = moved;
     if (thread % kWarpgroupThreads < 4) rescale[row] = power;
   }
@@ -86,45 +117,49 @@ __device__ __forceinline__ void raise_references(float (*exchange)[kRows / kSide
   named_barrier_sync(kScoreBarrier + side, kWarpgroupThreads);
 }
 
+// Divides sums as raise_references has told.
+template <int kRows>
+__device__ __forceinline__ void rescale_sums(float (&sum)[kSums<kRows>], const uint8_t* rescale) {
+  const int thread = reread_thread();
+#pragma unroll
+  for (int j = 0; j < kSums<kRows>; ++j) {
+    sum[j] *= rescale_factor(rescale[sum_row<kRows>(thread, j)]);
+  }
+}
+
 // Turns scores into probabilities and adds them to the sums.
 template <int kRows>
-__device__ __forceinline__ void make_probabilities(const float* offsets,
-                                                   float (&s)[kRows / kSides / 2],
-                                                   float (&sum)[kMine<kRows>]) {
+__device__ __forceinline__ void make_probabilities(const float* offsets, float (&s)[kRows / 2],
+                                                   float (&sum)[kSums<kRows>]) {
   const int thread = reread_thread();
+  float both[kMine<kRows>];
 #pragma unroll
   for (int i = 0; i < kMine<kRows>; ++i) {
     const float offset = offsets[query_row(thread, i)];
     float(&low) = s[element(i, 0)], (&high) = s[element(i, 1)];
     low = exp2_approx(__fsub_rn(low, offset));
     high = exp2_approx(__fsub_rn(high, offset));
-    sum[i] += low + high;
+    both[i] = low + high;
   }
+  add_to_sums<kRows>(sum, both);
 }
 
 // Stores probabilities as wgmma's B operand: K-major rows of 64 tokens in the 128-byte swizzle.
-// target: of the side's rows.
 template <typename T, int kRows>
-__device__ __forceinline__ void store_probabilities(const float (&p)[kRows / kSides / 2],
-                                                    uint32_t target) {
-  constexpr int kOwnRows = kRows / kSides;
+__device__ __forceinline__ void store_probabilities(const float (&p)[kRows / 2], uint32_t target) {
   const int thread = reread_thread(), lane = thread % 32;
   const int matrix = lane / 8;  // tokens % 16 / 8, rows % 16 / 8
   const int piece = thread / 32 % kWarps * 2 + matrix % 2;
 #pragma unroll
-  for (int rows = 0; rows < kOwnRows; rows += 16) {
+  for (int rows = 0; rows < kRows; rows += 16) {
     uint32_t packed[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = rows / 4 + j / 2 * 2;
-      if (i < kMine<kRows>) packed[j] = pack<T>(p[element(i, j % 2)], p[element(i + 1, j % 2)]);
+      packed[j] = pack<T>(p[element(i, j % 2)], p[element(i + 1, j % 2)]);
     }
-    if constexpr (kOwnRows < 16) {
-      store_matrix_x2_trans(target + swizzled_offset(lane % 8, piece), packed[0], packed[1]);
-    } else {
-      store_matrix_x4_trans(target + swizzled_offset(rows + matrix / 2 * 8 + lane % 8, piece),
-                            packed[0], packed[1], packed[2], packed[3]);
-    }
+    store_matrix_x4_trans(target + swizzled_offset(rows + matrix / 2 * 8 + lane % 8, piece),
+                          packed[0], packed[1], packed[2], packed[3]);
   }
 }
 

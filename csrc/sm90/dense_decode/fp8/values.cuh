@@ -156,9 +156,9 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Pos
   mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
-  const uint2 flags = *reinterpret_cast<const uint2*>(smem.flags[slot]);
-  if ((flags.x | flags.y) & kRescaled) rescale_output<kRows>(o, smem.rescale[slot]);
-  if ((flags.x | flags.y) & (kHasLargeScales * 0x01010101u)) {
+  const uint32_t flags = *reinterpret_cast<const uint32_t*>(smem.flags[slot]);
+  if (flags & (kRescaled * 0x01010101u)) rescale_output<kRows>(o, smem.rescale[slot]);
+  if (flags & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
       add_products<Format, kRows, true>(smem, at.stage(), slot, rows, o);
     }
