@@ -69,7 +69,7 @@ def quantise(
     largest = float(jnp.finfo(rows.dtype).max)
     x = rows.astype(jnp.float32)
     coded = jnp.clip(x[..., : coding.codes], -largest, largest)
-    groups = coded.reshape(*coded.shape[:-1], -1, coding.group)
+    groups = coded.reshape(*coded.shape[:-1], coding.codes // coding.group, coding.group)
     scales: list[jax.Array] = []
     if coding.scale == "cache":
         scale = jnp.float32(1.0) if kv_scale is None else jnp.asarray(kv_scale, jnp.float32)

@@ -23,7 +23,7 @@ import tolerances
 from jax_flashmla import CacheFormat
 from jax_flashmla.layers import IndexerConfig, MLAParams, Selection, decode, linen, prefill, select
 from jax_flashmla.layers import nnx as layers_nnx
-from jax_flashmla.layers.indexer import _spread
+from jax_flashmla.reference.index_append import turn
 from layer_cases import V3
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -178,7 +178,8 @@ def test_heads_over_eight_devices():
 def test_hadamard_rotation():
     x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
     matrix = np.array([[(-1) ** bin(i & j).count("1") for j in range(16)] for i in range(16)])
-    np.testing.assert_allclose(_spread(INDEXER, jnp.asarray(x)), x @ matrix / 4, atol=1e-6)
+    spread = turn(jnp.asarray(x), None, None, "none", hadamard=True)
+    np.testing.assert_allclose(spread, x @ matrix / 4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
