@@ -219,7 +219,8 @@ def _float(bits: jax.Array) -> jax.Array:
 
 
 def _to_bytes(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], -1)
+    size = x.shape[-1] * x.dtype.itemsize
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], size)
 
 
 def _from_bytes(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
