@@ -14,6 +14,7 @@ from jax_flashmla.export import export_checks
 from jax_flashmla.ops.all_reduce_sum import all_reduce_sum
 from jax_flashmla.ops.cache_append import cache_append
 from jax_flashmla.ops.dense_decode import dense_decode
+from jax_flashmla.ops.index_append import index_append
 from jax_flashmla.ops.index_scores import index_scores
 from jax_flashmla.ops.index_topk import index_topk
 from jax_flashmla.ops.latent_append import latent_append
@@ -49,6 +50,7 @@ __all__ = [
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "index_append",
     "index_scores",
     "index_topk",
     "kernel_refusal",

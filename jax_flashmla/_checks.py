@@ -240,6 +240,17 @@ def as_int32(name: str, x: Any, dims: str, *, may_be_empty: bool = False) -> jax
     return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)  # type: ignore[return-value]
 
 
+def check_number(name: str, x: Any, *, zero: bool = False) -> float:
+    """A Python number that is compiled in: positive, or 0 where `zero` says so."""
+    if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a Python number (it is compiled in), got {describe(x)}")
+    if not (FLOAT32_TINY <= x <= FLOAT32_MAX or (zero and x == 0)):
+        raise ValueError(
+            f"{name} must be finite and positive{' or 0' if zero else ''} in float32, got {x}"
+        )
+    return float(x)
+
+
 def check_array(
     name: str, x: Any, dims: str, dtypes: tuple[np.dtype, ...], *, may_be_empty: bool = False
 ) -> tuple[int, ...]:

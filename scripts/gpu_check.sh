@@ -77,7 +77,7 @@ sanitizer_options=(--tool memcheck --error-exitcode 9 --report-api-errors no
 memcheck() {
   XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer "${sanitizer_options[@]}" \
     "$python" -P -m pytest -q -m gpu -k "$small_subset" \
-    tests/ops/test_{dense_decode,cache_append,latent_append,project}.py
+    tests/ops/test_{dense_decode,cache_append,latent_append,index_append,project}.py
 }
 
 # A few checks of each native benchmark but those that need several GPUs or take no `small`.

@@ -1,4 +1,4 @@
-"""The C++ side of latent_append, project, project_twice refuses calls that lead out of bounds."""
+"""The C++ side of a decoding step's operations refuses calls that lead out of bounds."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 from ffi_calls import call, i32, refused, replaced, result, zeros
 
 b, s_new, q_rank, kv_rank, pairs, num_blocks, block_size, max_blocks = 2, 3, 24, 512, 32, 5, 64, 2
+heads = 4  # of the indexer
 columns, d_qk = q_rank + kv_rank + 2 * pairs, kv_rank + 2 * pairs
 rows, groups, k, n = 3, 2, 16, 40
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -46,6 +47,35 @@ def latent_append(**wrong):
     return call("latent_append", *replaced(wrong, operands, results, attributes))
 
 
+def index_append(**wrong):
+    operands = {
+        "blocks": zeros(num_blocks, block_size * 132, dtype=jnp.uint8),
+        "projected": zeros(b, s_new, columns),
+        "k_norm": zeros(128),
+        "k_bias": zeros(128),
+        "cos": f32(b, s_new, pairs),
+        "sin": f32(b, s_new, pairs),
+        "q": zeros(b, s_new, heads, 128),
+        "weights": f32(b, s_new, heads),
+        "block_table": i32(b, max_blocks),
+        "positions": i32(b),
+        "num_new": i32(b),
+    }
+    attributes = {
+        "block_size": np.int32(block_size),
+        "layout": np.int32(2),
+        "hadamard": True,
+        "eps": np.float32(1e-6),
+    }
+    blocks = wrong.get("blocks", operands["blocks"])
+    results = {
+        "updated": result(*blocks.shape, dtype=blocks.dtype),
+        "codes": result(b, s_new, heads, 128, dtype=jnp.float8_e4m3fn),
+        "scaled": result(b, s_new, heads),
+    }
+    return call("index_append", *replaced(wrong, operands, results, attributes))
+
+
 def project(**wrong):
     operands = {
         "x": zeros(rows, groups, k + 2 * pairs) + 1,
@@ -64,6 +94,8 @@ def test_the_good_calls_are_taken():
     blocks, q_latent = latent_append()
     np.testing.assert_array_equal(blocks.astype(jnp.float32), 0)
     np.testing.assert_array_equal(q_latent.astype(jnp.float32), 0)
+    for x in index_append():
+        np.testing.assert_array_equal(x.astype(jnp.float32), 0)
     (y,) = project()
     np.testing.assert_array_equal(y[..., :n].astype(jnp.float32), k)
     np.testing.assert_array_equal(y[..., n:].astype(jnp.float32), 0)
@@ -86,6 +118,30 @@ LATENT_APPEND = {
                          "rows must end in"),
 }  # fmt: skip
 
+INDEX_APPEND = {
+    "projected of rank 2": ({"projected": zeros(b, columns)}, "projected must have shape"),
+    "few columns": ({"projected": zeros(b, s_new, 127)}, "projected must have at least 128"),
+    "short blocks": ({"blocks": zeros(num_blocks, 64 * 131, dtype=jnp.uint8)}, "blocks must have"),
+    "blocks of bf16": ({"blocks": zeros(num_blocks, 64 * 132)}, "blocks must be uint8"),
+    "k_norm of rank 2": ({"k_norm": zeros(1, 128)}, "k_norm must have shape"),
+    "a short k_bias": ({"k_bias": zeros(127)}, "k_bias must have shape"),
+    "k_bias in f32": ({"k_bias": f32(128)}, "k_bias must have the element type of k_norm"),
+    "wide pairs": ({"cos": f32(b, s_new, 65), "sin": f32(b, s_new, 65)}, "cos must have at most"),
+    "pairs with none": ({"layout": np.int32(3)}, "cos must have at most 64 pairs, and none"),
+    "short sin": ({"sin": f32(b, s_new, pairs - 1)}, "sin must have shape"),
+    "cos of others": ({"cos": f32(b, s_new + 1, pairs)}, "cos must have shape"),
+    "q of other heads": ({"q": zeros(b, s_new, heads - 1, 128)}, "q must have shape"),
+    "narrow q": ({"q": zeros(b, s_new, heads, 64)}, "q must have shape"),
+    "q in f32": ({"q": f32(b, s_new, heads, 128)}, "q must have the element type of projected"),
+    "weights of others": ({"weights": f32(b, s_new + 1, heads)}, "weights must have shape"),
+    "codes in bytes": ({"codes": result(b, s_new, heads, 128, dtype=jnp.uint8)}, "f8e4m3fn"),
+    "short codes": ({"codes": result(b, s_new, 3, 128, dtype=jnp.float8_e4m3fn)}, "codes must"),
+    "short scaled": ({"scaled": result(b, s_new, heads - 1)}, "scaled must have shape"),
+    "positions of one": ({"positions": i32(1)}, "positions must have shape"),
+    "layout": ({"layout": np.int32(4)}, "layout must be between 0 and 3"),
+    "block_size": ({"block_size": np.int32(32)}, "blocks must have"),
+}
+
 PROJECT = {
     "x of rank 2": ({"x": zeros(rows, k)}, "x must have shape"),
     "x of other groups": ({"x": zeros(rows, groups + 1, k + 2 * pairs)}, "w must have shape"),
@@ -102,6 +158,11 @@ PROJECT = {
 @pytest.mark.parametrize(("wrong", "match"), LATENT_APPEND.values(), ids=LATENT_APPEND)
 def test_latent_append_refuses(wrong, match):
     refused(latent_append, match, **wrong)
+
+
+@pytest.mark.parametrize(("wrong", "match"), INDEX_APPEND.values(), ids=INDEX_APPEND)
+def test_index_append_refuses(wrong, match):
+    refused(index_append, match, **wrong)
 
 
 @pytest.mark.parametrize(("wrong", "match"), PROJECT.values(), ids=PROJECT)

@@ -113,7 +113,7 @@ def test_only_operations_describe_operations():
     importers = importers_of("jax_flashmla._xla.operation") - {"export"}
     names = ("make_schedule", "dense_decode", "sparse_decode", "cache_append")
     names += ("sparse_prefill", "index_scores", "index_topk", "all_reduce_sum", "exchange")
-    names += ("latent_append", "project", "project_twice")
+    names += ("latent_append", "index_append", "project", "project_twice")
     assert importers == {f"ops.{name}" for name in names}
     for path in sorted((PACKAGE / "_xla").glob("*.py")):
         assert not [name for name in names if name in path.read_text()], path.name

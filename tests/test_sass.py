@@ -25,6 +25,7 @@ KERNELS = (
     "merge_kernel",
     "cache_append_kernel",
     "latent_append_kernel",
+    "index_append_kernel",
     "project_kernel",
     "index_scores_kernel",
     "index_topk_kernel",

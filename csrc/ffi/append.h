@@ -13,7 +13,7 @@ namespace flashmla::ffi {
 
 // The cache that rows [b, s_new, h_kv, d] are appended to; all of params but the rows themselves.
 inline void read_append(ExtentChecks& checks, AnyBuffer blocks, I32R2 block_table, I32R1 positions,
-                        I32R1 num_new, F32R0 kv_scale, AnyBuffer updated, int32_t format,
+                        I32R1 num_new, const float* kv_scale, AnyBuffer updated, int32_t format,
                         int32_t block_size, const std::array<int64_t, 4>& rows,
                         CacheAppendParams* params) {
   const auto [b, s_new, h_kv, d] = rows;
@@ -58,7 +58,7 @@ inline void read_append(ExtentChecks& checks, AnyBuffer blocks, I32R2 block_tabl
   params->block_table = block_table.typed_data();
   params->positions = positions.typed_data();
   params->num_new = num_new.typed_data();
-  params->kv_scale = kv_scale.typed_data();
+  params->kv_scale = kv_scale;
   params->updated = updated.untyped_data();
 }
 

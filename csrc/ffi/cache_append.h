@@ -34,8 +34,8 @@ inline Status read_cache_append(AnyBuffer blocks, AnyBuffer rows, I32R2 block_ta
   ExtentChecks checks;
   const auto extents = checks.read<4>("rows", rows.dimensions(), {"b", "s_new", "h_kv", "d_qk"});
   if (!checks.ok()) return checks.status();
-  read_append(checks, blocks, block_table, positions, num_new, kv_scale, *updated, attrs.format,
-              attrs.block_size, extents, params);
+  read_append(checks, blocks, block_table, positions, num_new, kv_scale.typed_data(), *updated,
+              attrs.format, attrs.block_size, extents, params);
   if (!checks.ok()) return checks.status();
   if (params->format == Format::kDense) {
     expect_same_dtype(checks, "rows", rows.element_type(), "blocks", blocks.element_type());

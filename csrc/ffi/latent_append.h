@@ -73,8 +73,8 @@ inline Status read_latent_append(AnyBuffer blocks, AnyBuffer projected, AnyBuffe
     return checks.status();
   }
   CacheAppendParams& cache = params->cache;
-  read_append(checks, blocks, block_table, positions, num_new, kv_scale, *updated, attrs.format,
-              attrs.block_size, {b, s_new, 1, d}, &cache);
+  read_append(checks, blocks, block_table, positions, num_new, kv_scale.typed_data(), *updated,
+              attrs.format, attrs.block_size, {b, s_new, 1, d}, &cache);
   if (!checks.ok()) return checks.status();
 
   checks.expect("cos", cos.dimensions(), {{"b", b}, {"s_new", s_new}, {"rope / 2", pairs}});

@@ -4,6 +4,7 @@
 #include "ffi/cache_append.h"
 #include "ffi/dense_decode.h"
 #include "ffi/exchange.h"
+#include "ffi/index_append.h"
 #include "ffi/index_scores.h"
 #include "ffi/index_topk.h"
 #include "ffi/latent_append.h"

@@ -33,4 +33,15 @@ FLASHMLA_HOST_DEVICE inline RopePair rope_pair(RopeLayout layout, int pair, int 
   }
 }
 
+// The pair that makes column `column` of 2 * pairs, and whether it is the pair's second.
+struct RopeColumn {
+  int pair;
+  bool second;
+};
+
+FLASHMLA_HOST_DEVICE inline RopeColumn rope_column(RopeLayout layout, int column, int pairs) {
+  if (layout == RopeLayout::kInterleaved) return {column / 2, column % 2 == 1};
+  return {column < pairs ? column : column - pairs, column >= pairs};
+}
+
 }  // namespace flashmla

@@ -69,7 +69,7 @@ def quantise(
     largest = float(jnp.finfo(rows.dtype).max)
     x = rows.astype(jnp.float32)
     coded = jnp.clip(x[..., : coding.codes], -largest, largest)
-    groups = coded.reshape(*coded.shape[:-1], -1, coding.group)
+    groups = coded.reshape(*coded.shape[:-1], coding.codes // coding.group, coding.group)
     scales: list[jax.Array] = []
     if coding.scale == "cache":
         scale = jnp.float32(1.0) if kv_scale is None else jnp.asarray(kv_scale, jnp.float32)
@@ -219,7 +219,8 @@ def _float(bits: jax.Array) -> jax.Array:
 
 
 def _to_bytes(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], -1)
+    size = x.shape[-1] * x.dtype.itemsize
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], size)
 
 
 def _from_bytes(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import CacheFormat, PagedCache, Slots, _checks, context, index_topk, quantise
+from jax_flashmla import PagedCache, Slots, _checks, context, index_append, index_topk
 from jax_flashmla.layers.config import IndexerConfig, MLAConfig
 from jax_flashmla.layers.params import MLAParams
 from jax_flashmla.layers.project import check_call, positions_of, query_inputs, roll_tokens
-from jax_flashmla.layers.rope import rotate
-from jax_flashmla.layers.step import Projected, multiply
+from jax_flashmla.layers.rope import cos_and_sin
+from jax_flashmla.layers.step import Projected, multiply, replace_layer
+from jax_flashmla.reference.index_append import layer_norm, quantise_queries, turn
 
 
 @jax.tree_util.register_dataclass
@@ -105,26 +106,26 @@ def select_projected(
         raise ValueError("config must have an indexer to select tokens, got None")
     if cache.index_blocks is None:
         return cache, ALL
-    format = _check_pool(indexer, cache)
+    _check_pool(indexer, cache)
     x = jnp.asarray(x)
-    positions = positions_of(slots)
-    if down is None or down.index_key is None:
-        inputs, keys = query_inputs(config, params, x), None
-    else:
-        inputs, keys = down.inputs, down.index_key
-    keys = _project_keys(config, indexer, params, x, keys, positions)
-    keys = keys.astype(format.dtype) if format.name == "dense" else _spread(indexer, keys)
-    cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
     longest = cache.table.max_seqlen
     if context_axis is not None:
         longest *= _checks.axis_size("context_axis", context_axis)
     longest = longest if prefix else min(longest, slots.s_new)
-    if longest <= indexer.topk:
+    inputs, keys = (None, None) if down is None else (down.inputs, down.index_key)
+    if keys is None:
+        keys = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
+    q = weights = None
+    if longest > indexer.topk:
+        inputs = query_inputs(config, params, x) if inputs is None else inputs
+        q = multiply(inputs, params.index_w_q, implementation=implementation)
+        weights = _weigh_heads(indexer, params, x)
+    cache, q, weights = _append(
+        config, indexer, params, cache, slots, layer, keys, q, weights, implementation
+    )
+    if q is None or weights is None:
         return cache, ALL
 
-    q = multiply(inputs, params.index_w_q, implementation=implementation)
-    q = _rotate_first(config, indexer, q, positions)
-    weights = _weigh_heads(indexer, params, x)
     # The last query is a sequence's last token: move the padding to the front.
     padding = slots.s_new - slots.num_new
     q, weights = roll_tokens(q, padding), roll_tokens(weights, padding)
@@ -132,7 +133,7 @@ def select_projected(
     best = roll_tokens(best, -padding)
     if context_axis is not None:
         return cache, Selection(best, jnp.sum(best >= 0, axis=2, dtype=jnp.int32))
-    return cache, Selection(best, jnp.minimum(positions + 1, indexer.topk))
+    return cache, Selection(best, jnp.minimum(positions_of(slots) + 1, indexer.topk))
 
 
 def selection_for(
@@ -180,8 +181,8 @@ def selection_for(
     )
 
 
-def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> CacheFormat:
-    """The format of the cache's index pool, which is one that the indexer writes."""
+def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> None:
+    """The cache's index pool is of a format that the indexer writes."""
     assert cache.index_format is not None
     format, width = cache.index_format, indexer.head_dim
     if format.name not in ("dense", "fp8_index") or format.d_qk != width or format.h_kv != 1:
@@ -193,7 +194,70 @@ def _check_pool(indexer: IndexerConfig, cache: PagedCache) -> CacheFormat:
         raise ValueError(
             f"cache must have blocks of 64 tokens to select from, got {format.block_size}"
         )
-    return format
+
+
+def _append(
+    config: MLAConfig,
+    indexer: IndexerConfig,
+    params: MLAParams,
+    cache: PagedCache,
+    slots: Slots,
+    layer: int | jax.Array | None,
+    keys: jax.Array,
+    q: jax.Array | None,
+    weights: jax.Array | None,
+    implementation: str | None,
+) -> tuple[PagedCache, jax.Array | None, jax.Array | None]:
+    """The cache with index keys, and queries and weights as `_select_best` takes them.
+
+    keys [b, s, at least head_dim] end in the keys before their norm; q [b, s, heads, head_dim] are
+    not rotated yet.
+    """
+    format, cos, sin, layout = cache.index_format, None, None, "none"
+    assert format is not None
+    if config.rope.layout != "none":
+        cos, sin = cos_and_sin(config, positions_of(slots))
+        layout = indexer.rope_layout  # of the first columns, where attention's are the last
+    norm, bias = params.index_k_norm, params.index_k_bias.astype(params.index_k_norm.dtype)
+    if format.name == "fp8_index" and slots.share is None:
+        view = cache.index_layer(layer)
+        blocks, q, weights = index_append(
+            view.blocks,
+            keys,
+            norm,
+            bias,
+            cos,
+            sin,
+            view.block_table,
+            slots.positions,
+            format=format,
+            layout=layout,
+            q=q,
+            weights=weights,
+            eps=indexer.norm_eps,
+            hadamard=indexer.hadamard,
+            num_new=slots.num_new,
+            implementation=implementation,
+        )
+        assert cache.index_blocks is not None
+        updated = replace_layer(cache.index_blocks, layer, blocks)
+        return dataclasses.replace(cache, index_blocks=updated), q, weights
+
+    # Some of the rows are other devices', or keys are stored as they are.
+    dense = format.name == "dense"
+    if cos is not None and sin is not None:
+        cos, sin = cos[:, :, None], sin[:, :, None]
+    finish = functools.partial(
+        turn, cos=cos, sin=sin, layout=layout, hadamard=indexer.hadamard and not dense
+    )
+    keys = layer_norm(keys[..., -indexer.head_dim :], norm, bias, indexer.norm_eps)
+    keys = finish(keys[:, :, None])
+    keys = keys.astype(format.dtype) if dense else keys
+    cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
+    if q is None or weights is None or dense:
+        return cache, None if q is None else finish(q), weights
+    codes, scales = quantise_queries(format, finish(q))
+    return cache, codes, weights * scales
 
 
 def _select_best(
@@ -205,7 +269,10 @@ def _select_best(
     context_axis: str | None,
     implementation: str | None,
 ) -> jax.Array:
-    """Slots [b, s, topk] for index queries [b, s, heads, head_dim] at the sequences' ends."""
+    """Slots [b, s, topk] for index queries [b, s, heads, head_dim] at the sequences' ends.
+
+    They are as `index_topk` takes them; for a dense pool not quantised.
+    """
     pool = cache.index_layer(layer)
     table, lengths = cache.table.block_table, cache.table.cache_seqlens
     topk = index_topk
@@ -226,10 +293,9 @@ def _select_best(
         )
         assert isinstance(best, jax.Array)
         return best
-    codes, scales = _quantise(pool.format, _spread(indexer, q))
     best = topk(
-        codes,
-        weights * scales,
+        q,
+        weights,
         pool.blocks,
         table,
         lengths,
@@ -243,37 +309,6 @@ def _select_best(
     return best
 
 
-def _project_keys(
-    config: MLAConfig,
-    indexer: IndexerConfig,
-    params: MLAParams,
-    x: jax.Array,
-    k: jax.Array | None,
-    positions: jax.Array,
-) -> jax.Array:
-    """Index keys [b, s, 1, head_dim], normed and rotated; k has them before that, if anything."""
-    if k is None:
-        k = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
-    wide = k.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(variance + np.float32(indexer.norm_eps))
-    scale, bias = (
-        a.astype(jnp.float32)[None, None, :] for a in (params.index_k_norm, params.index_k_bias)
-    )
-    k = (normed * scale + bias).astype(x.dtype)
-    return _rotate_first(config, indexer, k[:, :, None, :], positions)
-
-
-def _rotate_first(
-    config: MLAConfig, indexer: IndexerConfig, x: jax.Array, positions: jax.Array
-) -> jax.Array:
-    """The rotary embedding of the first columns, unlike attention's, which is of the last."""
-    turned, rest = jnp.split(x, [config.qk_rope_head_dim], axis=-1)
-    turned = rotate(config, turned, positions, indexer.rope_layout)
-    return jnp.concatenate([turned, rest], axis=-1)
-
-
 def _weigh_heads(indexer: IndexerConfig, params: MLAParams, x: jax.Array) -> jax.Array:
     """Each head's weight [b, s, heads] float32, with the scale of the scores."""
     # GPUs would multiply float32 in fewer bits otherwise, and select other tokens.
@@ -284,37 +319,6 @@ def _weigh_heads(indexer: IndexerConfig, params: MLAParams, x: jax.Array) -> jax
         precision="highest",
     )
     return weights * np.float32((indexer.num_heads * indexer.head_dim) ** -0.5)
-
-
-def _spread(indexer: IndexerConfig, x: jax.Array) -> jax.Array:
-    """x [..., head_dim] times a Hadamard matrix and head_dim^-0.5, where the config says so."""
-    if not indexer.hadamard:
-        return x
-    width, dtype = x.shape[-1], x.dtype
-    # One product, not a stage for each bit of width: those with +-1 are exact, sums are float32.
-    spread = jnp.einsum(
-        "...i,ij->...j",
-        x,
-        jnp.asarray(_hadamard(width), dtype),
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
-    return (spread * np.float32(width**-0.5)).astype(dtype)
-
-
-def _hadamard(width: int) -> np.ndarray:
-    """[width, width] of +-1, width a power of two."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < width:
-        matrix = np.kron([[1, 1], [1, -1]], matrix)
-    return matrix
-
-
-def _quantise(format: CacheFormat, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries as e4m3 [b, s, heads, 128], and their scales [b, s, heads] float32."""
-    codes, scales = quantise(format, q)
-    codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-    return codes, jax.lax.bitcast_convert_type(scales, jnp.float32)
 
 
 def _score_unquantised(

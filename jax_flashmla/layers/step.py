@@ -30,7 +30,8 @@ class Projected:
 
     Attributes:
         inputs: what queries are projected from [b, s, q_lora_rank or hidden].
-        index_key: the indexer's key before its norm [b, s, head_dim]; None without an indexer.
+        index_key: what ends in the indexer's key before its norm [b, s, at least head_dim]; None
+            without an indexer.
         cos, sin: of the tokens' angles [b * s, pairs] float32; None where nothing is rotated.
     """
 
@@ -79,15 +80,19 @@ def project_down(
         format=view.format,
         implementation=implementation,
     )
-    if isinstance(cache.blocks, tuple):
-        i = 0 if layer is None else int(layer)
-        cache = dataclasses.replace(
-            cache, blocks=(*cache.blocks[:i], blocks, *cache.blocks[i + 1 :])
-        )
-    else:
-        cache = dataclasses.replace(cache, blocks=blocks)
-    key = None if params.index_w_k is None else down[..., -params.index_w_k.shape[1] :]
+    cache = dataclasses.replace(cache, blocks=replace_layer(cache.blocks, layer, blocks))
+    key = None if params.index_w_k is None else down
     return cache, Projected(x if inputs is None else inputs, key, cos, sin)
+
+
+def replace_layer(
+    blocks: jax.Array | tuple[jax.Array, ...], layer: int | jax.Array | None, new: jax.Array
+) -> jax.Array | tuple[jax.Array, ...]:
+    """A pool's blocks with a layer's array, which may be that of all layers."""
+    if not isinstance(blocks, tuple):
+        return new
+    i = 0 if layer is None else int(layer)
+    return (*blocks[:i], new, *blocks[i + 1 :])
 
 
 def latent_queries(

@@ -118,9 +118,9 @@ def latent_append(
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
     static = {
         "layout": layout,
-        "q_eps": _check_number("q_eps", q_eps, zero=True),
-        "kv_eps": _check_number("kv_eps", kv_eps, zero=True),
-        "latent_scale": _check_number("latent_scale", latent_scale),
+        "q_eps": _checks.check_number("q_eps", q_eps, zero=True),
+        "kv_eps": _checks.check_number("kv_eps", kv_eps, zero=True),
+        "latent_scale": _checks.check_number("latent_scale", latent_scale),
     }
     projected = jnp.asarray(projected)
     if cu_q_lens is not None:
@@ -148,18 +148,6 @@ def _check_norms(kv_norm: Any, q_norm: Any) -> tuple[jax.Array, jax.Array]:
     if q_norm.dtype != kv_norm.dtype:
         raise TypeError(f"q_norm must have kv_norm's dtype {kv_norm.dtype}, got {q_norm.dtype}")
     return jnp.asarray(kv_norm), jnp.asarray(q_norm)
-
-
-def _check_number(name: str, x: Any, *, zero: bool = False) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"{name} must be a Python number (it is compiled in), got {_checks.describe(x)}"
-        )
-    if not (_checks.FLOAT32_TINY <= x <= _checks.FLOAT32_MAX or (zero and x == 0)):
-        raise ValueError(
-            f"{name} must be finite and positive{' or 0' if zero else ''} in float32, got {x}"
-        )
-    return float(x)
 
 
 def _results(

@@ -23,7 +23,7 @@ import tolerances
 from jax_flashmla import CacheFormat
 from jax_flashmla.layers import IndexerConfig, MLAParams, Selection, decode, linen, prefill, select
 from jax_flashmla.layers import nnx as layers_nnx
-from jax_flashmla.layers.indexer import _spread
+from jax_flashmla.reference.index_append import turn
 from layer_cases import V3
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -175,10 +175,28 @@ def test_heads_over_eight_devices():
         tolerances.assert_close("y", y[i, :count], z[i, :count], tolerances.F32_LAYER)
 
 
+def test_fp8_keys_of_a_step_with_padding():
+    """Written and selected from as those of the sequence alone; on a GPU by index_append."""
+    config = dataclasses.replace(FULL, indexer=dataclasses.replace(INDEXER, head_dim=128))
+    params, x, cache, slots = make_call(config=config, fp8_keys=True)
+    step = jax.jit(lambda x, cache, slots: select(config, params, x, cache, slots=slots))
+    written, selection = step(x, cache, slots)
+    got = sparse_layers.positions_of_slots(written, selection.slots)[1, : NEW - 7]
+
+    alone = sparse_layers.make_cache(config, [24], fp8_keys=True)
+    alone, selection = step(x[1:, : NEW - 7], *alone.advance(NEW - 7))
+    want = sparse_layers.positions_of_slots(alone, selection.slots)[0]
+    np.testing.assert_array_equal(got, want)
+    text = step.trace(x, cache, slots).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@flashmla_index_append_v1(" in text
+    assert "@flashmla_cache_append_v1(" not in text
+
+
 def test_hadamard_rotation():
     x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
     matrix = np.array([[(-1) ** bin(i & j).count("1") for j in range(16)] for i in range(16)])
-    np.testing.assert_allclose(_spread(INDEXER, jnp.asarray(x)), x @ matrix / 4, atol=1e-6)
+    spread = turn(jnp.asarray(x), None, None, "none", hadamard=True)
+    np.testing.assert_allclose(spread, x @ matrix / 4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
