@@ -9,8 +9,7 @@ from jax_flashmla._xla.dispatch import local_cuda_device
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _SMALL_TILES = 2  # tiles of tokens and SMALL_TILE_ROWS rows for each multiprocessor
-# Tiles of indices and so many heads for each multiprocessor up to which smaller ones are faster.
-_FEW_SPARSE_TILES = {_limits.SMALL_TILE_ROWS: 2, 32: 8}
+_SHORT_PIECE = 8  # tiles of indices up to which sparse_decode's wide kernel is faster for 64 heads
 
 
 class Split(NamedTuple):
@@ -42,15 +41,19 @@ def default_split(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | No
 def sparse_num_parts(*, tiles: int, h_q: int, small_tiles: bool) -> int:
     """Parts of sparse_decode's query tokens, which have so many tiles of indices together.
 
-    With small_tiles, in a small problem so few that the Hopper kernel takes smaller tiles of heads:
-    it reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu).
+    With small_tiles, in a small problem so few that the Hopper kernel takes tiles of 16 heads; and
+    one part less where pieces are short and it takes its wide kernel: it reads both off their
+    number (narrow_rows and is_narrow in csrc/sm90/sparse_decode/launch.cu).
     """
-    sm_count, large_tiles = _sm_count(), -(-h_q // _limits.TILE_ROWS)
-    for rows, few in _FEW_SPARSE_TILES.items():
-        pairs = large_tiles % 2 == 0 and rows > _limits.SMALL_TILE_ROWS  # take less time than these
-        if small_tiles and not pairs and tiles * -(-h_q // rows) <= few * sm_count:
-            return min(max(1, sm_count // -(-h_q // rows)), _limits.MAX_PARTS)
-    return min(max(1, sm_count // large_tiles), _limits.MAX_PARTS)
+    sm_count, small = _sm_count(), -(-h_q // _limits.SMALL_TILE_ROWS)
+    large = -(-h_q // _limits.TILE_ROWS)
+    num_parts = min(max(1, sm_count // large), _limits.MAX_PARTS)
+    if not small_tiles:
+        return num_parts
+    if tiles * small <= _SMALL_TILES * sm_count:
+        return min(max(1, sm_count // small), _limits.MAX_PARTS)
+    odd = large % 2 == 1 and h_q > 32  # pairs are the wide kernel's in any case
+    return num_parts - 1 if odd and tiles <= _SHORT_PIECE * (num_parts - 1) else num_parts
 
 
 def _sm_count() -> int:

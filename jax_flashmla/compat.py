@@ -41,7 +41,8 @@ def get_mla_metadata(
         num_heads_q: h_q; only sparse attention needs it.
         is_fp8_kvcache: changes nothing here.
         topk: of sparse attention, indices of a query token; its schedule has a row for each of the
-            b * s_q query tokens. Above 16384 of them it returns (None, None).
+            b * s_q query tokens. Above 16384 of them it returns (None, None). It is for a cache in
+            "v32", as FlashMLA's is; with others, called without arguments is faster.
 
     Returns:
         tile_scheduler_metadata: a SplitSchedule, a pytree of one array.

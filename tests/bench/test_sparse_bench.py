@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -200,3 +202,24 @@ def test_indices_are_distinct_and_of_their_own_sequence():
                 assert all(len(set(one)) == len(one) for one in of_sequence.tolist())
                 regions.append(set((of_sequence // 64).ravel()))
     assert not any(a & b for i, a in enumerate(regions) for b in regions[:i])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(4, 1, 64, 2048), Shape(4, 1, 64, 128, 512, "v4"), Shape(1, 1, 128, 128, 1024, "v4")],
+    ids=str,
+)
+def test_schedule_has_as_many_parts_as_the_call_would_choose(shape):
+    format = CacheFormat(name=shape.format, block_size=64, dtype="bfloat16")
+    schedule = jax.eval_shape(lambda: calls.make_schedule(shape, format))
+    q = jax.ShapeDtypeStruct((shape.b, shape.s_q, shape.h_q, shape.d_qk), "bfloat16")
+    blocks = jax.ShapeDtypeStruct((9, *format.block_shape), format.storage_dtype)
+    picks = tuple(
+        jax.ShapeDtypeStruct((shape.b, shape.s_q, topk), "int32")
+        for topk in (shape.topk, shape.extra_topk)
+        if topk
+    )
+    lowered = calls.package_decode.lower(format, "kernel", q, blocks, [picks], None).as_text()
+    cuts = re.search(r"custom_call @flashmla_make_schedule_v1.* -> tensor<(\d+)x2xi32>", lowered)
+    assert cuts
+    assert int(cuts[1]) == schedule.cuts.shape[0]

@@ -97,14 +97,16 @@ def test_schedule_of_other_lengths_gives_the_same_result(kernel: str) -> None:
     check(run(v32().arguments, kernel, schedule=schedule), V32, v32().expected)
 
 
-def test_few_tiles_are_cut_for_smaller_tiles_of_heads_but_where_there_are_pairs() -> None:
+def test_small_problems_tell_the_kernel_by_their_parts() -> None:
     parts = functools.partial(_num_parts.sparse_num_parts, small_tiles=True)
     sms = parts(tiles=10**6, h_q=64)
     assert parts(tiles=sms // 4, h_q=128) == sms // 8  # tiles of 16 heads
     assert parts(tiles=sms // 4 + 1, h_q=128) == parts(tiles=10**6, h_q=128) == sms // 2
-    assert parts(tiles=sms, h_q=64) == sms // 2  # tiles of 32 heads
-    assert parts(tiles=sms, h_q=192) == sms // 6
+    assert parts(tiles=sms, h_q=64) == parts(tiles=8 * (sms - 1), h_q=33) == sms - 1  # short pieces
+    assert parts(tiles=8 * (sms - 1) + 1, h_q=64) == parts(tiles=sms * 3, h_q=32) == sms
+    assert parts(tiles=sms, h_q=192) == sms // 3 - 1
     assert parts(tiles=sms // 4, h_q=128, small_tiles=False) == sms // 2
+    assert parts(tiles=sms, h_q=64, small_tiles=False) == sms
 
 
 def test_layers_of_one_array_by_a_traced_first_block(implementation: str) -> None:

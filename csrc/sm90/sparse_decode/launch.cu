@@ -12,23 +12,29 @@
 namespace flashmla::sm90 {
 namespace {
 
-// Rows of the narrow kernel's head tiles: as many heads as there are, up to 64; but 16 or 32 if the
+// Rows of the narrow kernel's head tiles: as many heads as there are, up to 64; but 16 if the
 // schedule has so few parts that the multiprocessors take all such tiles at once, as schedules of
 // small problems do. Small tiles take less time each; but each gathers the rows for itself.
 int narrow_rows(const SparseDecodeParams& params, int multiprocessors) {
-  for (const int rows : {16, 32}) {
-    const int64_t tiles = (params.h_q + rows - 1) / rows;
-    if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return rows;
-  }
-  return 64;
+  const int64_t tiles = (params.h_q + 15) / 16;
+  if (tiles == 1 || tiles * params.num_parts <= multiprocessors) return 16;
+  return params.h_q <= 32 ? 32 : 64;
 }
 
-// Whether the narrow kernel takes the call, with head tiles of `rows`: the format that it has, but
-// for pairs of tiles of 64 heads, whose rows a cluster of the wide kernel converts once.
-bool is_narrow(const SparseDecodeParams& params, int rows) {
-  const bool pairs = rows == 64 && (params.h_q + 63) / 64 % 2 == 0;
-  return params.main.format == Format::kV32 && params.extra.blocks == nullptr &&
-         params.dtype == DType::kBFloat16 && !pairs;
+// Whether the narrow kernel takes the call, with head tiles of `rows`: the format that it has.
+// Tiles of 64 heads only where there is no pair of them, whose rows a cluster of the wide kernel
+// converts once, and where pieces are not short: its own tiles take less time, but it starts later.
+// They are short with few indices, or if the schedule has fewer parts than there could be at once.
+bool is_narrow(const SparseDecodeParams& params, int rows, int multiprocessors) {
+  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
+      params.dtype != DType::kBFloat16) {
+    return false;
+  }
+  constexpr int kShortTopk = 512;
+  const int tiles = (params.h_q + 63) / 64;
+  const bool is_short =
+      params.main.topk <= kShortTopk || params.num_parts < multiprocessors / tiles;
+  return rows < 64 || (tiles % 2 != 0 && !is_short);
 }
 
 Status check_source(const SparseSource& source) {
@@ -127,7 +133,7 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
   const int rows = narrow_rows(params, multiprocessors);
-  Status status = is_narrow(params, rows)
+  Status status = is_narrow(params, rows, multiprocessors)
                       ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
                       : sparse::wide::launch(params, args, stream);
   if (!status.ok()) return status;

@@ -12,6 +12,8 @@ import numpy as np
 
 import jax_flashmla
 from jax_flashmla import CacheFormat
+from jax_flashmla._limits import MAX_BATCH
+from jax_flashmla._num_parts import sparse_num_parts
 from jax_flashmla.bench.ahead import Lowered, Programs
 from jax_flashmla.bench.attention_error import attention_error, heads_at
 from jax_flashmla.bench.noise import normal, runs
@@ -19,7 +21,7 @@ from jax_flashmla.bench.operation import Calls, Timed
 from jax_flashmla.bench.pools import Pool
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.sparse_decode.shapes import D_V, ITEMSIZE, Shape
-from jax_flashmla.compat import get_mla_metadata
+from jax_flashmla.ops.sparse_decode import is_narrow
 from jax_flashmla.reference.rows import take_rows
 
 MAX_RELATIVE_ERROR = 1e-2  # of one output row in the 2-norm; bf16 rounding of P and out gives 2e-3
@@ -103,15 +105,20 @@ def _pick(
     return np.stack([runs(*one, topk) for one in zip(slots, start, strict=True)])
 
 
-@partial(jax.jit, static_argnums=0)
-def make_schedule(shape: Shape) -> jax_flashmla.SplitSchedule | None:
-    """The shape's schedule; None where there are more query tokens than one takes."""
+@partial(jax.jit, static_argnums=(0, 1))
+def make_schedule(shape: Shape, format: CacheFormat) -> jax_flashmla.SplitSchedule | None:
+    """The shape's schedule, in as many parts as sparse_decode would choose; None where there are
+    more query tokens than one takes."""
+    n = shape.query_tokens
+    if n > MAX_BATCH:
+        return None
     tiles = sum(-(-topk // TILE) for topk in (shape.topk, shape.extra_topk))
-    rows = shape.s_q * shape.h_q
-    schedule, _ = get_mla_metadata(
-        jnp.zeros(shape.b, jnp.int32), rows, 1, num_heads_q=shape.h_q, topk=tiles * TILE
+    small_tiles = is_narrow(format.dtype, format, format if shape.extra_topk else None)
+    return jax_flashmla.make_schedule(
+        jnp.full(n, tiles * TILE, jnp.int32),
+        h_q=shape.h_q,
+        num_parts=sparse_num_parts(tiles=n * tiles, h_q=shape.h_q, small_tiles=small_tiles),
     )
-    return schedule
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -190,9 +197,9 @@ def programs(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lower
     found, schedule = {"rows": gather.lower(format, blocks, last)}, None
     # FlashMLA's schedule was made beforehand. A stack of layers makes its own, once.
     if not setup.look_inside:
-        schedule = jax.eval_shape(partial(make_schedule, shape))
+        schedule = jax.eval_shape(partial(make_schedule, shape, format))
     if schedule is not None:
-        found["schedule"] = make_schedule.lower(shape)
+        found["schedule"] = make_schedule.lower(shape, format)
     all_picks = [one] * setup.calls(shape)
     found["kernel"] = package_decode.lower(format, "kernel", q, blocks, all_picks, schedule)
     if with_xla:
