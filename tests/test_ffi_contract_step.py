@@ -66,6 +66,7 @@ def index_append(**wrong):
         "layout": np.int32(2),
         "hadamard": True,
         "eps": np.float32(1e-6),
+        "weight_scale": np.float32(1),
     }
     blocks = wrong.get("blocks", operands["blocks"])
     results = {

@@ -100,7 +100,8 @@ void run_token(const IndexAppendParams& params, int64_t token) {
   for (int64_t i = token * params.heads; i < (token + 1) * params.heads; ++i) {
     load_row<Element>(params.q, i * kColumns, x);
     finish_row(params, token, x, row);
-    params.scaled[i] = params.weights[i] * quantise_query(row, params.codes + i * kColumns);
+    const float scale = quantise_query(row, params.codes + i * kColumns);
+    params.scaled[i] = params.weights[i] * params.weight_scale * scale;
   }
   const CacheAppendParams& cache = params.cache;
   const AppendSlot slot = find_slot(cache, token / cache.s_new, token % cache.s_new);

@@ -15,7 +15,7 @@ namespace flashmla::ffi {
 struct IndexAppendAttrs {
   int32_t block_size, layout;
   bool hadamard;
-  float eps;
+  float eps, weight_scale;
 };
 
 template <typename Binding>
@@ -88,6 +88,7 @@ inline Status read_index_append(AnyBuffer blocks, AnyBuffer projected, AnyBuffer
   params->pairs = checks.int32("pairs", pairs);
   params->hadamard = attrs.hadamard;
   params->eps = attrs.eps;
+  params->weight_scale = attrs.weight_scale;
   params->projected = projected.untyped_data();
   params->k_norm = k_norm.untyped_data();
   params->k_bias = k_bias.untyped_data();
@@ -106,6 +107,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(flashmla::ffi::IndexAppendAttrs,
                                       ::xla::ffi::StructMember<int32_t>("block_size"),
                                       ::xla::ffi::StructMember<int32_t>("layout"),
                                       ::xla::ffi::StructMember<bool>("hadamard"),
-                                      ::xla::ffi::StructMember<float>("eps"));
+                                      ::xla::ffi::StructMember<float>("eps"),
+                                      ::xla::ffi::StructMember<float>("weight_scale"));
 
 FLASHMLA_OPERATION(index_append, IndexAppendParams)

@@ -23,6 +23,7 @@ struct IndexAppendParams {
   RopeLayout layout;
   bool hadamard;
   float eps;
+  float weight_scale;  // what weights are multiplied by
 
   const void* projected;  // [b, s_new, columns]
   const void* k_norm;     // [kIndexColumns] weight of the keys' LayerNorm
@@ -32,7 +33,7 @@ struct IndexAppendParams {
   const void* q;          // [b, s_new, heads, kIndexColumns]
   const float* weights;   // [b, s_new, heads]
   uint8_t* codes;         // as q, e4m3
-  float* scaled;          // weights times the scales of codes
+  float* scaled;          // weights * weight_scale * scales of codes
 };
 
 // Of a Hadamard matrix of kIndexColumns rows, so that it turns without stretching.

@@ -119,7 +119,7 @@ def select_projected(
     if longest > indexer.topk:
         inputs = query_inputs(config, params, x) if inputs is None else inputs
         q = multiply(inputs, params.index_w_q, implementation=implementation)
-        weights = _weigh_heads(indexer, params, x)
+        weights = _weigh_heads(params, x)
     cache, q, weights = _append(
         config, indexer, params, cache, slots, layer, keys, q, weights, implementation
     )
@@ -211,7 +211,7 @@ def _append(
     """The cache with index keys, and queries and weights as `_select_best` takes them.
 
     keys [b, s, at least head_dim] end in the keys before their norm; q [b, s, heads, head_dim] are
-    not rotated yet.
+    not rotated yet, weights [b, s, heads] without the scale of the scores.
     """
     format, cos, sin, layout = cache.index_format, None, None, "none"
     assert format is not None
@@ -219,6 +219,7 @@ def _append(
         cos, sin = cos_and_sin(config, positions_of(slots))
         layout = indexer.rope_layout  # of the first columns, where attention's are the last
     norm, bias = params.index_k_norm, params.index_k_bias.astype(params.index_k_norm.dtype)
+    score_scale = (indexer.num_heads * indexer.head_dim) ** -0.5
     if format.name == "fp8_index" and slots.share is None:
         view = cache.index_layer(layer)
         blocks, q, weights = index_append(
@@ -234,6 +235,7 @@ def _append(
             layout=layout,
             q=q,
             weights=weights,
+            weight_scale=score_scale,
             eps=indexer.norm_eps,
             hadamard=indexer.hadamard,
             num_new=slots.num_new,
@@ -254,9 +256,12 @@ def _append(
     keys = finish(keys[:, :, None])
     keys = keys.astype(format.dtype) if dense else keys
     cache = cache.write_index(keys, slots, layer=layer, implementation=implementation)
-    if q is None or weights is None or dense:
-        return cache, None if q is None else finish(q), weights
-    codes, scales = quantise_queries(format, finish(q))
+    if q is None or weights is None:
+        return cache, None, None
+    q, weights = finish(q), weights * np.float32(score_scale)
+    if dense:
+        return cache, q, weights
+    codes, scales = quantise_queries(format, q)
     return cache, codes, weights * scales
 
 
@@ -309,16 +314,15 @@ def _select_best(
     return best
 
 
-def _weigh_heads(indexer: IndexerConfig, params: MLAParams, x: jax.Array) -> jax.Array:
-    """Each head's weight [b, s, heads] float32, with the scale of the scores."""
+def _weigh_heads(params: MLAParams, x: jax.Array) -> jax.Array:
+    """Each head's weight [b, s, heads] float32, not yet with the scale of the scores."""
     # GPUs would multiply float32 in fewer bits otherwise, and select other tokens.
-    weights = jnp.einsum(
+    return jnp.einsum(
         "bsi,ih->bsh",
         x.astype(jnp.float32),
         params.index_w_weights.astype(jnp.float32),
         precision="highest",
     )
-    return weights * np.float32((indexer.num_heads * indexer.head_dim) ** -0.5)
 
 
 def _score_unquantised(

@@ -32,6 +32,7 @@ def index_append(
     layout: str,
     q: jax.Array | None = None,
     weights: jax.Array | None = None,
+    weight_scale: float = 1.0,
     eps: float = 1e-6,
     hadamard: bool = True,
     num_new: ArrayLike | None = None,
@@ -60,6 +61,7 @@ def index_append(
         layout: which columns make a pair, as for `latent_append`.
         q: raw index queries [b, s_new, heads, 128], of projected's dtype; None for keys alone.
         weights: with q, each head's weight [b, s_new, heads] float32.
+        weight_scale: what weights are multiplied by.
         eps: epsilon of the LayerNorm.
         hadamard: whether to multiply with the Hadamard matrix.
         num_new: as for `cache_append`.
@@ -69,7 +71,7 @@ def index_append(
         blocks: updated.
         codes: the queries as `index_topk` takes them [b, s_new, heads, 128] float8_e4m3fn, those of
             dropped rows too; None without q.
-        scaled: weights times the scales of codes [b, s_new, heads] float32; None without q.
+        scaled: weights * weight_scale * scales of codes [b, s_new, heads] float32; None without q.
 
     Raises:
         ValueError, TypeError: a rank, shape, dtype or option that does not fit.
@@ -101,6 +103,7 @@ def index_append(
         blocks, jnp.asarray(projected), k_norm, k_bias, cos, sin, q, weights, block_table,
         positions, num_new, format=format, layout=layout,
         eps=_checks.check_number("eps", eps, zero=True), hadamard=bool(hadamard),
+        weight_scale=_checks.check_number("weight_scale", weight_scale),
         implementation=implementation,
     )  # fmt: skip
     return (updated, codes, scaled) if has_q else (updated, None, None)
@@ -183,18 +186,21 @@ def _batch(
     return [vmap.unfold(x, n) for x in results], [0, 0, 0]
 
 
-def _attributes(*, format: CacheFormat, layout: str, eps: float, hadamard: bool) -> dict[str, Any]:
+def _attributes(
+    *, format: CacheFormat, layout: str, eps: float, hadamard: bool, weight_scale: float
+) -> dict[str, Any]:
     return {
         "block_size": np.int32(format.block_size),
         "layout": np.int32(_limits.ROPE_LAYOUTS[layout]),
         "hadamard": hadamard,
         "eps": np.float32(eps),
+        "weight_scale": np.float32(weight_scale),
     }
 
 
 index_append_op = Operation(
     "index_append",
-    static=("format", "layout", "eps", "hadamard"),
+    static=("format", "layout", "eps", "hadamard", "weight_scale"),
     results=_results,
     num_results=3,
     reference=reference,

@@ -34,6 +34,7 @@ def index_append(
     layout: str,
     eps: float,
     hadamard: bool,
+    weight_scale: float,
 ) -> tuple[
     UInt8[Array, "num_blocks bytes"],
     Float8e4m3fn[Array, "b s_new heads d"],
@@ -46,7 +47,7 @@ def index_append(
         blocks, keys, block_table, positions, num_new, jnp.ones((), jnp.float32), format=format
     )
     codes, scales = quantise_queries(format, q)
-    return updated, codes, weights * scales
+    return updated, codes, weights * np.float32(weight_scale) * scales
 
 
 def layer_norm(

@@ -45,6 +45,7 @@ class Case:
     norm_dtype: str = "bfloat16"
     before: int = 192  # columns of projected that are not read
     hadamard: bool = True
+    weight_scale: float = 1.0
 
 
 CASES = [
@@ -52,7 +53,7 @@ CASES = [
     Case("interleaved", heads=9, dtype="float32", norm_dtype="float32", before=0),
     Case("deinterleaved", heads=0, pairs=64, before=3),
     Case("none", heads=3, pairs=0, dtype="float16", norm_dtype="float32"),
-    Case("half", heads=7, pairs=7, hadamard=False, norm_dtype="float16"),
+    Case("half", heads=7, pairs=7, hadamard=False, norm_dtype="float16", weight_scale=0.3),
 ]
 
 
@@ -116,6 +117,7 @@ def expected(case: Case, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray
 def jitted(case: Case, implementation: str) -> Any:
     call = functools.partial(
         index_append, format=FORMAT, layout=case.layout, hadamard=case.hadamard,
+        weight_scale=case.weight_scale,
         implementation=implementation,
     )  # fmt: skip
     return jax.jit(call, donate_argnames="blocks")
@@ -171,7 +173,7 @@ def test_keys_and_queries(case: Case, implementation: str) -> None:
     want_scales = np.asarray(want_scales).view(np.float32)[..., 0]
     assert codes.dtype == jnp.float8_e4m3fn
     assert codes.shape == queries.shape
-    scales = np.asarray(scaled) / arrays["weights"]
+    scales = np.asarray(scaled) / (arrays["weights"] * np.float32(case.weight_scale))
     # A power of two where amax is at one, so that its last bit decides.
     assert np.isclose(scales, want_scales, rtol=1e-6).mean() > 0.95
     values = np.asarray(codes).astype(np.float32) * scales[..., None]
@@ -267,6 +269,7 @@ def test_it_cannot_be_differentiated() -> None:
         ({"q": np.zeros((B, S_NEW, 64, 64), jnp.bfloat16)}, ValueError, "q must have shape"),
         ({"q": np.zeros((B, S_NEW, 64, 128), np.float32)}, TypeError, "q must have projected's"),
         ({"eps": -1.0}, ValueError, "eps must be finite and positive or 0"),
+        ({"weight_scale": 0}, ValueError, "weight_scale must be finite and positive in"),
         ({"hadamard": 1}, TypeError, "hadamard must be a Python bool"),
         ({"positions": np.zeros(2, np.int32)}, ValueError, "positions must have one entry"),
         ({"format": CacheFormat(d_qk=128, d_v=128), "blocks": np.zeros((9, 64, 1, 128),

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t row = token * params.heads + head;
   load_columns<Element>(params.q, row * kIndexColumns, lane, true, x);
-  const float weight = params.weights[row];
+  const float weight = params.weights[row] * params.weight_scale;
   turn_row<Element>(params, token, lane, rows[warp], x);
   if (params.hadamard) spread_row<Element>(lane, x);
   const GroupScale scale = quantise_row<Element>(x, lane, params.codes + row * kIndexColumns);
