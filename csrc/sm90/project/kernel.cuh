@@ -8,6 +8,7 @@
 
 #include "elements.h"
 #include "sm90/project/config.h"
+#include "sm90/project/tile.cuh"
 #include "sm90/project/turn.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/cluster.cuh"
@@ -20,27 +21,6 @@
 namespace flashmla::sm90::project {
 
 constexpr int kMaxStages = stages_of(16, 2);
-
-// Columns of one of the weights, and the first one's place in y.
-struct Tile {
-  int weight, begin, count, to;
-};
-
-template <int kParts>
-__device__ __forceinline__ Tile find_tile(const KernelArgs& args, int tile) {
-  int weight = 0, to = 0;
-#pragma unroll
-  for (int i = 0; i + 1 < kMaxWeights; ++i) {
-    if (weight == i && tile >= args.tiles_of[i]) {
-      tile -= args.tiles_of[i];
-      to += args.params.n_of[i];
-      ++weight;
-    }
-  }
-  constexpr int kTile = kParts * kPart;
-  const int begin = tile * kTile;
-  return {weight, begin, min(kTile, args.params.n_of[weight] - begin), to + begin};
-}
 
 // Steps [begin, end) of the sum over k.
 struct Steps {
@@ -181,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   launch_dependents();
   if (number == args.tiles) {
     wait_for_prerequisites();
-    turn_columns<Element>(args.params, group, rank, splits);
+    turn_columns<Element>(args.params, group, rank * kThreads + threadIdx.x, splits * kThreads);
     return;
   }
   const uint32_t full = smem_address(full_barriers), empty = smem_address(empty_barriers);
@@ -193,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     mbarrier_init_fence();
   }
   __syncthreads();
-  const Tile tile = find_tile<kParts>(args, number);
+  const Tile tile = find_tile<kParts * kPart>(args.params, args.tiles_of, number);
   const Steps steps = {args.steps * rank / splits, args.steps * (rank + 1) / splits};
   auto* sums = reinterpret_cast<float*>(ring);
   if (threadIdx.x < kWarpgroupThreads) {

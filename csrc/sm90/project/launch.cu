@@ -6,6 +6,7 @@
 #include "sm90/host/launch.h"
 #include "sm90/host/tensor_map.h"
 #include "sm90/project/config.h"
+#include "sm90/project/few/launch.h"
 #include "sm90/project/kernel.cuh"
 
 namespace flashmla::sm90 {
@@ -121,6 +122,7 @@ Status run_project(const ProjectParams& params, cudaStream_t stream, bool depend
     return Status::InvalidArgument("project: the sm90 kernel takes 16 bits and at most " +
                                    std::to_string(project::kMaxRows) + " rows");
   }
+  if (project::few::takes(params)) return project::few::launch_few(params, dependent, stream);
   if (params.dtype == DType::kBFloat16) {
     return project::launch_typed<__nv_bfloat16, BFloat16>(params, dependent, stream);
   }

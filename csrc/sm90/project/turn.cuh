@@ -5,17 +5,17 @@
 
 #include "elements.h"
 #include "params/project.h"
-#include "sm90/project/config.h"
 
 namespace flashmla::sm90::project {
 
-// Of one group, by the blocks of a cluster.
+// Of one group, by thread `first` of `threads`.
 template <class Element>
-__device__ __forceinline__ void turn_columns(const ProjectParams& params, int group, int rank,
-                                             int splits) {
+__device__ __forceinline__ void turn_columns(const ProjectParams& params, int group, int first,
+                                             int threads) {
   const bool turned = params.layout != RopeLayout::kNone;
   const int pairs = turned ? params.rope / 2 : params.rope;  // without rotation: single columns
-  for (int i = rank * kThreads + threadIdx.x; i < params.rows * pairs; i += splits * kThreads) {
+  #pragma unroll 1
+  for (int i = first; i < params.rows * pairs; i += threads) {
     const int64_t row = i / pairs, at = row * params.groups + group;
     const int pair = i % pairs;
     const auto* from =

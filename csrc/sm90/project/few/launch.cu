@@ -1,0 +1,73 @@
+#include "sm90/project/few/launch.h"
+
+#include <algorithm>
+
+#include "sm90/host/launch.h"
+#include "sm90/project/few/config.h"
+#include "sm90/project/few/kernel.cuh"
+
+namespace flashmla::sm90::project::few {
+namespace {
+
+// Warps that share the sum over k of a tile, in as few blocks as keep all multiprocessors busy. It
+// does not depend on the rows, so that equal rows give equal bits in any batch.
+struct Shares {
+  int splits, warps;
+};
+
+Shares share_out(int tiles, int k, int multiprocessors) {
+  const int most = std::max(1, k / kDepth);
+  const int sharers = std::clamp(kWarpsOfMultiprocessor * multiprocessors / tiles, 1, most);
+  const int blocks = std::max(sharers / kMaxWarps, multiprocessors / tiles);
+  const int splits = std::clamp(blocks, 1, std::min(kMaxSplits, sharers));
+  return {splits, std::clamp(sharers / splits, 1, kMaxWarps)};
+}
+
+template <class T, class Element, int kGroups, bool kTransposed>
+Status launch_kernel(const ProjectParams& params, bool dependent, cudaStream_t stream) {
+  int multiprocessors = 0;
+  if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
+  KernelArgs args = {};
+  args.params = params;
+  for (int i = 0; i < kMaxWeights; ++i) {
+    args.tiles += args.tiles_of[i] = (params.n_of[i] + kColumns - 1) / kColumns;
+  }
+  const auto [splits, warps] = share_out(args.tiles * params.groups, params.k, multiprocessors);
+  args.steps = params.k / Ring<T, kGroups, kTransposed>::kStepDepth;
+  args.block_steps = (args.steps + splits - 1) / splits;
+  const int pieces = params.rows * (kColumns / kPiece);
+  while (splits << args.share < pieces) ++args.share;
+  const unsigned tiles = args.tiles + (params.rope > 0 ? 1 : 0);
+  LaunchOptions options{dim3(splits, tiles, params.groups), static_cast<unsigned>(warps) * 32};
+  options.shared_bytes =
+      size_t{4} * warps * params.rows * kStride + (size_t{16} * splits << args.share);
+  options.cluster = splits;
+  options.dependent = dependent;
+  return launch(project_few_kernel<T, Element, kGroups, kTransposed>, options, stream, "project",
+                args);
+}
+
+template <class T, class Element>
+Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t stream) {
+  if (params.rows <= 8) {
+    return params.transposed ? launch_kernel<T, Element, 1, true>(params, dependent, stream)
+                             : launch_kernel<T, Element, 1, false>(params, dependent, stream);
+  }
+  return params.transposed ? launch_kernel<T, Element, 2, true>(params, dependent, stream)
+                           : launch_kernel<T, Element, 2, false>(params, dependent, stream);
+}
+
+}  // namespace
+
+bool takes(const ProjectParams& params) {
+  return params.rows <= kMaxRows && params.k % kDepth == 0;
+}
+
+Status launch_few(const ProjectParams& params, bool dependent, cudaStream_t stream) {
+  if (params.dtype == DType::kBFloat16) {
+    return launch_typed<__nv_bfloat16, BFloat16>(params, dependent, stream);
+  }
+  return launch_typed<__half, Float16>(params, dependent, stream);
+}
+
+}  // namespace flashmla::sm90::project::few
