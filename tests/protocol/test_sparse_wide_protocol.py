@@ -1,12 +1,12 @@
 """The wide sparse decode kernel: csrc/sm90/sparse_decode/wide/.
 
-Rows reach the buffers in one of three ways (`Feed`): from rings that each converting warp has for
-itself, with one buffer; from a cluster's two blocks, each of which converts every other quarter of
-a tile for both; as they are. In a block by itself two of the score warps stand for all; in a
-cluster one does, two quarters for four, and queries are there. One warp stands for each other
-warpgroup. Where rows are copied, the value products of a tile wait for the next scores to be issued
-if their keys are there already: `eager` is the order where they are not; what happens lies between
-the two.
+Rows reach the buffers in one of three ways (`Feed`): from a ring that each converting warp has for
+itself, with one buffer, which is filled and freed by groups of columns; from a cluster's two
+blocks, each of which converts every other quarter of a tile for both; as they are. In a block by
+itself two of the score warps stand for all; in a cluster one does, two quarters for four, and
+queries are there. One warp stands for each other warpgroup. Where rows are copied, the value
+products of a tile wait for the next scores to be issued if their keys are there already: `eager` is
+the order where they are not; what happens lies between the two.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Feed:
     blocks: int = 1
     quarters: int = 4  # of a tile
     buffers: int = 2
-    slots: int = 0  # units in the ring
+    slots: int = 0  # tiles in the ring
     in_rope: bool = True  # probabilities take the place of rope columns
     plans: int = 4
     sums: int = 3
 
 
-RING = Feed("ring", buffers=1, slots=7, in_rope=False)
+RING = Feed("ring", buffers=1, slots=2, in_rope=False)  # its `quarters` are groups of columns
 PEERS = Feed("peers", blocks=2, quarters=2)
-LONG_RING = replace(RING, slots=10)
 COPY = Feed("copy")
+FILLED = (0, 2), (1,), (3,)  # groups of a ring's buffer; the left values have 0 and 1
 
 
 @dataclass
@@ -79,6 +79,24 @@ class Model:
     def plan(self, block: int, tile: int) -> tuple:
         return "plan", block, tile % self.feed.plans
 
+    def read_keys(self, warp: Role, block: int, tile: int) -> None:
+        """For the scores."""
+        if self.feed.name == "ring":
+            for part, groups in enumerate(FILLED):
+                warp.wait(("keys_full", block, part), tile)
+                warp.read(tile + 1, *(self.keys(block, group, tile) for group in groups))
+                if part == 0:
+                    warp.read(tile // self.feed.slots + 1, self.rope(tile))
+        else:
+            warp.wait(self.at("keys_full", block, tile), self.round(tile))
+            warp.read(self.round(tile) + 1, *self.all_keys(block, tile))
+        if self.feed.in_rope:
+            warp.read(2 * self.round(tile) + 1, *self.places(block, tile))
+
+    def rope(self, tile: int) -> tuple:
+        """A ring's, which has places of its own."""
+        return "rope", tile % self.feed.slots
+
     def owners(self, quarter: int) -> list[int]:
         """The blocks that are told when a quarter's place is free."""
         last = quarter == self.quarters[-1]
@@ -102,10 +120,7 @@ class Model:
                 go = self.at("values_go", block, tile - 1)  # of the tile before
                 if holds and self.eager and tile > 0:
                     warp.arrive(go)
-                warp.wait(self.at("keys_full", block, tile), self.round(tile))
-                warp.read(self.round(tile) + 1, *self.all_keys(block, tile))
-                if self.feed.in_rope:
-                    warp.read(2 * self.round(tile) + 1, *self.places(block, tile))
+                self.read_keys(warp, block, tile)
                 query = [("query", block)] if self.has_query else []
                 warp.read(n + 1, *query)
                 if holds and not self.eager and tile > 0:
@@ -113,6 +128,8 @@ class Model:
                 warp.end(*self.all_keys(block, tile), *query)
                 if self.feed.in_rope:
                     warp.end(*self.places(block, tile))
+                if self.feed.name == "ring":
+                    warp.end(self.rope(tile))
                 warp.arrive(self.at("scores_done", block, tile))
                 warp.read(tile // self.feed.plans + 1, self.plan(block, tile))
                 warp.end(self.plan(block, tile))
@@ -143,14 +160,20 @@ class Model:
                 warp.wait(self.at("probabilities_stored", block, tile), round)
                 warp.read(round + 1, *powers)
                 warp.wait(self.at("values_go", block, tile), round)
-                warp.read(round + 1, *self.all_keys(block, tile))
+                mine = self.quarters
+                if self.feed.name == "ring":
+                    mine = range(2) if name == "left" else range(2, 4)
+                warp.read(round + 1, *(self.keys(block, quarter, tile) for quarter in mine))
                 written = 2 * round + 2 if self.feed.in_rope else round + 1
                 warp.read(written, *self.places(block, tile))
                 warp.end(*powers)
-                for quarter in self.quarters:
+                for quarter in mine:
                     warp.end(self.keys(block, quarter, tile))
-                    if quarter == self.quarters[-1]:
+                    if quarter == mine[-1]:
                         warp.end(*self.places(block, tile))
+                    if self.feed.name == "ring":
+                        warp.arrive(("keys_empty", block, quarter % 2, 0))
+                        continue
                     for owner in self.owners(quarter):
                         warp.arrive(("keys_empty", owner, quarter, self.buffer(tile)))
                 tile += 1
@@ -181,18 +204,24 @@ class Model:
         return warp
 
     def ring_warp(self) -> Role:
-        """A tile is planned when its first unit finds room in the ring."""
-        warp, planned = Role("convert", self.drop), 0
-        for tile in range(-1, self.total):
-            for quarter in self.quarters if tile >= 0 else ():
-                self.wait_empty(warp, 0, quarter, tile)
-                warp.write(self.keys(0, quarter, tile))
-            if tile >= 0:
-                warp.end(*self.all_keys(0, tile))
-                warp.arrive(self.at("keys_full", 0, tile))
-            while planned < self.total and 4 * planned < 4 * (tile + 1) + self.feed.slots:
-                self.make_plan(warp, 0, planned)
-                planned += 1
+        """A tile's rope is brought when the one that had its place has been scored."""
+        warp = Role("convert", self.drop)
+        for tile in range(min(self.feed.slots, self.total)):
+            self.make_plan(warp, 0, tile)
+        warp.write(self.rope(0))
+        for tile in range(self.total):
+            warp.end(self.rope(tile))
+            warp.wait(self.at("probabilities_stored", 0, 0), tile - 1)
+            if tile + 1 < self.total:
+                warp.write(self.rope(tile + 1))
+            for part, groups in enumerate(FILLED):
+                self.wait_empty(warp, 0, min(part, 1), tile)
+                keys = [self.keys(0, group, tile) for group in groups]
+                warp.write(*keys)
+                warp.end(*keys)
+                warp.arrive(("keys_full", 0, part))
+            if tile + self.feed.slots < self.total:
+                self.make_plan(warp, 0, tile + self.feed.slots)
         return warp
 
     def peer_warp(self, block: int) -> Role:
@@ -265,8 +294,7 @@ class Model:
     [
         (COPY, [7]),
         (COPY, [2, 3]),
-        (RING, [9]),
-        (LONG_RING, [9]),
+        (RING, [7]),
         (RING, [1] * 4),
         (PEERS, [3]),
         (PEERS, [1, 1]),
@@ -288,6 +316,7 @@ def test_every_interleaving_is_safe(feed, pieces, eager):
         (RING, "score", "keys_full"),
         (RING, "left", "probabilities_stored"),
         (RING, "convert", "keys_empty"),
+        (RING, "convert", "probabilities_stored"),
         (PEERS, "score", "keys_full"),
         (PEERS, "value", "probabilities_stored"),
         (PEERS, "convert", "keys_empty"),

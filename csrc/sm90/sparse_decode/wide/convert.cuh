@@ -12,7 +12,8 @@ namespace flashmla::sm90::sparse::wide {
 // Copies a tile of rows that are 16-bit already, a warp four rows of each quarter. The copies
 // arrive by themselves: the next tile's follow without a wait.
 template <typename Storage>
-__device__ __forceinline__ void copy_tile(Storage& smem, const RowPlaces& places, uint32_t tile) {
+__device__ __forceinline__ void copy_tile(Storage& smem, const RowPlaces<Feed::kCopy>& places,
+                                          uint32_t tile) {
   const int buffer = Storage::buffer_of(tile), lane = threadIdx.x % 32;
   const uint32_t keys = smem_address(smem.keys[buffer][0]);
 #pragma unroll
@@ -39,7 +40,7 @@ __device__ __forceinline__ void copy_tile(Storage& smem, const RowPlaces& places
           reinterpret_cast<const uint8_t*>(row) + kLatentChunks * kChunkRowBytes + lane % 8 * 16);
     }
   }
-  mbarrier_arrive_after_copies(smem_address(&smem.keys_full[buffer]));
+  mbarrier_arrive_after_copies(smem_address(&smem.keys_full[buffer][0]));
 }
 
 template <typename T, typename Main, typename Extra, Feed kFeed>
@@ -49,7 +50,7 @@ __device__ void run_convert(const sparse::KernelArgs& args,
     Planner<Main, Extra, kFeed> planner{args, smem};
     const int warp = warp_of_four();
     planner.start();
-    RowPlaces places;
+    RowPlaces<kFeed> places;
     for (uint32_t tile = 0; planner.next(places, warp) != Source::kNone; ++tile) {
       copy_tile(smem, places, tile);
     }

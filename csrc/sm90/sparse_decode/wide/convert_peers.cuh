@@ -33,12 +33,13 @@ struct PeerConverter {
   __device__ __forceinline__ int quarter_of(int unit) const { return unit * 2 + rank; }
 
   template <typename Format>
-  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces& places, int unit) const {
+  __device__ __forceinline__ UnitPlaces<Format> places_of(const RowPlaces<Feed::kPeers>& places,
+                                                          int unit) const {
     return {places[unit], rank * kQuarterTokens, warp};
   }
 
   template <typename Format>
-  __device__ __forceinline__ void load_first(const RowPlaces& places) {
+  __device__ __forceinline__ void load_first(const RowPlaces<Feed::kPeers>& places) {
     const UnitPlaces<Format> unit = places_of<Format>(places, 0);
     load_unit<Format>(raw, unit);
     if constexpr (kRope) {
@@ -47,7 +48,7 @@ struct PeerConverter {
     }
   }
 
-  __device__ __forceinline__ void load_first(const RowPlaces& places, Source source) {
+  __device__ __forceinline__ void load_first(const RowPlaces<Feed::kPeers>& places, Source source) {
     if (source == Source::kNone) return;
     if (kSame || source == Source::kMain)
       load_first<Main>(places);
@@ -55,7 +56,7 @@ struct PeerConverter {
       load_first<Extra>(places);
   }
 
-  __device__ __forceinline__ void copy_second(uint32_t slot, const RowPlaces& places,
+  __device__ __forceinline__ void copy_second(uint32_t slot, const RowPlaces<Feed::kPeers>& places,
                                               Source source) const {
     if (source == Source::kNone) return;
     if (kSame || source == Source::kMain) {
@@ -70,9 +71,9 @@ struct PeerConverter {
   __device__ __forceinline__ void convert_first(uint32_t (&columns)[kUnitPieces][8],
                                                 Source source) const {
     if (kSame || source == Source::kMain)
-      convert_unit<T, Main>(columns, raw);
+      convert_unit<T, Main>(columns, raw, warp);
     else
-      convert_unit<T, Extra>(columns, raw);
+      convert_unit<T, Extra>(columns, raw, warp);
   }
 
   static __device__ __forceinline__ void convert_second(uint32_t (&columns)[kUnitPieces][8],
@@ -82,17 +83,17 @@ struct PeerConverter {
     __syncwarp();
     if (kSame || source == Source::kMain) {
       read_unit<Main>(second, slot);
-      convert_unit<T, Main>(columns, second);
+      convert_unit<T, Main>(columns, second, threadIdx.x / 32 % kWarps);
     } else {
       read_unit<Extra>(second, slot);
-      convert_unit<T, Extra>(columns, second);
+      convert_unit<T, Extra>(columns, second, threadIdx.x / 32 % kWarps);
     }
     if constexpr (kRopeInSlot) read_rope<Main>(rope, slot);
     __syncwarp();  // before it is filled again
   }
 
   // Sends the warp's chunks of a quarter.
-  __device__ __forceinline__ void send(const Target<2>& target, int quarter) const {
+  __device__ __forceinline__ void send(const Target& target, int quarter) const {
     fence_async_proxy();
     __syncwarp();
     if (elect_lane()) {
@@ -106,20 +107,21 @@ struct PeerConverter {
   __device__ __forceinline__ void run(const sparse::KernelArgs& args, Storage& smem) {
     rank = cluster_rank();
     warp = warp_of_four();
-    const PieceOffsets offsets = PieceOffsets::of(threadIdx.x);
+    const PieceOffsets offsets =
+        PieceOffsets::of(threadIdx.x % 32, warp * kWarpChunks * kChunkBytes);
     const uint32_t here = smem_address(&smem), peer_less = map_shared(here, rank ^ 1) - here;
     Planner<Main, Extra, Feed::kPeers> planner{args, smem};
     planner.start();
     const uint32_t slot = smem_address(smem.raw[warp][0]);
-    RowPlaces places;
+    RowPlaces<Feed::kPeers> places;
     Source source = planner.next(places, warp);
     load_first(places, source);
     copy_second(slot, places, source);
     for (uint32_t tile = 0; source != Source::kNone; ++tile) {
       const int buffer = Storage::buffer_of(tile);
       const uint32_t free = Storage::parity_of(tile) ^ 1;
-      const Target<2> target{smem_address(smem.keys[buffer][0]),
-                             smem_address(&smem.keys_full[buffer]), peer_less};
+      const Target target{smem_address(smem.keys[buffer][0]),
+                          smem_address(&smem.keys_full[buffer][0]), peer_less};
       uint32_t columns[kUnitPieces][8];
       convert_first(columns, source);
       uint4 rope_now[kUnits] = {rope[0], rope[1]};

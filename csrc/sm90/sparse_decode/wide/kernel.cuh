@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init(smem_address(&smem.query_full), 1);
     for (int i = 0; i < Storage::kBuffers; ++i) {
       const int arrivals = kFeed == Feed::kCopy ? kWarpgroupThreads : kWarps;
-      mbarrier_init(smem_address(&smem.keys_full[i]), arrivals);
-      for (int quarter = 0; quarter < kQuarters; ++quarter) {
-        mbarrier_init(smem_address(&smem.keys_empty[i][quarter]), kBlocks * kValueWarps);
+      for (auto& full : smem.keys_full[i]) mbarrier_init(smem_address(&full), arrivals);
+      for (auto& empty : smem.keys_empty[i]) {
+        mbarrier_init(smem_address(&empty), kBlocks * kValueWarps);
       }
       mbarrier_init(smem_address(&smem.scores_done[i]), kWarps);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarps);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      lower_registers<kScoreRegisters>();
+      lower_registers<score_registers(Storage::kRing)>();
       run_scores<T>(args, smem);
       break;
     case 1:
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       run_values<T>(args, smem);
       break;
     default:
-      lower_registers<kConvertRegisters>();
+      lower_registers<convert_registers(Storage::kRing)>();
       run_convert<T>(args.common, smem);
   }
   if constexpr (kBlocks == 2) cluster_sync();  // the peer may still store and arrive here

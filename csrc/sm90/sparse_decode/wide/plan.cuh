@@ -6,14 +6,18 @@
 
 namespace flashmla::sm90::sparse::wide {
 
-constexpr int kLaneTokens = kTileTokens / 32;  // of a tile: the lane's number, and 32 on
+// Of a tile, that a lane plans: its number's, and 32 on; with a ring, where a warp has a quarter,
+// its number's of those sixteen.
+template <Feed kFeed>
+constexpr int kLaneTokens = kFeed == Feed::kRing ? 1 : kTileTokens / 32;
 
 // Where a lane's tokens are.
 struct RowPlace {
   const uint8_t* row;
   int32_t scales;  // in the second plane: how many times eight bytes further
 };
-using RowPlaces = RowPlace[kLaneTokens];
+template <Feed kFeed>
+using RowPlaces = RowPlace[kLaneTokens<kFeed>];
 
 // The part's tiles in order.
 struct TileWalk {
@@ -48,9 +52,9 @@ struct Planner {
 
   const sparse::KernelArgs& args;
   Storage& smem;
-  TileWalk walk;               // the next tile
-  uint32_t planned;            // tiles
-  int32_t index[kLaneTokens];  // this lane's of the next tile
+  TileWalk walk;                      // the next tile
+  uint32_t planned;                   // tiles
+  int32_t index[kLaneTokens<kFeed>];  // this lane's of the next tile
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
@@ -61,13 +65,13 @@ struct Planner {
   }
 
   // Plans the next tile, if there is one: where its rows are, and for the scores what is attended.
-  __device__ __forceinline__ Source next(RowPlaces& places, int warp) {
+  __device__ __forceinline__ Source next(RowPlaces<kFeed>& places, int warp) {
     const Source source = walk.source();
     if (source == Source::kNone) return source;
     const uint8_t* layer = smem.layer[source == Source::kMain ? 0 : 1];
-    uint32_t attended[kLaneTokens];
+    uint32_t attended[kLaneTokens<kFeed>];
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
+    for (int i = 0; i < kLaneTokens<kFeed>; ++i) {
       bool found;
       if (std::is_same_v<Main, Extra> || source == Source::kMain)
         found = find<Main>(places[i], index[i], source == Source::kMain ? args.main : args.extra,
@@ -76,9 +80,16 @@ struct Planner {
         found = find<Extra>(places[i], index[i], args.extra, layer);
       attended[i] = __ballot_sync(~0u, found);
     }
-    if (warp < Storage::kPlanners && lane() == 0) {
-      auto& words = smem.attended[warp][planned % kPlans];
-      *reinterpret_cast<uint2*>(words) = {attended[0], attended[1]};
+    // Addressed by hand: fewer registers.
+    const uint32_t words = smem_address(smem.attended[0]) + planned % kPlans * 8;
+    if (Storage::kRing && lane() == 0) {
+      asm volatile("st.shared.b16 [%0], %1;" ::"r"(words + warp * 2),
+                   "h"(static_cast<uint16_t>(attended[0]))
+                   : "memory");
+    } else if (!Storage::kRing && warp == 0 && lane() == 0) {
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(words), "r"(attended[0]),
+                   "r"(attended[kLaneTokens<kFeed> - 1])
+                   : "memory");
     }
     ++planned;
     walk.advance(args, smem.end);
@@ -94,10 +105,12 @@ struct Planner {
     const int length = walk.source() == Source::kNone ? 0
                        : extra                        ? tiles.extra_length
                                                       : tiles.main_length;
-    const int first = (walk.tile - (extra ? tiles.main : 0)) * kTileTokens + lane();
+    const int of_tile =
+        Storage::kRing ? warp_of_four() * kQuarterTokens + lane() % kQuarterTokens : lane();
+    const int first = (walk.tile - (extra ? tiles.main : 0)) * kTileTokens + of_tile;
     const int32_t* indices = source.indices + int64_t{walk.query} * source.topk + first;
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
+    for (int i = 0; i < kLaneTokens<kFeed>; ++i) {
       index[i] = -1;
       // Straight to its register: a move of it at a loop's end would wait for it.
       asm volatile(

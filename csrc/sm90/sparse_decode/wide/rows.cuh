@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_unit(RawUnit& raw, const UnitPlaces<Format>
     if constexpr (Format::kCodes == Codes::kE2M1) {
       const uint2 half = load_8(codes);
       raw.codes[i] = {half.x, half.y, 0, 0};
-    } else if (!is_tail<Format>(c)) {
+    } else if (!is_tail<Format>(threadIdx.x / 32 % kWarps, c)) {
       raw.codes[i] = load_16(codes);
     }
   }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy_unit(uint32_t slot, const UnitPlaces<Format
     const int c = i % kWarpChunks;
     const uint8_t* codes = places.codes[i / kWarpChunks] + c * 4 * Bytes::kPiece;
     const uint32_t target = slot + (i * 32 + lane) * Bytes::kPiece;
-    if (is_tail<Format>(c)) continue;
+    if (is_tail<Format>(threadIdx.x / 32 % kWarps, c)) continue;
     if constexpr (Bytes::kPiece == 16)
       copy_16(target, codes);
     else

@@ -20,19 +20,39 @@ __device__ __forceinline__ void load_query(const KernelArgs& args, Storage& smem
               query * args.common.h_q + blockIdx.x * kRows, 0);
 }
 
-// Starts a tile's products.
+// Starts a tile's products, when its first keys are there. With a ring others may still come, in
+// the order in which they are converted.
 template <typename T, typename Storage>
-__device__ __forceinline__ void start_scores(float (&s)[32], int buffer, int query_box) {
+__device__ __forceinline__ void start_scores(float (&s)[32], Storage& smem, uint32_t tile,
+                                             int query_box) {
+  const int buffer = Storage::buffer_of(tile);
   const uint64_t query = k_major_desc(Storage::query_at());
   const uint64_t keys = k_major_desc(Storage::keys_at(buffer, 0));
-  wgmma_fence();
-#pragma unroll
-  for (int c = 0; c < Storage::kChunks; ++c) {
-    const uint64_t rows = query + c * (query_box * (kChunkRowBytes / 16));
+  const auto multiply = [&](int chunk, uint64_t columns, bool accumulate) {
+    const uint64_t rows = query + chunk * (query_box * (kChunkRowBytes / 16));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma_n64_ss<T>(s, rows + 2 * k, keys + c * (kChunkBytes / 16) + 2 * k, c + k > 0);
+      wgmma_n64_ss<T>(s, rows + 2 * k, columns + 2 * k, accumulate || k > 0);
     }
+  };
+  wgmma_fence();
+  if constexpr (Storage::kRing) {
+    if constexpr (Storage::kRope) {
+      multiply(kLatentChunks, k_major_desc(Storage::rope_at(tile % Storage::kSlots)), false);
+    }
+#pragma unroll
+    for (int i = 0; i < kLatentChunks; ++i) {
+      const int step = i / kWarpChunks;
+      if (step > 1 && i % kWarpChunks == 0) {
+        mbarrier_wait(smem_address(&smem.keys_full[buffer][step - 1]), Storage::parity_of(tile));
+        fence_async_proxy();
+      }
+      const int chunk = group_of(step) * kWarpChunks + i % kWarpChunks;
+      multiply(chunk, keys + chunk * (kChunkBytes / 16), Storage::kRope || i > 0);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < Storage::kChunks; ++c) multiply(c, keys + c * (kChunkBytes / 16), c > 0);
   }
   wgmma_commit();
 }
@@ -113,13 +133,13 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       // last tile's value products to do while this warpgroup computes the softmax.
       const int buffer = Storage::buffer_of(tile);
       const uint32_t parity = Storage::parity_of(tile);
-      const uint32_t full = smem_address(&smem.keys_full[buffer]);
+      const uint32_t full = smem_address(&smem.keys_full[buffer][0]);
       const uint32_t last_go = smem_address(&smem.values_go[Storage::buffer_of(tile + 1)]);
       const bool ready = kHoldValues && mbarrier_test(full, parity);
       if (kHoldValues && leader && !ready && tile > 0) mbarrier_arrive(last_go);
       mbarrier_wait(full, parity);
-      if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
-      start_scores<T, Storage>(s, buffer, kernel_args.query_box);
+      if constexpr (kFeed != Feed::kPeers) fence_async_proxy();
+      start_scores<T>(s, smem, tile, kernel_args.query_box);
       if (leader && ready && tile > 0) mbarrier_arrive(last_go);
       const bool last = tiles == 1;
       if (last) walk.next(args, smem.begin, smem.end, on_empty);
@@ -127,7 +147,7 @@ __device__ void run_scores(const KernelArgs& kernel_args, SharedStorage<Main, Ex
       pin_registers(s);
       const uint32_t scores_done = smem_address(&smem.scores_done[buffer]);
       if (leader) mbarrier_arrive(scores_done);
-      mask_scores(s, smem.attended[0][tile % kPlans]);
+      mask_scores(s, smem.attended[tile % kPlans]);
       update_references<true>(smem.rescale[buffer], s, rows, scale_log2);
       store_probabilities<T, true>(s, rows, scale_log2, smem_address(smem.probabilities(buffer)),
                                    scores_done, parity);

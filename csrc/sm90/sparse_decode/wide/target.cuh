@@ -1,4 +1,4 @@
-// Storing converted units to a tile's buffer, in a cluster to the peer's too.
+// Storing converted units to a tile's buffer, here and in the cluster's other block.
 #pragma once
 
 #include "sm90/ptx/barrier.cuh"
@@ -13,8 +13,7 @@ __device__ __forceinline__ int rope_token(int quarter) {
   return quarter * kQuarterTokens + threadIdx.x / 32 % kWarps * kRopeRows;
 }
 
-// Where the tile's 16-bit rows go: here, and in a cluster to the peer.
-template <int kBlocks>
+// Where the tile's 16-bit rows go: here, and to the peer.
 struct Target {
   uint32_t keys;       // the buffer's first chunk
   uint32_t full;       // its barrier
@@ -27,39 +26,35 @@ struct Target {
   // Stores to both blocks. For what is soon overwritten here, so that no copy may read it later.
   __device__ __forceinline__ void store_both(uint32_t offset, uint4 v) const {
     store(offset, v);
-    if constexpr (kBlocks == 2) store_async(keys + offset + peer_less, v, full + peer_less);
+    store_async(keys + offset + peer_less, v, full + peer_less);
   }
 
   // Sends chunk `chunk` of a quarter to the peer. By one lane, when all have stored and fenced.
   __device__ __forceinline__ void send(int chunk, int quarter) const {
-    if constexpr (kBlocks == 2) {
-      constexpr int kBytes = kQuarterTokens * kChunkRowBytes;
-      const uint32_t source = keys + chunk * kChunkBytes + quarter * kBytes;
-      copy_to_block(source + peer_less, source, kBytes, full + peer_less);
-    }
+    constexpr int kBytes = kQuarterTokens * kChunkRowBytes;
+    const uint32_t source = keys + chunk * kChunkBytes + quarter * kBytes;
+    copy_to_block(source + peer_less, source, kBytes, full + peer_less);
   }
 };
 
-// Where in a buffer the two halves of a lane's first piece go, less the quarter's place. Further
-// rows and chunks are constants away.
+// Where the two halves of a lane's first piece go. Further rows and chunks are constants away.
 struct PieceOffsets {
   uint32_t half[2];
 
-  static __device__ __forceinline__ PieceOffsets of(int thread) {
-    const int row = thread / 4 % 8, piece = thread % 4 * 2;
-    const uint32_t chunk = thread / 32 % kWarps * kWarpChunks * kChunkBytes;
-    return {chunk + swizzled_offset(row, piece), chunk + swizzled_offset(row, piece + 1)};
+  // from: where the warp's first row has its place.
+  static __device__ __forceinline__ PieceOffsets of(int lane, uint32_t from) {
+    const int row = lane / 4, piece = lane % 4 * 2;
+    return {from + swizzled_offset(row, piece), from + swizzled_offset(row, piece + 1)};
   }
 };
 
-// Stores a unit of quarter `quarter`.
-template <typename Format, int kBlocks>
-__device__ __forceinline__ void store_unit(const Target<kBlocks>& target,
-                                           const PieceOffsets& offsets,
+// Stores a unit of quarter `quarter`. offsets: in the buffer, of the warp's chunks.
+template <typename Format>
+__device__ __forceinline__ void store_unit(const Target& target, const PieceOffsets& offsets,
                                            const uint32_t (&columns)[kUnitPieces][8], int quarter) {
 #pragma unroll
   for (int i = 0; i < kUnitPieces; ++i) {
-    if (is_tail<Format>(i % kWarpChunks)) continue;
+    if (is_tail<Format>(threadIdx.x / 32 % kWarps, i % kWarpChunks)) continue;
     const auto& v = columns[i];
     const uint32_t at = quarter * (kQuarterTokens * kChunkRowBytes) +
                         i % kWarpChunks * kChunkBytes + i / kWarpChunks * (8 * kChunkRowBytes);
@@ -69,9 +64,8 @@ __device__ __forceinline__ void store_unit(const Target<kBlocks>& target,
 }
 
 // Stores the rope columns of a unit of quarter `quarter`.
-template <typename T, typename Format, int kBlocks>
-__device__ __forceinline__ void store_rope(const Target<kBlocks>& target, const uint4& bytes,
-                                           int quarter) {
+template <typename T, typename Format>
+__device__ __forceinline__ void store_rope(const Target& target, const uint4& bytes, int quarter) {
   using Rope = RopeUnit<Format>;
   const int lane = threadIdx.x % 32;
   constexpr uint32_t kAt = Rope::kChunk * kChunkBytes;

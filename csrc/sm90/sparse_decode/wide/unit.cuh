@@ -25,10 +25,10 @@ __device__ __forceinline__ int warp_of_four() {
 __device__ __forceinline__ int lane_row(int r) { return threadIdx.x / 4 % 8 + 8 * r; }
 __device__ __forceinline__ int lane_piece() { return threadIdx.x % 4; }
 
-// Whether chunk `c` of the warp's holds no codes: v4's last one is rope.
+// Whether chunk `c` of a group holds no codes: v4's last one is rope.
 template <typename Format>
-__device__ __forceinline__ bool is_tail(int c) {
-  return Format::kCodeColumns < kValueDim && c == 1 && threadIdx.x / 32 % kWarps == kWarps - 1;
+__device__ __forceinline__ bool is_tail(int group, int c) {
+  return Format::kCodeColumns < kValueDim && c == 1 && group == kGroups - 1;
 }
 
 // What a lane must know of a unit's scales: how they are loaded, a row's by one load or a piece's.
@@ -48,12 +48,13 @@ struct UnitScales {
     return kOfPiece ? j % kWarpChunks * 4 + lane_piece() : 0;
   }
   // The bits of piece `i`'s.
-  static __device__ __forceinline__ uint32_t bits(const uint32_t (&scales)[kUnitPieces], int i) {
+  static __device__ __forceinline__ uint32_t bits(const uint32_t (&scales)[kUnitPieces], int group,
+                                                  int i) {
     if constexpr (kOfPiece) return scales[i];
     const uint32_t row = scales[i / kWarpChunks];
     if constexpr (kValueBytes == 4) return row;
     const int c = i % kWarpChunks;
-    if (is_tail<Format>(c)) return 0;
+    if (is_tail<Format>(group, c)) return 0;
     if constexpr (Format::kGroup == 64) return row >> 8 * c & 0xff;
     return row >> (lane_piece() / 2 * 8 + 16 * c) & 0xff;
   }
@@ -66,25 +67,26 @@ struct RawUnit {
 
 // The factors of the lane's pieces.
 template <typename T, typename Format>
-__device__ __forceinline__ uint32_t piece_factor(const RawUnit& raw, int i) {
+__device__ __forceinline__ uint32_t piece_factor(const RawUnit& raw, int group, int i) {
   using Lane = UnitScales<Format>;
   if constexpr (Lane::kNone) {
     return scale_factor<T, Format::kCodes>(1.0f);
   } else if constexpr (Format::kScales == Scales::kE8M0 && std::is_same_v<T, __nv_bfloat16>) {
-    return placed_factor(Lane::bits(raw.scales, i));
+    return placed_factor(Lane::bits(raw.scales, group, i));
   } else {
-    return scale_factor<T, Format::kCodes>(scale_value<Format::kScales>(Lane::bits(raw.scales, i)));
+    return scale_factor<T, Format::kCodes>(
+        scale_value<Format::kScales>(Lane::bits(raw.scales, group, i)));
   }
 }
 
-// The lane's pieces to 16 bit.
+// The lane's pieces to 16 bit. group: of columns, the unit's.
 template <typename T, typename Format>
 __device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8],
-                                             const RawUnit& raw) {
+                                             const RawUnit& raw, int group) {
   constexpr bool kMends = Format::kCodes == Codes::kE4M3 && std::is_same_v<T, __nv_bfloat16>;
   const auto scale_of = [&](int i) {
     if constexpr (UnitScales<Format>::kNone) return 1.0f;
-    return scale_value<Format::kScales>(UnitScales<Format>::bits(raw.scales, i));
+    return scale_value<Format::kScales>(UnitScales<Format>::bits(raw.scales, group, i));
   };
   bool special = false;
   if constexpr (kMends) {
@@ -97,7 +99,7 @@ __device__ __forceinline__ void convert_unit(uint32_t (&columns)[kUnitPieces][8]
   }
 #pragma unroll
   for (int i = 0; i < kUnitPieces; ++i) {
-    const uint32_t factor = piece_factor<T, Format>(raw, i);
+    const uint32_t factor = piece_factor<T, Format>(raw, group, i);
     if constexpr (Format::kCodes == Codes::kE2M1)
       convert_nibbles<T>(columns[i], {raw.codes[i].x, raw.codes[i].y}, factor);
     else

@@ -64,8 +64,8 @@ __device__ __forceinline__ int value_half() { return reread_thread() / kWarpgrou
 
 // This warp has read the quarter of the buffer: tells the block that converts it, or where it is
 // the last all blocks.
-template <int kBlocks, int kQuarter>
-__device__ __forceinline__ void release_quarter(uint64_t (&keys_empty)[kQuarters]) {
+template <int kBlocks, int kQuarter, int kParts>
+__device__ __forceinline__ void release_quarter(uint64_t (&keys_empty)[kParts]) {
   const uint32_t barrier = smem_address(&keys_empty[kQuarter]);
   const int lane = reread_thread() % 32;
   if constexpr (kBlocks == 1) {
@@ -75,6 +75,12 @@ __device__ __forceinline__ void release_quarter(uint64_t (&keys_empty)[kQuarters
   } else {
     if (lane == 0) mbarrier_arrive_cluster(map_shared(barrier, kQuarter % kBlocks));
   }
+  __syncwarp();
+}
+
+// This warp has read half of the columns that it reads of a tile, or all.
+__device__ __forceinline__ void release_half(uint64_t& barrier) {
+  if (reread_thread() % 32 == 0) mbarrier_arrive(smem_address(&barrier));
   __syncwarp();
 }
 
@@ -111,30 +117,48 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
           Storage::keys_at(buffer, value_half() * (kLatentChunks / 2)), kChunkBytes, kGroupBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[buffer]), parity);
-      if constexpr (kFeed == Feed::kCopy) fence_async_proxy();
+      if constexpr (kFeed != Feed::kPeers) fence_async_proxy();
       wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kTileTokens / 16; ++k) {
-        // Two, as the compiler wants more registers at once for one of 256 columns than a thread
-        // has at the launch.
+      auto& empty = smem.keys_empty[buffer];
+      if constexpr (Storage::kRing) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          wgmma_n128_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
-                              values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
-                              k > 0 || i > 0);
+#pragma unroll
+          for (int k = 0; k < kTileTokens / 16; ++k) {
+            wgmma_n128_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
+                                values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
+                                k > 0 || i > 0);
+          }
+          wgmma_commit();
         }
-        wgmma_commit();
+        wgmma_wait<1>();
+        release_half(empty[0]);
+        wgmma_wait<0>();
+        pin_registers(o);
+        release_half(empty[1]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kTileTokens / 16; ++k) {
+          // Two, as the compiler wants more registers at once for one of 256 columns than a thread
+          // has at the launch.
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            wgmma_n128_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
+                                values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
+                                k > 0 || i > 0);
+          }
+          wgmma_commit();
+        }
+        wgmma_wait<3>();
+        release_quarter<kBlocks, 0>(empty);
+        wgmma_wait<2>();
+        release_quarter<kBlocks, 1>(empty);
+        wgmma_wait<1>();
+        release_quarter<kBlocks, 2>(empty);
+        wgmma_wait<0>();
+        pin_registers(o);
+        release_quarter<kBlocks, 3>(empty);
       }
-      auto& empty = smem.keys_empty[buffer];
-      wgmma_wait<3>();
-      release_quarter<kBlocks, 0>(empty);
-      wgmma_wait<2>();
-      release_quarter<kBlocks, 1>(empty);
-      wgmma_wait<1>();
-      release_quarter<kBlocks, 2>(empty);
-      wgmma_wait<0>();
-      pin_registers(o);
-      release_quarter<kBlocks, 3>(empty);
     }
     const HeadTile heads = HeadTile::of_block<kRows>(args);
     store_piece<T>(OutputRows::of<T>(args, heads, walk), o, smem.inverse_sum[pieces % 3],
