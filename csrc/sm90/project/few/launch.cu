@@ -60,7 +60,9 @@ Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t st
 }  // namespace
 
 bool takes(const ProjectParams& params) {
-  return params.rows <= kMaxRows && params.k % kDepth == 0;
+  const auto whole = [](int columns) { return columns % 8 == 0; };  // of 16 bytes
+  return params.rows <= kMaxRows && params.k % kDepth == 0 && whole(params.rope) &&
+         std::all_of(params.n_of, params.n_of + kMaxWeights, whole);
 }
 
 Status launch_few(const ProjectParams& params, bool dependent, cudaStream_t stream) {
