@@ -21,20 +21,11 @@ int narrow_rows(const SparseDecodeParams& params, int multiprocessors) {
   return params.h_q <= 32 ? 32 : 64;
 }
 
-// Whether the narrow kernel takes the call, with head tiles of `rows`: the format that it has.
-// Tiles of 64 heads only where there is no pair of them, whose rows a cluster of the wide kernel
-// converts once, and where pieces are not short: its own tiles take less time, but it starts later.
-// They are short with few indices, or if the schedule has fewer parts than there could be at once.
-bool is_narrow(const SparseDecodeParams& params, int rows, int multiprocessors) {
-  if (params.main.format != Format::kV32 || params.extra.blocks != nullptr ||
-      params.dtype != DType::kBFloat16) {
-    return false;
-  }
-  constexpr int kShortTopk = 512;
-  const int tiles = (params.h_q + 63) / 64;
-  const bool is_short =
-      params.main.topk <= kShortTopk || params.num_parts < multiprocessors / tiles;
-  return rows < 64 || (tiles % 2 != 0 && !is_short);
+// Whether the narrow kernel takes the call, with head tiles of `rows`: the format that it has, but
+// for tiles of 64 heads, whose rows the wide kernel converts once for both products.
+bool is_narrow(const SparseDecodeParams& params, int rows) {
+  return rows < 64 && params.main.format == Format::kV32 && params.extra.blocks == nullptr &&
+         params.dtype == DType::kBFloat16;
 }
 
 Status check_source(const SparseSource& source) {
@@ -133,7 +124,7 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
                                 .h_q = params.h_q,
                                 .scale_log2 = params.sm_scale * 1.4426950408889634f};
   const int rows = narrow_rows(params, multiprocessors);
-  Status status = is_narrow(params, rows, multiprocessors)
+  Status status = is_narrow(params, rows)
                       ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
                       : sparse::wide::launch(params, args, stream);
   if (!status.ok()) return status;
