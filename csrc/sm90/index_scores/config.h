@@ -14,7 +14,7 @@ constexpr int kTileTokens = kIndexBlockSize;  // a tile is a cache block
 static_assert(kTileTokens == kSplitTile);
 constexpr int kCodeBytes = kTileTokens * kIndexColumns;
 constexpr int kScaleBytes = kTileTokens * 4;
-constexpr int kStages = 16;  // tiles of the ring: 135 KB, of which 64 on their way saturate HBM
+constexpr int kStages = 8;  // tiles of the ring: 68 KB; more on their way slow HBM down
 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
