@@ -223,7 +223,8 @@ struct Bench : DeviceArrays {
     release();
   }
 
-  // op: scores, topk (from keys) or select (from scores).
+  // op: scores, shared (scores, all calls' into one array), topk (from keys) or select (from
+  // scores).
   double time(const std::string& op, int heads, int b, int s_q, int s_k, int topk) {
     const bool given = op == "select";
     const int max_blocks = (s_k + 63) / 64;
@@ -248,7 +249,8 @@ struct Bench : DeviceArrays {
       for (size_t i = 0; i < table.size(); ++i)  // distinct within the pool
         table[i] = (call * table.size() + i) * spread % pool_blocks;
       tables.push_back(upload(table));
-      const bool shared = call > 0 && !given && tokens * s_q * calls > int64_t{1} << 29;
+      const bool shared =
+          call > 0 && !given && (op == "shared" || tokens * s_q * calls > int64_t{1} << 29);
       scores.push_back(op == "topk" ? nullptr
                        : shared     ? scores[0]
                                     : (float*)alloc(tokens * s_q * 4));
@@ -257,7 +259,7 @@ struct Bench : DeviceArrays {
     const auto t = make_topk(p, topk, given ? scores[0] : nullptr);
     CHECK(cudaDeviceSynchronize());
     const double us = time_calls(calls, [&](int call, cudaStream_t stream) {
-      if (op == "scores") {
+      if (op == "scores" || op == "shared") {
         IndexScoresParams mine = p;
         mine.keys.block_table = tables[call], mine.scores = scores[call];
         CHECK_STATUS(flashmla::sm90::run_index_scores(mine, stream));

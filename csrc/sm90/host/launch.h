@@ -48,6 +48,8 @@ struct LaunchOptions {
   // would leave L1 more, and so no room for another kernel's block beside this one's.
   bool most_shared = false;
   int cluster = 1;  // neighbouring blocks of grid.x that run together, up to 16
+  // Of the most shared memory that there can be, what most_shared asks for; the rest is L1.
+  int shared_percent = 100;
 };
 
 template <typename... Params, typename... Args>
@@ -59,18 +61,12 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
                              cudaFuncAttributeMaxDynamicSharedMemorySize, options.shared_bytes);
     if (error != cudaSuccess) return to_status(error, name);
   }
-  if (options.most_shared) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                   cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return to_status(error, name);
-  }
   if (options.cluster > 8) {
     const cudaError_t error = cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return to_status(error, name);
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   int count = 0;
   if (options.dependent) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -79,6 +75,10 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
   if (options.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count++].val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
+  }
+  if (options.most_shared) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count++].val.sharedMemCarveout = options.shared_percent;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = options.grid;

@@ -14,18 +14,26 @@ constexpr int kTileTokens = kIndexBlockSize;  // a tile is a cache block
 static_assert(kTileTokens == kSplitTile);
 constexpr int kCodeBytes = kTileTokens * kIndexColumns;
 constexpr int kScaleBytes = kTileTokens * 4;
-constexpr int kStages = 16;  // tiles of the ring: 135 KB, of which 64 on their way saturate HBM
 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
 constexpr int kWarpgroups = 2;                  // that score, a tile each in turn
 constexpr int kScoringWarps = kWarpgroups * kWarps;
+// And warps that load, one for each warpgroup: two threads that start copies read HBM faster than
+// one. With N = 256 one, for whose loads there is time; its warpgroup's registers the others take.
+template <int kN>
+constexpr int kLoadingWarps = kN == 256 ? 1 : kWarpgroups;
+template <int kN>
+constexpr int kThreads = (kScoringWarps + (kN == 256 ? kWarps : kLoadingWarps<kN>)) * 32;
+// Blocks of a multiprocessor that share a part's tiles where their registers allow it.
+constexpr int kMostBlocks = 2;
+constexpr int blocks_of(bool fp8, int n) { return fp8 && n <= 64 ? kMostBlocks : 1; }
+// Tiles of a multiprocessor's rings: 68 KB; more on their way slow HBM down.
+constexpr int kTilesInFlight = 8;
+constexpr int stages_of(bool fp8, int n) { return kTilesInFlight / blocks_of(fp8, n); }
 // A slot is always the same warpgroup's: else one could wait for a phase while the other's before
 // it has not begun, which parities cannot tell from the one before that.
-static_assert(kStages % kWarpgroups == 0);
-// And a warp that loads. With N = 256 a whole warpgroup, whose registers the others take.
-template <int kN>
-constexpr int kThreads = kN == 256 ? (kScoringWarps + kWarps) * 32 : (kScoringWarps + 1) * 32;
+static_assert(stages_of(true, 64) % kWarpgroups == 0 && kTilesInFlight % kWarpgroups == 0);
 constexpr int kScoringRegisters = 232, kLoadingRegisters = 40;  // then: 2 x 232 + 40 = 3 x 168
 
 struct KernelArgs {

@@ -16,8 +16,8 @@ __device__ void fill_unseen(const KernelArgs& args) {
   const int64_t max_tokens = int64_t{args.max_blocks} * kTileTokens;
   const int segments = (max_tokens + kSegment - 1) / kSegment;
   const int64_t units = int64_t{args.b} * args.queries * segments;
-  const int64_t block = blockIdx.x + int64_t{blockIdx.y} * gridDim.x;
-  const int64_t stride = int64_t{gridDim.x} * gridDim.y * kScoringWarps;
+  const int64_t block = blockIdx.x + (blockIdx.y + int64_t{blockIdx.z} * gridDim.y) * gridDim.x;
+  const int64_t stride = int64_t{gridDim.x} * gridDim.y * gridDim.z * kScoringWarps;
   for (int64_t unit = block * kScoringWarps + threadIdx.x / 32; unit < units; unit += stride) {
     const int64_t row = unit / segments;
     const int begin = unit % segments * kSegment;

@@ -1,7 +1,7 @@
 // The index_scores kernel: a persistent block streams keys through a ring and scores them for up to
 // kQueries query tokens at once.
 //
-//   loads     | queries, tiles 0 1 2 3 ... 15 | tile 16 once 0 is multiplied | 17 | 18 ...
+//   loads     | queries, tiles 0 1 2 3 ... 7 | tile 8 once 0 is multiplied | 9 | 10 ...
 //   scores 0              | K Q^T (0) | relu, weigh, sum, store | K Q^T (2) | ...
 //   scores 1                          | K Q^T (1) | relu, weigh, sum, store | K Q^T (3) ...
 //
@@ -16,7 +16,7 @@
 namespace flashmla::sm90::index_scores {
 
 template <bool kFp8, int kHeads, int kQueries>
-__global__ void __launch_bounds__(kThreads<kHeads * kQueries>, 1)
+__global__ void __launch_bounds__(kThreads<kHeads * kQueries>, blocks_of(kFp8, kHeads* kQueries))
     index_scores_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   using Storage = SharedStorage<kFp8, kHeads, kQueries>;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads<kHeads * kQueries>, 1)
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&args.key_map);
     prefetch_tensor_map(&args.query_map);
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < Storage::kStages; ++i) {
       mbarrier_init(smem_address(&smem.keys_full[i]), 1);
       mbarrier_init(smem_address(&smem.keys_empty[i]), kWarps);
     }
@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kThreads<kHeads * kQueries>, 1)
   constexpr bool kMove = kHeads * kQueries == 256;
   if (warpgroup == kWarpgroups) {
     if constexpr (kMove) lower_registers<kLoadingRegisters>();
-    if (threadIdx.x / 32 > kScoringWarps) return;
-    run_loads<Storage, kHeads, kQueries>(args, smem);
+    const int warp = threadIdx.x / 32 - kScoringWarps;
+    if (warp < kLoadingWarps<kHeads * kQueries>)
+      run_loads<Storage, kHeads, kQueries>(args, smem, warp);
   } else {
     if constexpr (kMove) raise_registers<kScoringRegisters>();
     if (args.fill) fill_unseen<kQueries>(args);
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads<kHeads * kQueries>, 1)
 
 template <bool kFp8, int kHeads, int kQueries>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
+  if (args.chunk_tiles == 0) grid.z = blocks_of(kFp8, kHeads * kQueries);
   return launch(index_scores_kernel<kFp8, kHeads, kQueries>,
                 {grid, kThreads<kHeads * kQueries>, sizeof(SharedStorage<kFp8, kHeads, kQueries>),
                  /*dependent=*/true,

@@ -1,4 +1,5 @@
-// The loading warp: for each item its queries and weights, then its tiles into the ring.
+// The loading warps: tiles into the ring, in turn, and by the last one an item's queries and
+// weights, which would keep the first tile waiting.
 #pragma once
 
 #include "sm90/index_scores/work.cuh"
@@ -52,15 +53,18 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, Storage& smem,
   tma_load_4d(smem_address(smem.keys[slot]), &args.key_map, full, 0, 0,
               static_cast<int>(layer + block), 0, args.key_hint);
   copy_bulk(smem_address(smem.scales[slot]),
-            args.blocks + (layer + block) * args.block_bytes + kCodeBytes, kScaleBytes, full);
+            args.blocks + (layer + block) * args.block_bytes + kCodeBytes, kScaleBytes, full,
+            args.key_hint);
 }
 
 template <typename Storage, int kHeads, int kQueries>
-__device__ void run_loads(const KernelArgs& args, Storage& smem) {
+__device__ void run_loads(const KernelArgs& args, Storage& smem, int warp) {
   const int lane = threadIdx.x % 32;
-  Work<kQueries> work(args);
+  Work<kQueries, Storage::kBlocks> work(args);
   const int64_t first = args.first_block == nullptr ? 0 : *args.first_block;
   const int64_t layer = min(max(first, int64_t{0}), args.last_first_block);
+  constexpr int kStages = Storage::kStages, kWarps = kLoadingWarps<Storage::kN>;
+  constexpr bool kAlone = kWarps == 1;
   uint32_t tiles = 0;
   for (uint32_t turn = 0;; ++turn) {
     const Item item = work.next();
@@ -70,7 +74,7 @@ __device__ void run_loads(const KernelArgs& args, Storage& smem) {
       return tile + lane < item.tile_end ? table[tile + lane] : -1;
     };
     int next_blocks = item.sequence < 0 ? -1 : read_table(item.tile_begin);
-    load_queries<Storage, kHeads>(args, smem, item, turn);
+    if (kAlone || warp == kWarps - 1) load_queries<Storage, kHeads>(args, smem, item, turn);
     if (item.sequence < 0) return;
 #pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; tile += 32) {
@@ -78,6 +82,7 @@ __device__ void run_loads(const KernelArgs& args, Storage& smem) {
       next_blocks = read_table(tile + 32);
 #pragma unroll 1
       for (int i = 0; i < count; ++i, ++tiles) {
+        if (!kAlone && static_cast<int>(tiles % kWarps) != warp) continue;
         const int slot = tiles % kStages, block = __shfl_sync(~0u, blocks, i);
         // Of the slot's last round; passes at once in the first.
         mbarrier_wait(smem_address(&smem.keys_empty[slot]), (tiles / kStages & 1) ^ 1);

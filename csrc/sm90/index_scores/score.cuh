@@ -65,6 +65,7 @@ template <bool kFp8, int kHeads, int kQueries>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kFp8, kHeads, kQueries>& smem,
                            int warpgroup) {
   constexpr int kN = kHeads * kQueries;
+  constexpr int kStages = SharedStorage<kFp8, kHeads, kQueries>::kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
   const int row = warp * 16 + lane / 4 + lane % 2 * 8;      // of a tile, this thread's
   const int first_query = kQueries > 1 ? lane % 4 / 2 : 0;  // and every other one

@@ -9,7 +9,7 @@ namespace flashmla::sm90::index_scores {
 // Few query tokens: the block has those of its column of the grid, (query tiles, parts), and the
 // tiles between its part's cuts. Many: blocks take (query tile, chunk of a sequence's tiles) in
 // turn, those that read the same keys at about the same time.
-template <int kQueries>
+template <int kQueries, int kBlocks>
 struct Work {
   const KernelArgs& args;
   Cut begin, end;
@@ -47,13 +47,22 @@ struct Work {
             .tile_end = min(tile_end, num_tiles(seen))};
   }
 
+  // Of the blocks that have the same part each takes a run of every item's tiles.
+  __device__ void share(Item& item) const {
+    const int rank = blockIdx.z;
+    const int begin = item.tile_begin, count = max(item.tile_end - begin, 0);
+    item.tile_begin = begin + (count * rank + kBlocks - 1) / kBlocks;
+    item.tile_end = begin + (count * (rank + 1) + kBlocks - 1) / kBlocks;
+  }
+
   __device__ Item next() { return args.chunk_tiles == 0 ? next_piece() : next_chunk(); }
 
   __device__ Item next_piece() {
     for (; owns_work(begin, end, sequence); ++sequence) {
       const int length = args.clamp_length(args.cache_seqlens[sequence]);
       const Piece piece = piece_of(begin, end, sequence, length);
-      const Item item = make(sequence, blockIdx.x, length, piece.tile_begin, piece.tile_end);
+      Item item = make(sequence, blockIdx.x, length, piece.tile_begin, piece.tile_end);
+      if constexpr (kBlocks > 1) share(item);
       if (item.tile_begin < item.tile_end) {
         ++sequence;
         return item;

@@ -35,6 +35,22 @@ int choose_cluster(int64_t rows, int64_t tokens, int multiprocessors) {
   return blocks;
 }
 
+// Shared memory for a block, and of a multiprocessor's what is to be asked for.
+struct Room {
+  size_t block;
+  int percent;
+};
+
+// Two blocks on a multiprocessor take longer than one, so where there are enough, a block asks for
+// more than half of what there is. Short rows' blocks are there before the scores: they need all
+// that scoring blocks leave. Longer rows gain more from L1, which their loads go through.
+Room choose_room(size_t block, int64_t blocks, int cluster, int multiprocessors) {
+  constexpr size_t kMost = 228 * 1024, kMostLong = 100 * 1024;
+  if (blocks > multiprocessors) return {block, 72};
+  if (cluster == 1) return {std::max(block, kMost / 2 + 1024), 100};
+  return {std::max(block, kMostLong / 2 + 1024), 44};
+}
+
 Status select(const IndexTopkParams& params, const float* scores, int first_query, int queries,
               int multiprocessors, cudaStream_t stream) {
   const int64_t rows = int64_t{params.b} * queries;
@@ -55,13 +71,15 @@ Status select(const IndexTopkParams& params, const float* scores, int first_quer
                         .room = candidate_room(params.topk, max_tokens),
                         .causal = params.causal,
                         .given = params.scores != nullptr};
+  const Room room = choose_room(shared_bytes(args.room), rows * cluster, cluster, multiprocessors);
   return launch(index_topk_kernel,
                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
                  .block = kThreads,
-                 .shared_bytes = static_cast<size_t>(shared_bytes(args.room)),
+                 .shared_bytes = room.block,
                  .dependent = true,
                  .most_shared = true,
-                 .cluster = cluster},
+                 .cluster = cluster,
+                 .shared_percent = room.percent},
                 stream, "index_topk", args);
 }
 
