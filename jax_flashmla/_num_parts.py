@@ -9,7 +9,6 @@ from jax_flashmla._xla.dispatch import local_cuda_device
 
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _SMALL_TILES = 2  # tiles of tokens and SMALL_TILE_ROWS rows for each multiprocessor
-_SHORT_PIECE = 8  # tiles of indices up to which sparse_decode's wide kernel is faster for 64 heads
 
 
 class Split(NamedTuple):
@@ -41,19 +40,13 @@ def default_split(*, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | No
 def sparse_num_parts(*, tiles: int, h_q: int, small_tiles: bool) -> int:
     """Parts of sparse_decode's query tokens, which have so many tiles of indices together.
 
-    With small_tiles, in a small problem so few that the Hopper kernel takes tiles of 16 heads; and
-    one part less where pieces are short and it takes its wide kernel: it reads both off their
-    number (narrow_rows and is_narrow in csrc/sm90/sparse_decode/launch.cu).
+    With small_tiles, in a small problem so few that the Hopper kernel takes tiles of 16 heads: it
+    reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu).
     """
     sm_count, small = _sm_count(), -(-h_q // _limits.SMALL_TILE_ROWS)
-    large = -(-h_q // _limits.TILE_ROWS)
-    num_parts = min(max(1, sm_count // large), _limits.MAX_PARTS)
-    if not small_tiles:
-        return num_parts
-    if tiles * small <= _SMALL_TILES * sm_count:
-        return min(max(1, sm_count // small), _limits.MAX_PARTS)
-    odd = large % 2 == 1 and h_q > 32  # pairs are the wide kernel's in any case
-    return num_parts - 1 if odd and tiles <= _SHORT_PIECE * (num_parts - 1) else num_parts
+    few = small_tiles and tiles * small <= _SMALL_TILES * sm_count
+    row_tiles = small if few else -(-h_q // _limits.TILE_ROWS)
+    return min(max(1, sm_count // row_tiles), _limits.MAX_PARTS)
 
 
 def _sm_count() -> int:
