@@ -27,6 +27,7 @@ KERNELS = (
     "latent_append_kernel",
     "index_append_kernel",
     "project_kernel",
+    "project_few_kernel",
     "index_scores_kernel",
     "index_topk_kernel",
     "all_reduce_sum_kernel",
@@ -136,6 +137,17 @@ def test_sparse_decode_uses_tensor_cores_and_bulk_copies(instructions):
         # The wide kernel loads its queries by tensor maps, and rows through registers.
         assert count["UTMALDG"] > 0 if "wide" in name else count["UBLKCP"] > 0, name
         assert count["HMMA"] == 0, name
+
+
+def test_products_of_few_rows_load_weights_into_registers(instructions):
+    found = [count for kernel, count in instructions.items() if "project_few_kernel" in kernel]
+    assert len(found) == 8  # two types, up to 8 and 16 rows, weights as they are and transposed
+    for count in found:
+        assert count["LDG"] >= 2 * 16  # a ring's loads, before its loop and in it
+        assert count["HMMA"] in (16, 32)  # of four quarters, for each 8 rows
+        assert count["UTMALDG"] + count["HGMMA"] == 0
+        assert count["STAS"] > 0  # sums go to another block
+        assert count["ATOMG"] + count["RED"] == 0
 
 
 @pytest.mark.parametrize("d_qk", [512, 576])

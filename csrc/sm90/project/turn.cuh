@@ -14,7 +14,7 @@ __device__ __forceinline__ void turn_columns(const ProjectParams& params, int gr
                                              int threads) {
   const bool turned = params.layout != RopeLayout::kNone;
   const int pairs = turned ? params.rope / 2 : params.rope;  // without rotation: single columns
-  #pragma unroll 1
+#pragma unroll 1
   for (int i = first; i < params.rows * pairs; i += threads) {
     const int64_t row = i / pairs, at = row * params.groups + group;
     const int pair = i % pairs;

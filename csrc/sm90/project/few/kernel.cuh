@@ -1,5 +1,5 @@
-// project for few rows: a thread block makes 64 columns of y, or a cluster of blocks does, each with
-// a part of k. Its warps share that part, and nothing but sums goes through shared memory.
+// project for few rows: a thread block makes 64 columns of y, or a cluster of blocks does, each
+// with a part of k. Its warps share that part, and nothing but sums goes through shared memory.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
   const uint32_t barrier = smem_address(&received_barrier);
 
   Ring<T, kGroups, kTransposed> ring(params, tile, group, first, warps);
-  ring.begin(first, end, warps);
+  ring.load_first_weights(first, end, warps);
   if (splits > 1) {
     if (threadIdx.x == 0) {
       mbarrier_init(barrier, 1);
@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
     }
     cluster_arrive_relaxed();
   }
+  wait_for_prerequisites();  // for x
+  ring.load_first_rows(first, end, warps);
   float d[kGroups][4][4] = {};
   ring.multiply(first, end, warps, d);
   put_sums(d, params.rows, sums);

@@ -9,18 +9,15 @@
 namespace flashmla::sm90::project::few {
 namespace {
 
-// Warps that share the sum over k of a tile, in as few blocks as keep all multiprocessors busy. It
-// does not depend on the rows, so that equal rows give equal bits in any batch.
+// What shares the sum over k of a tile: so many blocks that the device's multiprocessors have two
+// each. Rows play no part, so that equal rows give equal bits in any batch.
 struct Shares {
   int splits, warps;
 };
 
 Shares share_out(int tiles, int k, int multiprocessors) {
-  const int most = std::max(1, k / kDepth);
-  const int sharers = std::clamp(kWarpsOfMultiprocessor * multiprocessors / tiles, 1, most);
-  const int blocks = std::max(sharers / kMaxWarps, multiprocessors / tiles);
-  const int splits = std::clamp(blocks, 1, std::min(kMaxSplits, sharers));
-  return {splits, std::clamp(sharers / splits, 1, kMaxWarps)};
+  const int most = k / kDepth, warps = std::min(kMaxWarps, most);
+  return {std::clamp(2 * multiprocessors / tiles, 1, std::min(kMaxSplits, most / warps)), warps};
 }
 
 template <class T, class Element, int kGroups, bool kTransposed>
@@ -61,7 +58,7 @@ Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t st
 
 bool takes(const ProjectParams& params) {
   const auto whole = [](int columns) { return columns % 8 == 0; };  // of 16 bytes
-  return params.rows <= kMaxRows && params.k % kDepth == 0 && whole(params.rope) &&
+  return params.rows <= kMaxRows && params.k > 0 && params.k % kDepth == 0 && whole(params.rope) &&
          std::all_of(params.n_of, params.n_of + kMaxWeights, whole);
 }
 

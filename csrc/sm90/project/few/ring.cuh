@@ -7,7 +7,6 @@
 #include "params/project.h"
 #include "sm90/project/few/config.h"
 #include "sm90/project/tile.cuh"
-#include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/mma.cuh"
 #include "sm90/ptx/tma.cuh"
 
@@ -84,7 +83,7 @@ struct Ring {
   // d[r][j]: of columns 8 g + 2 j and 2 j + 1, and rows 8 r + 2 t and 2 t + 1.
   __device__ __forceinline__ void multiply_quarter(int slot, int q, float (&d)[kGroups][4][4]) {
     const auto& v = w[slot][q];
-    const auto add = [&](int j, const uint32_t(&a)[4], int word) {
+    const auto add = [&](int j, const uint32_t (&a)[4], int word) {
 #pragma unroll
       for (int r = 0; r < kGroups; ++r) {
         mma_16816<T>(d[r][j], a, x[slot][r][word], x[slot][r][word + 1]);
@@ -110,8 +109,8 @@ struct Ring {
     }
   }
 
-  // The first loads of weights; of x, once it is there.
-  __device__ __forceinline__ void begin(int first, int end, int stride) {
+  // The first loads, for steps up to `end`.
+  __device__ __forceinline__ void load_first_weights(int first, int end, int stride) {
 #pragma unroll
     for (int slot = 0; slot < kSteps; ++slot) {
       if (first + slot * stride < end) {
@@ -120,7 +119,8 @@ struct Ring {
         weights += step_stride;
       }
     }
-    wait_for_prerequisites();
+  }
+  __device__ __forceinline__ void load_first_rows(int first, int end, int stride) {
 #pragma unroll
     for (int slot = 0; slot < kSteps; ++slot) {
       if (first + slot * stride < end) load_rows(slot);
