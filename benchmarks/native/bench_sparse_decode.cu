@@ -55,17 +55,14 @@ struct Hostility {
   bool none_valid = false;
 };
 
-// Parts for which the launch takes tiles of 16 heads, or the wide kernel, where the problem is
-// small; else as many as fill the multiprocessors with tiles of 64.
+// Parts for which the launch takes tiles of 16 heads where the problem is small; else as many as
+// fill the multiprocessors with tiles of 64.
 int choose_parts(const Shape& x) {
   if (x.num_parts > 0) return x.num_parts;
   const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
-  if (x.format == Format::kV32 && x.extra_topk == 0) {
-    if (x.tiles() * tiles(16) <= 2 * 132) return 132 / tiles(16);
-    const int parts = 132 / tiles(64) - 1;
-    if (x.h_q > 32 && tiles(64) % 2 == 1 && x.tiles() <= 8 * parts) return parts;
-  }
-  return std::max(1, 132 / tiles(64));
+  const bool has_small = x.format == Format::kV32 && x.extra_topk == 0;
+  const bool few = has_small && x.tiles() * tiles(16) <= 2 * 132;
+  return std::max(1, 132 / tiles(few ? 16 : 64));
 }
 
 struct Bench : DeviceArrays {
