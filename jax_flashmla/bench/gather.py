@@ -22,7 +22,7 @@ def _sums(pool: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:
-    """GB/s, in its fastest sample, of sums over rows of `row_bytes` at random places.
+    """GB/s of sums over rows of `row_bytes` at random places.
 
     Args:
         row_bytes: a multiple of 4.
@@ -34,5 +34,5 @@ def measure_gather(device: jax.Device, method: Method, row_bytes: int) -> float:
         pool = jnp.ones((num_rows, row_bytes // 4), jnp.uint32)
         index = jax.random.randint(jax.random.key(0), (count,), 0, num_rows)
         method = replace(method, sustained_seconds=0.0)
-        us = time_calls(lambda: _sums(pool, index), 1, method).us_min
+        us = time_calls(lambda: _sums(pool, index), 1, method).us
     return count * row_bytes / us / 1e3
