@@ -85,8 +85,9 @@ def _gather(document: Document) -> str:
     measured = document["ceilings"].get("gather_gbs") or {}
     if not rates:
         return ""
+    by_xla = {size: f" (XLA {gbs / 1e3:.2f})" for size, gbs in measured.items()}
     each = ", ".join(
-        f"{size} B {gbs / 1e3:.2f} (XLA {measured[size] / 1e3:.2f})" for size, gbs in rates.items()
+        f"{size} B {gbs / 1e3:.2f}{by_xla.get(size, '')}" for size, gbs in rates.items()
     )
     return f" Rows are gathered at, in TB/s: {each}: {document['limits']['gather_source']}."
 
