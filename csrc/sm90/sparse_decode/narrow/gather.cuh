@@ -50,7 +50,7 @@ __device__ __forceinline__ void enter_query(const KernelArgs& args, Cut end, Gat
     first_tile = 0;
   }
   state.query = query;
-  state.queries_left = kQueryItems<kRows>;
+  state.queries_left = kQueryItems;
 }
 
 template <typename Format, int kRows>
@@ -60,7 +60,7 @@ __device__ __forceinline__ void start_gather(const KernelArgs& args,
   GatherState state;
   state.stage = 0;
   state.parity = 0;
-  state.room = kStages<kRows>;
+  state.room = kStages;
   enter_query<kRows>(args, smem.end, state, smem.begin.sequence, smem.begin.tile);
   fetch_index(args, smem, state);
   if (threadIdx.x % 32 == 0) smem.gather[warp] = state;
@@ -76,8 +76,7 @@ __device__ __forceinline__ void fill_queries(const KernelArgs& args,
   const int thread = reread_thread(), warp = thread / 32 % kWarps;
   if (thread % 32 > 0) return;
   const HeadTile heads = HeadTile::of_block<kRows>(args);
-  const int first =
-      ((kQueryItems<kRows> - state.queries_left) * kTileSlots + warp) * kSlotHeads<kRows>;
+  const int first = ((kQueryItems - state.queries_left) * kTileSlots + warp) * kSlotHeads<kRows>;
   const int count = min(max(heads.count - first, 0), kSlotHeads<kRows>);
   const uint32_t full = smem_address(&smem.full[state.stage][warp]);
   mbarrier_arrive_expect(full, count * kBytes);
@@ -151,7 +150,7 @@ __device__ __forceinline__ void fill_ring(const KernelArgs& args,
         enter_query<kRows>(args, smem.end, state, state.query + 1, 0);
       fetch_index(args, smem, state);
     }
-    if (++state.stage == kStages<kRows>) {
+    if (++state.stage == kStages) {
       state.stage = 0;
       state.parity ^= 1;
     }

@@ -1,5 +1,5 @@
-// The sparse decode kernel: up to 16, 32 or 64 heads of a query token against one part's share of
-// the tokens that it attends.
+// The sparse decode kernel: up to 16 or 32 heads of a query token against one part's share of the
+// tokens that it attends.
 //
 // The products are transposed: tokens, and then value columns, are the 64 rows of wgmma, and heads
 // are its N. So the cache's rows are the operand that may come from registers: raw rows are
@@ -20,17 +20,6 @@ namespace flashmla::sm90::sparse::narrow {
 // Of a thread at the launch.
 template <int kRows>
 constexpr int kRegisters = kRows == 16 ? 96 : 128;
-// With 64 rows what each warpgroup has afterwards.
-constexpr int kScoreRegisters = 128, kWideRegisters = 136, kNarrowRegisters = 112;
-
-template <int kRegisters>
-__device__ __forceinline__ void set_registers(bool move) {
-  if (!move) return;
-  if constexpr (kRegisters > 128)
-    raise_registers<kRegisters>();
-  else
-    lower_registers<kRegisters>();
-}
 
 // Grid: (head tiles, num_parts): blocks that read the same rows are neighbours.
 template <typename T, typename Format, int kRows>
@@ -43,7 +32,7 @@ __device__ __forceinline__ void decode(const KernelArgs& args) {
   if (smem_address(dynamic_shared) != kSharedBase) __trap();
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages<kRows> * kTileSlots; ++i) {
+    for (int i = 0; i < kStages * kTileSlots; ++i) {
       mbarrier_init(smem_address(&smem.full[0][i]), 1);
       mbarrier_init(smem_address(&smem.empty[0][i]), kValueWarps);
     }
@@ -63,20 +52,16 @@ __device__ __forceinline__ void decode(const KernelArgs& args) {
     smem.end = load_cut(args.cuts, blockIdx.y + 1, args.queries);
   }
   __syncthreads();
-  constexpr bool kMove = kRows == 64;
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   switch (warpgroup) {
     case 0:
-      set_registers<kScoreRegisters>(kMove);
       run_scores<Format, kRows>(args, smem);
       break;
     case 1:
     case 2:
-      set_registers<kWideRegisters>(kMove);
       run_values<T, Format, kRows, kWideValues, false>(args, smem);
       break;
     default:
-      set_registers<kNarrowRegisters>(kMove);
       run_values<T, Format, kRows, kNarrowValues, true>(args, smem);
   }
 }

@@ -8,7 +8,7 @@
 
 namespace flashmla::sm90::sparse::narrow {
 
-// rows: of a head tile, 16, 32 or 64.
+// rows: of a head tile, 16 or 32.
 Status launch_v32(const KernelArgs& args, int rows, int num_parts, cudaStream_t stream);
 
 }  // namespace flashmla::sm90::sparse::narrow

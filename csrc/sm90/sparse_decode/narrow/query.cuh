@@ -13,13 +13,13 @@ namespace flashmla::sm90::sparse::narrow {
 // All its items are in the ring. Infinities and NaN do not count.
 template <typename Format, int kRows>
 __device__ __forceinline__ int find_query_exponent(SharedStorage<Format, kRows>& smem, int count,
-                                                   RingPosition<kStages<kRows>> ring) {
+                                                   RingPosition<kStages> ring) {
   constexpr int kUnits = Format::kHeadDim / 8;  // of a head: 16 bytes each
   constexpr int kItemHeads = kSlotHeads<kRows> * kTileSlots;
   const int thread = reread_thread();
   uint32_t peak = 0;
 #pragma unroll 1
-  for (int item = 0; item < kQueryItems<kRows>; ++item) {
+  for (int item = 0; item < kQueryItems; ++item) {
 #pragma unroll
     for (int slot = 0; slot < kTileSlots; ++slot) {
       mbarrier_wait(smem_address(&smem.full[ring.stage][slot]), ring.parity);
@@ -68,12 +68,12 @@ __device__ __forceinline__ uint4 scale_queries(uint4 v, float factor) {
 // pair 2t to place t, 2t + 1 to t + 4.
 template <typename Format, int kRows>
 __device__ __forceinline__ void take_query(SharedStorage<Format, kRows>& smem, int count,
-                                           float factor, RingPosition<kStages<kRows>>& ring) {
+                                           float factor, RingPosition<kStages>& ring) {
   constexpr int kUnits = Format::kHeadDim / 16;  // of a head: 32 bytes each
   constexpr int kItemHeads = kSlotHeads<kRows> * kTileSlots;
   const int thread = reread_thread();
 #pragma unroll 1
-  for (int item = 0; item < kQueryItems<kRows>; ++item) {
+  for (int item = 0; item < kQueryItems; ++item) {
     for (int i = thread; i < kItemHeads * kUnits; i += kWarpgroupThreads) {
       const int head = i / kUnits, unit = i % kUnits;
       const int row = item * kItemHeads + head;

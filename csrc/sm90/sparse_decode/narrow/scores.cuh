@@ -174,7 +174,7 @@ __device__ __forceinline__ void store_empty_lse(const KernelArgs& args, HeadTile
 template <typename Format, int kRows>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RingPosition<kStages<kRows>> ring;
+  RingPosition<kStages> ring;
   BufferPosition buffer;  // of probabilities
   uint32_t sums_parity = 1;
 

@@ -7,16 +7,12 @@
 
 namespace flashmla::sm90::sparse::narrow {
 
-// kRows: query heads of a tile. Its queries pass through the ring as items of four slots, as tiles
-// of tokens do.
+// Items of four slots, as tiles of tokens are, as which a tile's queries pass through the ring.
+constexpr int kQueryItems = 1;
+// kRows: query heads of a tile.
 template <int kRows>
-constexpr int kQueryItems = kRows == 64 ? 2 : 1;
-template <int kRows>
-constexpr int kSlotHeads = kRows / (kQueryItems<kRows> * kTileSlots);
-// Items that the ring holds: as many as there is room for with 64 rows; else two are in use and two
-// on their way.
-template <int kRows>
-constexpr int kStages = kRows == 64 ? 3 : 4;
+constexpr int kSlotHeads = kRows / kTileSlots;
+constexpr int kStages = 4;  // items that the ring holds: two in use, two on their way
 
 // Where a gathering warp is (gather.cuh). Kept here as its registers are few.
 struct GatherState {
@@ -36,12 +32,12 @@ struct alignas(1024) SharedStorage {
           ? kSlotTokens * Format::kRowBytes
           : kSlotHeads<kRows> * Format::kHeadDim * 2;
 
-  uint8_t query[kChunks][kRows * kChunkRowBytes];        // K-major, 128-byte swizzle
-  uint8_t probabilities[2][kRows * kChunkRowBytes];      // [row][token], the same
-  uint8_t ring[kStages<kRows>][kTileSlots][kSlotBytes];  // raw rows end to end; or queries
+  uint8_t query[kChunks][kRows * kChunkRowBytes];    // K-major, 128-byte swizzle
+  uint8_t probabilities[2][kRows * kChunkRowBytes];  // [row][token], the same
+  uint8_t ring[kStages][kTileSlots][kSlotBytes];     // raw rows end to end; or queries
   // By group of columns the bf16 scales of a tile's tokens, times kPlaced: for each half of the
   // tile and lane t of a quad the tokens 2t and 2t + 1 of every eight, one after the other.
-  alignas(16) uint16_t scales[kStages<kRows>][Format::kScaleGroups][kTileTokens];
+  alignas(16) uint16_t scales[kStages][Format::kScaleGroups][kTileTokens];
   // Of a tile's tokens the scales by group relative to the largest, f16 twice; what 1 / the largest
   // is, bf16 twice; and what products with its keys are to be multiplied with. Each score warp's
   // own.
@@ -58,9 +54,9 @@ struct alignas(1024) SharedStorage {
   alignas(16) uint8_t exponent[kRows][16];  // of a value warp's largest output
   uint8_t rescale[2][kRows];                // the output so far is to be divided by 2 to this power
   alignas(4) uint8_t flags[2][kWarps];      // of a tile, by score warp: kRescaled, kLargeScales
-  uint32_t valid[kStages<kRows>][kTileSlots];  // bit t: token t of the slot is attended
-  uint64_t full[kStages<kRows>][kTileSlots];   // slot gathered
-  uint64_t empty[kStages<kRows>][kTileSlots];  // all value warps are through with it
+  uint32_t valid[kStages][kTileSlots];      // bit t: token t of the slot is attended
+  uint64_t full[kStages][kTileSlots];       // slot gathered
+  uint64_t empty[kStages][kTileSlots];      // all value warps are through with it
   uint64_t probabilities_full[2], probabilities_empty[2];
   uint64_t sums_full, sums_empty;  // inverse_sum
   const uint8_t* layer;            // its first block

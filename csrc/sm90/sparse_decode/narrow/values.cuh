@@ -98,7 +98,7 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
 // A tile's share of the output.
 template <typename Format, int kRows, int kCount>
 __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem,
-                                         RingPosition<kStages<kRows>> ring, BufferPosition buffer,
+                                         RingPosition<kStages> ring, BufferPosition buffer,
                                          float (&o)[kCount][kRows / 2]) {
   const int thread = reread_thread(), lane = thread % 32;
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem,
 
 template <typename T, typename Format, int kRows, int kCount, bool kGathers>
 __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
-  RingPosition<kStages<kRows>> ring;
+  RingPosition<kStages> ring;
   BufferPosition buffer;
   uint32_t sums_parity = 0;
   if constexpr (kGathers) start_gather<Format, kRows>(args, smem);
@@ -136,8 +136,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     float o[kCount][kRows / 2] = {};
     if (!empty) {
 #pragma unroll
-      for (int i = 0; i < kQueryItems<kRows>; ++i) ring.advance();
-      freed += kQueryItems<kRows>;
+      for (int i = 0; i < kQueryItems; ++i) ring.advance();
+      freed += kQueryItems;
     }
     for (int tiles = piece.tile_end - piece.tile_begin; tiles > 0; --tiles) {
       // Here alone: the code is long, and instructions are fetched as bytes are.
