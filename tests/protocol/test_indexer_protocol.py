@@ -9,31 +9,37 @@ from protocol import Role, Violation, explore
 STAGES, WARPGROUPS = 4, 2
 
 
-def loads(items: list[int], stages: int = STAGES, dropped=()) -> list[Role]:
-    """The loading warp: an item's queries, then its tiles, whose copies may overtake each other."""
-    role = Role("loads", dropped)
-    copies = []
-    tile = 0
-    for turn, tiles in enumerate([*items, 0]):  # the last one says that there are no more
-        buffer = turn % 2
-        if turn >= 2:
-            role.wait(("queries_empty", buffer), turn // 2 - 1)
-        role.write(("queries", buffer))
-        role.end(("queries", buffer))
-        role.arrive(("queries_full", buffer))
-        for _ in range(tiles):
-            slot = tile % stages
-            if tile >= stages:
-                role.wait(("keys_empty", slot), tile // stages - 1)
-            role.arrive(("issued", tile))
-            copy = Role(f"copy{tile}")
-            copy.wait(("issued", tile), 0)
-            copy.write(("keys", slot))
-            copy.end(("keys", slot))
-            copy.arrive(("keys_full", slot))
-            copies.append(copy)
-            tile += 1
-    return [role, *copies]
+def loads(items: list[int], stages: int = STAGES, dropped=(), warps: int = 2) -> list[Role]:
+    """The loading warps: tiles in turn, whose copies may overtake each other; the last one also an
+    item's queries, before its tiles."""
+    roles, copies = [], []
+    for warp in range(warps):
+        role = Role(f"loads{warp}", dropped)
+        first = 0
+        for turn, tiles in enumerate([*items, 0]):  # the last one says that there are no more
+            if warp == warps - 1:
+                buffer = turn % 2
+                if turn >= 2:
+                    role.wait(("queries_empty", buffer), turn // 2 - 1)
+                role.write(("queries", buffer))
+                role.end(("queries", buffer))
+                role.arrive(("queries_full", buffer))
+            for tile in range(first, first + tiles):
+                if tile % warps != warp:
+                    continue
+                slot = tile % stages
+                if tile >= stages:
+                    role.wait(("keys_empty", slot), tile // stages - 1)
+                role.arrive(("issued", tile))
+                copy = Role(f"copy{tile}")
+                copy.wait(("issued", tile), 0)
+                copy.write(("keys", slot))
+                copy.end(("keys", slot))
+                copy.arrive(("keys_full", slot))
+                copies.append(copy)
+            first += tiles
+        roles.append(role)
+    return [*roles, *copies]
 
 
 def scores(items: list[int], stages: int = STAGES, dropped=()) -> list[Role]:
@@ -64,9 +70,10 @@ def arrivals(name) -> int:
     return WARPGROUPS if name[0] == "queries_empty" else 1
 
 
+@pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize("items", [[0], [9], [1, 1, 1, 1], [3, 1, 4, 2]], ids=str)
-def test_scores_read_the_tiles_and_queries_that_are_theirs(items):
-    assert explore([*loads(items), *scores(items)], arrivals) > 1
+def test_scores_read_the_tiles_and_queries_that_are_theirs(items, warps):
+    assert explore([*loads(items, warps=warps), *scores(items)], arrivals) > 1
 
 
 @pytest.mark.parametrize(
