@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import platforms
 from jax_flashmla import CacheFormat, cache_append, latent_append
 from jax_flashmla.reference.rows import load_rows
 from stored import poisoned_blocks
@@ -18,19 +19,10 @@ from stored import poisoned_blocks
 B, S_NEW, MAX_BLOCKS, BLOCK_SIZE = 3, 2, 3, 64
 POSITIONS, NUM_NEW = np.array([63, 0, 190], np.int32), np.array([2, 1, 5], np.int32)
 
-IMPLEMENTATIONS = [
-    pytest.param(("cpu", "xla"), id="cpu-xla"),
-    pytest.param(("cpu", "kernel"), id="cpu-kernel"),
-    pytest.param(("cuda", "xla"), id="cuda-xla", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "kernel"), id="cuda-kernel", marks=pytest.mark.gpu),
-]
 
-
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=platforms.EVERYWHERE)
 def implementation(request):
-    platform, name = request.param
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
+    yield from platforms.each(request)
 
 
 @dataclasses.dataclass(frozen=True)

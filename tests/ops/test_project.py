@@ -11,20 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import platforms
 from jax_flashmla import project
 
-IMPLEMENTATIONS = [
-    pytest.param(("cpu", "xla"), id="cpu-xla"),
-    pytest.param(("cpu", "kernel"), id="cpu-kernel"),
-    pytest.param(("cuda", "kernel"), id="cuda-kernel", marks=pytest.mark.gpu),
-]
 
-
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=platforms.CPU_AND_KERNELS)
 def implementation(request):
-    platform, name = request.param
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
+    yield from platforms.each(request)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,24 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import platforms
 from jax_flashmla import project, project_twice
 
-IMPLEMENTATIONS = [
-    pytest.param(("cpu", "xla"), id="cpu-xla"),
-    pytest.param(("cpu", "kernel"), id="cpu-kernel"),
-    pytest.param(("cuda", "kernel"), id="cuda-kernel", marks=pytest.mark.gpu),
-]
 # rows, x's groups and k, w's n, v's heads, m and p
 QUERIES = (5, 1, 136, 4 * 80, 4, 64, 128)  # 16 columns of each head are rotated
 VALUES = (3, 4, 128, 64, 1, 256, 200)
 WIDE = [(1, 1, 1536, 3072, 16, 128, 512), (16, 16, 512, 128, 1, 2048, 7168)]
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=platforms.CPU_AND_KERNELS)
 def implementation(request):
-    platform, name = request.param
-    with jax.default_device(jax.devices(platform)[0]):
-        yield name
+    yield from platforms.each(request)
 
 
 def make_arrays(sizes: tuple[int, ...], transposed: bool, dtype: str) -> dict[str, Any]:
