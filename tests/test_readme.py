@@ -39,6 +39,18 @@ def test_layer_example_runs():
     assert bool(jnp.isfinite(names["y"]).all())
 
 
+def test_sparse_example_runs():
+    names = run_example("Sparse attention in 20 lines", 20)
+    np.testing.assert_array_equal(names["cache"].table.cache_seqlens, [188, 28])
+    assert names["cache"].check() == []
+    assert names["y"].shape == (2, 1, 256)
+    assert bool(jnp.isfinite(names["y"]).all())
+    config = names["config"]
+    assert config.indexer.topk < 180  # so that it does select
+    total = names["cache"].format.bytes_per_token + names["cache"].index_format.bytes_per_token
+    assert total == 656 + 132  # as its comment says
+
+
 @pytest.mark.parametrize("last", ["/jax-flashmla demo", "/pytest -n 2 --dist loadfile"])
 def test_first_screen_has_the_commands(last):
     """Each a line of its own in a code block, which sets up all that it needs."""
