@@ -5,6 +5,7 @@
 
 #include "append_slot.h"
 #include "sm90/formats/quantise.cuh"
+#include "sm90/host/copy_blocks.h"
 #include "sm90/host/launch.h"
 
 namespace flashmla::sm90 {
@@ -79,12 +80,8 @@ Status launch_quantise(const CacheAppendParams& params, cudaStream_t stream) {
 }  // namespace
 
 Status run_cache_append(const CacheAppendParams& params, cudaStream_t stream) {
-  if (params.updated != params.blocks) {
-    const int64_t bytes = params.num_blocks * params.block_bytes;
-    const cudaError_t error =
-        cudaMemcpyAsync(params.updated, params.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return to_status(error, "cache_append");
-  }
+  const Status copied = copy_blocks(params, stream, "cache_append");
+  if (!copied.ok()) return copied;
   if (int64_t{params.b} * params.s_new == 0 || params.d == 0) return Status::Ok();
   if (params.format != Format::kDense) {
     switch (params.rows_dtype) {

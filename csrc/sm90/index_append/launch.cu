@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "sm90/host/copy_blocks.h"
 #include "sm90/host/launch.h"
 #include "sm90/index_append/kernel.cuh"
 
@@ -22,12 +23,8 @@ Status launch_rows(const IndexAppendParams& params, cudaStream_t stream) {
 
 Status run_index_append(const IndexAppendParams& params, cudaStream_t stream) {
   const CacheAppendParams& cache = params.cache;
-  if (cache.updated != cache.blocks) {
-    const int64_t bytes = cache.num_blocks * cache.block_bytes;
-    const cudaError_t error =
-        cudaMemcpyAsync(cache.updated, cache.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return to_status(error, "index_append");
-  }
+  const Status copied = copy_blocks(cache, stream, "index_append");
+  if (!copied.ok()) return copied;
   switch (cache.rows_dtype) {
     case DType::kBFloat16:
       return launch_rows<BFloat16>(params, stream);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "sm90/host/copy_blocks.h"
 #include "sm90/host/launch.h"
 #include "sm90/latent_append/kernel.cuh"
 
@@ -39,13 +40,10 @@ Status launch_stored(const LatentAppendParams& params, cudaStream_t stream, bool
 
 Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream, bool dependent) {
   const CacheAppendParams& cache = params.cache;
-  if (cache.updated != cache.blocks) {
-    const int64_t bytes = cache.num_blocks * cache.block_bytes;
-    const cudaError_t error =
-        cudaMemcpyAsync(cache.updated, cache.blocks, bytes, cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return to_status(error, "latent_append");
-    dependent = false;  // the kernel comes behind a copy
-  }
+  const Status copied = copy_blocks(cache, stream, "latent_append");
+  if (!copied.ok()) return copied;
+  // A copy may not be overtaken.
+  dependent = dependent && !needs_copy(cache);
   switch (params.dtype) {
     case DType::kBFloat16:
       return launch_stored<BFloat16>(params, stream, dependent);
