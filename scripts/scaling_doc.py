@@ -44,10 +44,15 @@ EXPERTS = 656e9  # bytes of DeepSeek V3.2's experts in fp8, over all devices
 OTHER = 6e9  # embeddings, dense layers, XLA's workspace, on each
 
 
+def documents(pattern: str) -> list[dict[str, Any]]:
+    """Results of runs over several devices, those of fewer processes first."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"*/parallel/{pattern}")]
+    return sorted(found, key=lambda document: (document["processes"], document["date"]))
+
+
 def runs(part: str) -> Iterator[tuple[Card, dict[str, Any], dict[str, Any]]]:
     """Measured by benchmarks/bench_parallel.py: the card, the document, a result."""
-    for path in sorted(RESULTS.glob("*/parallel/*.json")):
-        document = json.loads(path.read_text())
+    for document in documents("*.json"):
         name = document["hardware"]["device"]
         card = next(card for card in CARDS.values() if card.name in name)
         for result in document.get("results", ()):
@@ -128,8 +133,7 @@ def data() -> str:
 
 def context_documents() -> Iterator[tuple[Card, dict[str, Any]]]:
     """Measured by benchmarks/bench_context.py."""
-    for path in sorted(RESULTS.glob("*/parallel/*context*.json")):
-        document = json.loads(path.read_text())
+    for document in documents("*context*.json"):
         name = document["hardware"]["device"]
         yield next(card for card in CARDS.values() if card.name in name), document
 
@@ -156,8 +160,13 @@ def context() -> str:
             numbers = shape["devices"], shape["batch"], tokens(shape["tokens"])
             line = [card.name, str(document["processes"]), *map(str, numbers)]
             line += ["split" if split else "all on each", number(alone)]
-            for way in alike:
-                if way["devices"] == shape["devices"] and way["heads_split"] == split:
+            same = [w for w in alike if w["devices"] == shape["devices"]]
+            same = [w for w in same if w["heads_split"] == split]
+            for peers in (False, True):
+                way = next((w for w in same if w["peers"] == peers), None)
+                if way is None:  # the run was cut off
+                    line += ["", "", ""]
+                else:
                     times = number(way["us"]), number(context_model(card, way))
                     line += [*times, number(alone / way["us"])]
             lines.append(line)
