@@ -274,13 +274,25 @@ struct Bench : DeviceArrays {
   }
 };
 
-void run_checks(Bench& bench, bool small) {
-  const std::vector<int> ragged{4097, 0, 1, 63, 64, 65, 1000, 2500};
-  bench.check({64, 1, {200}, 7, 4});
-  bench.check({20, 2, {65, 0, 300}, 64, 6, true, true, true, 3});
+// For compute-sanitizer: each kernel's ways, with few tokens.
+void run_small_checks(Bench& bench) {
+  bench.check({64, 1, {200}, 7, 4});                                 // N = 64, a block for a part
+  bench.check({20, 2, {65, 0, 1300}, 64, 21, true, true, true, 3});  // rings go round
+  bench.check({32, 4, {300, 64}, 64, 6, true, true, true, 2});       // N = 128
+  bench.check({64, 3, {65, 0, 700}, 64, 12, true, true, true, 2});   // N = 256, one loading warp
+  bench.check({32, 7, {330}, 64, 6, true, true, true, 1});
+  bench.check({64, 9, {130}, 64, 3});  // chunks
   bench.check({64, 3, {65, 0, 300}, 64, 6, true, false});
+  bench.check({32, 1, {9000}, 64, 141});  // two blocks select
   bench.check_given({1, 1, {3000, 70}, 512, 50}, kFew);
-  if (small) return;
+  bench.check_given({1, 1, {4000}, 100, 63}, kNormal);
+  bench.check_given({1, 1, {33000}, 100, 516}, kNormal);  // eight blocks
+  bench.check_given({1, 1, {9000}, 100, 141}, kEqual);    // more candidates than there is room for
+  bench.check_given({1, 1, std::vector<int>(67, 8200), 20, 129}, kNarrow);  // each by one block
+}
+
+void run_checks(Bench& bench) {
+  const std::vector<int> ragged{4097, 0, 1, 63, 64, 65, 1000, 2500};
   for (int heads : {1, 20, 32, 64}) {
     for (int s_q = 1; s_q <= 8; ++s_q) {
       const int topk = std::vector<int>{1, 7, 512, 2048, 4096}[(heads + s_q) % 5];
@@ -314,7 +326,8 @@ int main(int argc, char** argv) {
   Bench bench;
   if (argc <= 2 || std::strcmp(argv[2], "time") != 0) {
     const auto start = std::chrono::steady_clock::now();
-    run_checks(bench, small);
+    run_small_checks(bench);
+    if (!small) run_checks(bench);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     std::printf("%d of %d checks failed, %.1f s\n", bench.failures, bench.checks, seconds.count());
   }

@@ -16,11 +16,17 @@ struct Held {
 
   __device__ __forceinline__ void load_row(const Slice& row) {
     count = row.count;
+    int32_t ids[kQuads];  // of the items' blocks, where they are to be checked
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) load_if(first(i) < count, row.scores + first(i), scores[i]);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const int end = first(i) < count && row.in_layer(first(i)) ? count - first(i) : 0;
+      load_if(first(i) < count && row.check_blocks, row.table + (first(i) >> 6), ids[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int end = static_cast<uint32_t>(ids[i]) < row.layer_blocks ? count - first(i) : 0;
+      if (end >= 4) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) scores[i][k] = k < end ? scores[i][k] : NAN;
     }
@@ -39,21 +45,21 @@ struct Held {
     }
   }
 
-  // Of all items, and of NaN.
+  // Of all items, and of NaN: visit(scores[i][k], i, k).
   template <typename Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       if (i * kThreads * 4 >= count) break;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) visit(scores[i][k]);
+      for (int k = 0; k < 4; ++k) visit(scores[i][k], i, k);
     }
   }
 
   // By all threads: the lowest and the highest score, but -inf.
   __device__ __forceinline__ Bound range(SharedStorage& smem) const {
     Range range;
-    for_each([&](float score) { range.add(score); });
+    for_each([&](float score, int, int) { range.add(score); });
     return range.of_block(smem);
   }
 };

@@ -39,11 +39,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (staged && rank == 0) {
     for (int i = threadIdx.x; i * 64 < seen; i += kThreads) smem.blocks[i] = whole.table[i];
   }
-  const int64_t out = (int64_t{sequence} * args.s_q + query) * args.topk;
-  const Output output{.indices = args.indices + out,
-                      .positions = args.positions + out,
-                      .table = whole.table,
-                      .topk = args.topk};
   if (blocks > 1) cluster_wait();
   if (!args.given) wait_for_prerequisites();
   launch_dependents();
@@ -70,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (blocks > 1) count = gather(smem, count, candidates, blocks, need);
     __syncthreads();
     if (count < need || count > candidates.room) {
-      select_row(output, smem, slice, reinterpret_cast<uint32_t*>(candidates.scores), blocks);
+      select_row(Output::of_row(args, sequence, query), smem, slice,
+                 reinterpret_cast<uint32_t*>(candidates.scores), blocks);
       return;
     }
     if (rank > 0) return;
@@ -78,10 +74,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   Threshold threshold = kAll;
   if (held.count > args.topk) threshold = refine(smem, held, bound, args.topk);
-  write_held(
-      output, smem, held, threshold,
-      [&](int item) { return is_short ? item : candidates.tokens[item]; },
-      [&](int token) { return staged ? smem.blocks[token / 64] : output.table[token / 64]; });
+  const int selected = select_held(smem, held, threshold);
+  const Output output = Output::of_row(args, sequence, query);
+  const auto staged_block = [&](int token) { return smem.blocks[token >> 6]; };
+  if (is_short) {
+    write_selected(output, smem, selected, [](int item) { return item; }, staged_block);
+  } else {
+    write_selected(
+        output, smem, selected, [&](int item) { return candidates.tokens[item]; },
+        [&](int token) { return staged ? staged_block(token) : output.table[token >> 6]; });
+  }
 }
 
 }  // namespace flashmla::sm90::index_topk

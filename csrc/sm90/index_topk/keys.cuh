@@ -22,6 +22,12 @@ __device__ __forceinline__ float score_of(uint32_t key) {
   return __uint_as_float(key & 1u << 31 ? key ^ 1u << 31 : ~key);
 }
 
+// The greatest score below a finite one, or below infinity.
+__device__ __forceinline__ float below(float score) {
+  const uint32_t key = key_of(score);
+  return score_of(key - (key == 1u << 31 ? 2 : 1));  // past -0.0, which equals 0.0
+}
+
 struct Slice {
   const float* scores;   // of its tokens
   const int32_t* table;  // of its blocks

@@ -31,6 +31,18 @@ __device__ __forceinline__ void append_if(bool yes, uint32_t array, uint32_t cou
       : "memory");
 }
 
+// Stores at `address`, which then is the next one, unless `yes` is 0.
+__device__ __forceinline__ void push_if(uint32_t yes, uint32_t& address, int32_t x) {
+  asm volatile(
+      "{\n.reg .pred yes;\n"
+      "setp.ne.u32 yes, %2, 0;\n"
+      "@yes st.shared::cta.s32 [%0], %1;\n"
+      "@yes add.u32 %0, %0, 4;\n}\n"
+      : "+r"(address)
+      : "r"(x), "r"(yes)
+      : "memory");
+}
+
 // From global memory, where the load stands: before barriers that follow. NaN if not.
 __device__ __forceinline__ void load_if(bool yes, const float* from, float (&x)[4]) {
   x[0] = x[1] = x[2] = x[3] = NAN;
@@ -39,6 +51,18 @@ __device__ __forceinline__ void load_if(bool yes, const float* from, float (&x)[
       "setp.ne.u32 yes, %5, 0;\n"
       "@yes ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
       : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+      : "l"(from), "r"(uint32_t{yes})
+      : "memory");
+}
+
+// The same of an integer; 0 if not.
+__device__ __forceinline__ void load_if(bool yes, const int32_t* from, int32_t& x) {
+  x = 0;
+  asm volatile(
+      "{\n.reg .pred yes;\n"
+      "setp.ne.u32 yes, %2, 0;\n"
+      "@yes ld.global.s32 %0, [%1];\n}\n"
+      : "+r"(x)
       : "l"(from), "r"(uint32_t{yes})
       : "memory");
 }

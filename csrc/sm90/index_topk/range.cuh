@@ -13,13 +13,14 @@ struct Bound {
 };
 constexpr Bound kNoBound{-FLT_MAX, -FLT_MAX};  // of finite scores
 
-// NaN and -inf do not count.
+// Only finite scores count.
 struct Range {
   float lowest = INFINITY, highest = -INFINITY;
 
   __device__ __forceinline__ void add(float score) {
-    lowest = fminf(lowest, score > -INFINITY ? score : INFINITY);
-    highest = fmaxf(highest, score);
+    const float finite = fmaf(score, 0.0f, score);  // else NaN, which minima and maxima pass over
+    lowest = fminf(lowest, finite);
+    highest = fmaxf(highest, finite);
   }
 
   // By all threads.
@@ -48,17 +49,18 @@ struct EvenBins {
   __device__ __forceinline__ bool exist() const {
     return bins_per_unit > 0 && bins_per_unit < INFINITY;
   }
-  // -1 if the score is below the range (by more than half a bin) or NaN. Integers are rounded to
-  // where a float has no others: conversions would take four times as long.
-  __device__ __forceinline__ int bin(float score) const {
-    constexpr float kFirst = (1 << 23) + 1;
+  // A score's bin as a float that has no fractions, kFirst being bin 0: conversions would take four
+  // times as long. Before the first if the score is below the range (by more than half a bin) or
+  // NaN.
+  static constexpr float kFirst = (1 << 23) + 1;
+  __device__ __forceinline__ float place(float score) const {
     const float sum = fmaf(score - least, bins_per_unit, kFirst);
-    const float kept = fminf(fmaxf(sum, kFirst - 1), kFirst + (kBins - 1));
-    return __float_as_int(kept) - __float_as_int(kFirst);
+    return fminf(fmaxf(sum, kFirst - 1), kFirst + (kBins - 1));
   }
+  static __device__ __forceinline__ float place_of(int bin) { return kFirst + bin; }
   // bins[-1] is there, too: a branch for each score that does not count would take longer.
-  __device__ __forceinline__ void count(SharedStorage& smem, float score) const {
-    atomicAdd(smem.bins + bin(score), 1);
+  static __device__ __forceinline__ void count(SharedStorage& smem, float place) {
+    atomicAdd(smem.bins + (__float_as_int(place) - __float_as_int(kFirst)), 1);
   }
   // About the least score of the bin.
   __device__ __forceinline__ float edge(int bin) const { return least + (bin - 0.5f) * width; }

@@ -6,17 +6,28 @@
 
 namespace flashmla::sm90::index_topk {
 
+// All that reach a score, if no more of those that equal it are there than may be selected.
+__device__ __forceinline__ Threshold threshold_at(float score, int equal, int may_be) {
+  return may_be >= equal ? Threshold{below(score), 0} : Threshold{score, may_be};
+}
+
 // Of smem.close[0, count) the need-th highest.
 __device__ __forceinline__ Threshold rank_close(SharedStorage& smem, int count, int need) {
   if (static_cast<int>(threadIdx.x) < count) {
     const float score = smem.close[threadIdx.x];
     Counts counts{};
-    for (int i = 0; i < count; ++i) {
-      counts.above += smem.close[i] > score;
-      counts.equal += smem.close[i] == score;
+    for (int i = 0; i < count; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(&smem.close[i]);
+      const float others[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        counts.above += i + k < count && others[k] > score;
+        counts.equal += i + k < count && others[k] == score;
+      }
     }
     if (counts.above < need && need <= counts.above + counts.equal) {
-      smem.threshold = {score, need - counts.above};  // by all that are equal
+      // By all that are equal.
+      smem.threshold = threshold_at(score, counts.equal, need - counts.above);
     }
   }
   __syncthreads();
@@ -30,13 +41,23 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Held& hel
   if (bins.exist()) {
     const uint32_t close = smem_address(smem.close), num_close = smem_address(&smem.num_close);
     if (threadIdx.x == 0) smem.num_close = 0;
-    held.for_each([&](float score) { bins.count(smem, score); });
+    float places[kQuads][4];
+    held.for_each([&](float score, int i, int k) {
+      places[i][k] = bins.place(score);
+      bins.count(smem, places[i][k]);
+    });
     __syncthreads();
     const Found found = find_bin(smem, smem.bins, need);
     if (found.bin < 0) return kAll;
     if (found.within <= kThreads) {
-      held.for_each(
-          [&](float score) { append_if(bins.bin(score) == found.bin, close, num_close, score); });
+      const float place = bins.place_of(found.bin);
+      bool any = false;
+      held.for_each([&](float, int i, int k) { any |= places[i][k] == place; });
+      if (any) {  // of few threads
+        held.for_each([&](float score, int i, int k) {
+          append_if(places[i][k] == place, close, num_close, score);
+        });
+      }
       __syncthreads();
       return rank_close(smem, found.within, need - found.above);
     }
@@ -44,7 +65,7 @@ __device__ __forceinline__ Threshold refine(SharedStorage& smem, const Held& hel
     __syncthreads();
   }
   return find_threshold(smem, 0, 21, need, 1, nullptr, [&](const auto& visit) {
-    held.for_each([&](float score) {
+    held.for_each([&](float score, int, int) {
       if (const uint32_t key = key_of(score)) visit(key);
     });
   });

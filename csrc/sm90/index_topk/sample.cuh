@@ -67,7 +67,7 @@ __device__ __forceinline__ Bound guess_bound(SharedStorage& smem, const Sample& 
   for (int turn = 0; turn < kTurns; ++turn) {
     const EvenBins bins(range);
     if (!bins.exist()) break;
-    sample.for_each([&](float score) { bins.count(smem, score); });
+    sample.for_each([&](float score) { bins.count(smem, bins.place(score)); });
     __syncthreads();
     const Found found = find_bin(smem, smem.bins, rank);
     clear_bins(smem);

@@ -33,10 +33,9 @@ struct alignas(16) SharedStorage {
     uint32_t bins[kBins];        // how many of the block's scores
     int32_t selected[kMaxTopk];  // items
   };
-  uint16_t marks[kHeldScores / 8];  // of eight items: bits of those above the threshold, then equal
-  int32_t blocks[kStagedBlocks];    // ids, of the row
-  float close[kThreads];            // scores of the bin in which the threshold is
-  uint32_t warp_sums[2][kWarps];    // of two turns
+  int32_t blocks[kStagedBlocks];  // ids, of the row
+  float close[kThreads];          // scores of the bin in which the threshold is
+  uint32_t warp_sums[2][kWarps];  // of two turns
   uint32_t warp_lowest[kWarps], warp_highest[kWarps];
   Counts warp_counts[kWarps];
   Counts block_counts[kMaxCluster];  // of the cluster
