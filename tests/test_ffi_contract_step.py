@@ -83,10 +83,14 @@ def project(**wrong):
         "w": zeros(groups, k, n) + 1,
         "w1": zeros(groups, k, 0),
         "w2": zeros(groups, k, 0),
+        "exact_w": f32(groups, k, 5) + 2,
         "cos": f32(rows, pairs),
         "sin": f32(rows, pairs),
     }
-    results = {"y": result(rows, groups, n + 2 * pairs, dtype=jnp.bfloat16)}
+    results = {
+        "y": result(rows, groups, n + 2 * pairs, dtype=jnp.bfloat16),
+        "exact_y": result(rows, groups, 5),
+    }
     attributes = {"transposed": False, "layout": np.int32(2)}
     return call("project", *replaced(wrong, operands, results, attributes))
 
@@ -97,7 +101,8 @@ def test_the_good_calls_are_taken():
     np.testing.assert_array_equal(q_latent.astype(jnp.float32), 0)
     for x in index_append():
         np.testing.assert_array_equal(x.astype(jnp.float32), 0)
-    (y,) = project()
+    y, exact_y = project()
+    np.testing.assert_array_equal(exact_y, 2 * k)
     np.testing.assert_array_equal(y[..., :n].astype(jnp.float32), k)
     np.testing.assert_array_equal(y[..., n:].astype(jnp.float32), 0)
 
@@ -150,6 +155,8 @@ PROJECT = {
     "another k": ({"w1": zeros(groups, k + 1, 8)}, "w must have shape"),
     "w in f32": ({"w": f32(groups, k, n)}, "w must have the element type of x"),
     "short y": ({"y": result(rows, groups, n, dtype=jnp.bfloat16)}, "y must have shape"),
+    "exact of another k": ({"exact_w": f32(groups, k + 1, 5)}, "exact_w must have shape"),
+    "short exact_y": ({"exact_y": result(rows, groups, 4)}, "exact_y must have shape"),
     "cos of others": ({"cos": f32(rows + 1, pairs)}, "cos must have shape"),
     "layout": ({"layout": np.int32(-1)}, "layout must be between 0 and 3"),
     "transposed": ({"transposed": True}, "w must have"),
@@ -175,12 +182,14 @@ def project_twice(**wrong):
     operands = {
         "x": zeros(rows, groups, k) + 1,
         "w": zeros(groups, k, n) + 1,
+        "beside": zeros(groups, k, 5) + 2,
         "v": zeros(4, 4, 24) + 1,  # 2 x 40 columns are 4 heads of 4 and 16 to be turned
         "cos": f32(rows, 8),
         "sin": f32(rows, 8),
     }
     results = {
         "y": result(rows, 4, 24 + 16, dtype=jnp.bfloat16),
+        "beside_y": result(rows, groups, 5, dtype=jnp.bfloat16),
         "between": result(rows, groups * n, dtype=jnp.bfloat16),
     }
     attributes = {"transposed": False, "layout": np.int32(2)}
@@ -188,7 +197,8 @@ def project_twice(**wrong):
 
 
 def test_the_good_pair_is_taken():
-    y, between = project_twice()
+    y, beside_y, between = project_twice()
+    np.testing.assert_array_equal(beside_y.astype(jnp.float32), 2 * k)
     np.testing.assert_array_equal(between.astype(jnp.float32), k)
     np.testing.assert_array_equal(y[..., :24].astype(jnp.float32), 4 * k)
     np.testing.assert_array_equal(y[..., 24:].astype(jnp.float32), 0)
@@ -198,6 +208,12 @@ PROJECT_TWICE = {
     "x of rank 2": ({"x": zeros(rows, k)}, "x must have shape"),
     "x of another k": ({"x": zeros(rows, groups, k + 1)}, "w must have shape"),
     "transposed": ({"transposed": True}, "w must have shape"),
+    "beside of another k": ({"beside": zeros(groups, k + 1, 5)}, "beside must have shape"),
+    "beside in f32": ({"beside": f32(groups, k, 5)}, "beside must have the element type of x"),
+    "short beside_y": (
+        {"beside_y": result(rows, groups, 4, dtype=jnp.bfloat16)},
+        "beside_y must have shape",
+    ),
     "v in f32": ({"v": f32(4, 4, 24)}, "v must have the element type of x"),
     "v of rank 2": ({"v": zeros(4, 24)}, "v must have shape"),
     "no heads": ({"v": zeros(0, 4, 24)}, "v must have shape"),

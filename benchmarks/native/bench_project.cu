@@ -19,7 +19,7 @@ using T = __nv_bfloat16;
 using Call = std::function<void(cudaStream_t)>;
 
 constexpr int kHidden = 7168, kQRank = 1536, kRank = 512, kNope = 128, kRope = 64, kV = 128;
-constexpr int kBlock = 64;
+constexpr int kBlock = 64, kIndexHeads = 64;
 
 template <class V>
 V* make(size_t n, uint32_t seed = 0, float scale = 0) {
@@ -47,6 +47,18 @@ __global__ void naive(ProjectParams p, float* y) {
   y[at] = sum;
 }
 
+// One thread a product with the float32 weight.
+__global__ void naive_exact(ProjectParams p, double* y) {
+  const int at = blockIdx.x * 256 + threadIdx.x, row = at / p.exact_n, j = at % p.exact_n;
+  if (row >= p.rows) return;
+  const T* x = static_cast<const T*>(p.x) + int64_t{row} * p.k;
+  double sum = 0;
+  for (int64_t l = 0; l < p.k; ++l) {
+    sum += double(__bfloat162float(x[l])) * p.exact_w[l * p.exact_n + j];
+  }
+  y[at] = sum;
+}
+
 // A layer's weights, what it makes, and its calls.
 struct Layer {
   ProjectParams down{}, up{}, uk{}, uv{}, o{};
@@ -67,7 +79,9 @@ struct Layer {
       weight_bytes += 2 * elements;
     }
     p.x = x;
-    p.y = make<T>(size_t(rows) * groups * (p.n + rope));
+    auto* y = make<T>(size_t(rows) * groups * (p.n + rope));
+    p.y = y;
+    for (int i = 0, to = 0; i < kMaxWeights; to += p.n_of[i++]) p.out[i] = {y + to, p.n + rope};
     return p;
   }
 
@@ -127,6 +141,15 @@ struct Layer {
   std::vector<Call> pairs() const {
     std::vector<Call> calls = this->calls();
     return {calls[0], calls[1], [this](cudaStream_t stream) { queries(stream); },
+            [this](cudaStream_t stream) { output(stream); }};
+  }
+  std::vector<Call> threes() const {
+    return {calls()[0],
+            [this](cudaStream_t stream) {
+              CHECK_STATUS(sm90::run_latent_append(append, stream, false));
+              CHECK_STATUS(sm90::run_project(up, stream, true));
+              CHECK_STATUS(sm90::run_project(uk, stream, true));
+            },
             [this](cudaStream_t stream) { output(stream); }};
   }
   std::vector<Call> chains() const {
@@ -198,6 +221,39 @@ bool check_chains(const Layer& layer) {
   return differing == 0;
 }
 
+// The down-projection with the weights of an indexer's heads beside it.
+ProjectParams with_exact(const Layer& layer) {
+  ProjectParams p = layer.down;
+  p.exact_n = kIndexHeads;
+  p.exact_w = make<float>(size_t(p.k) * p.exact_n, 93, 1 / std::sqrt(float(p.k)));
+  p.exact_y = make<float>(size_t(p.rows) * p.exact_n);
+  return p;
+}
+
+bool check_exact(const ProjectParams& p) {
+  const size_t n = size_t(p.rows) * p.exact_n;
+  auto* y = make<double>(n);
+  naive_exact<<<(n + 255) / 256, 256>>>(p, y);
+  std::vector<double> want(n);
+  CHECK(cudaMemcpy(want.data(), y, n * sizeof(double), cudaMemcpyDeviceToHost));
+  CHECK(cudaFree(y));
+  std::vector<float> first;
+  for (int rerun = 0; rerun < 4; ++rerun) {
+    CHECK(cudaMemset(p.exact_y, 0xFF, n * sizeof(float)));
+    CHECK_STATUS(sm90::run_project(p, nullptr));
+    std::vector<float> got(n);
+    CHECK(cudaMemcpy(got.data(), p.exact_y, n * sizeof(float), cudaMemcpyDeviceToHost));
+    if (rerun == 0) first = got;
+    size_t bad = std::memcmp(got.data(), first.data(), n * sizeof(float)) != 0;
+    for (size_t i = 0; i < n; ++i) bad += !(std::abs(got[i] - want[i]) <= 5e-6);
+    if (bad > 0) {
+      std::printf("FAIL float32 weight: %zu of %zu\n", bad, n);
+      return false;
+    }
+  }
+  return true;
+}
+
 double time_layers(const std::vector<std::vector<Call>>& layers) {
   constexpr int kRounds = 2;
   cudaStream_t stream;
@@ -245,7 +301,10 @@ int main(int argc, char** argv) {
     for (int i = 0; i < (heads == 16 ? 24 : 4); ++i)
       layers.emplace_back(rows, heads, x, attended, angles);
     CHECK(cudaDeviceSynchronize());
-    const bool right = check_products(layers[0]) && check_chains(layers[0]);
+    std::vector<ProjectParams> exact;
+    for (const Layer& layer : layers) exact.push_back(with_exact(layer));
+    const bool right =
+        check_products(layers[0]) && check_chains(layers[0]) && check_exact(exact[0]);
     ok &= right;
     if (small) {
       std::printf("%s rows %d, heads %d\n", right ? "ok  " : "FAIL", rows, heads);
@@ -263,11 +322,18 @@ int main(int argc, char** argv) {
       std::printf(" %s %.1f", names[i],
                   time([&](const Layer& l) { return std::vector<Call>{l.calls()[i]}; }));
     }
-    std::printf("; six calls %.1f, four %.1f, two %.1f us\n",
+    std::vector<std::vector<Call>> downs;
+    for (const ProjectParams& p : exact) {
+      downs.push_back({[&p](cudaStream_t stream) { CHECK_STATUS(sm90::run_project(p, stream)); }});
+    }
+    std::printf("; down with float32 weights %.1f", time_layers(downs));
+    std::printf("; six calls %.1f, four %.1f, three %.1f, two %.1f us\n",
                 time([](const Layer& l) { return l.calls(); }),
                 time([](const Layer& l) { return l.pairs(); }),
+                time([](const Layer& l) { return l.threes(); }),
                 time([](const Layer& l) { return l.chains(); }));
     std::fflush(stdout);
+    for (const ProjectParams& p : exact) CHECK(cudaFree(const_cast<float*>(p.exact_w)));
     for (const Layer& layer : layers) {
       for (const auto* p : layer.products()) {
         for (const void* w : p->w) CHECK(cudaFree(const_cast<void*>(w)));

@@ -28,22 +28,20 @@ void multiply(const float* w, const float* x, int rows, int depth, float* sums) 
   FLASHMLA_RUN_BEST_ISA(multiply_tile(w, x, rows, depth, sums));
 }
 
-// So many columns of one of the weights, from its column `begin` on, and where they are in y.
+// So many columns of one of the weights, from its column `begin` on.
 struct Columns {
-  int weight, begin, count, to;
+  int weight, begin, count;
 };
 
 // The task-th columns of y; none where they are those to be rotated.
 Columns find_columns(const ProjectParams& params, int task) {
-  int to = 0;
   for (int weight = 0; weight < kMaxWeights; ++weight) {
     const int n = params.n_of[weight], tasks = (n + kColumns - 1) / kColumns;
     const int begin = task * kColumns;
-    if (task < tasks) return {weight, begin, std::min(kColumns, n - begin), to + begin};
+    if (task < tasks) return {weight, begin, std::min(kColumns, n - begin)};
     task -= tasks;
-    to += n;
   }
-  return {0, 0, 0, 0};
+  return {0, 0, 0};
 }
 
 // These columns of y of one group.
@@ -52,9 +50,10 @@ void make_columns(const ProjectParams& params, int group, const Columns& columns
   const int begin = columns.begin, count = columns.count, n = params.n_of[columns.weight];
   const auto* w =
       static_cast<const Element*>(params.w[columns.weight]) + int64_t{group} * params.k * n;
-  const int64_t x_row = params.k + params.rope, y_row = params.n + params.rope;
+  const auto [to_y, y_row] = params.out[columns.weight];
+  const int64_t x_row = params.k + params.rope;
   const auto* x = static_cast<const Element*>(params.x) + group * x_row;
-  auto* y = static_cast<Element*>(params.y) + group * y_row + columns.to;
+  auto* y = static_cast<Element*>(to_y) + group * y_row + begin;
   std::vector<float> wide(kDepth * kColumns), rows_wide(kRows * kDepth), sums;
   for (int row = 0; row < params.rows; row += kRows) {
     const int rows = std::min(kRows, params.rows - row);
@@ -81,6 +80,23 @@ void make_columns(const ProjectParams& params, int group, const Columns& columns
     for (int i = 0; i < rows; ++i) {
       Element* to = y + (row + i) * params.groups * y_row;
       for (int j = 0; j < count; ++j) to[j] = Element::from_float(sums[i * kColumns + j]);
+    }
+  }
+}
+
+// The products of one group with the float32 weight.
+template <class Element>
+void make_exact(const ProjectParams& params, int group) {
+  const int n = params.exact_n;
+  const float* w = params.exact_w + int64_t{group} * params.k * n;
+  for (int64_t row = 0; row < params.rows; ++row) {
+    const int64_t at = row * params.groups + group;
+    const auto* x = static_cast<const Element*>(params.x) + at * (params.k + params.rope);
+    float* y = params.exact_y + at * n;
+    std::fill(y, y + n, 0.0f);
+    for (int64_t l = 0; l < params.k; ++l) {
+      const float v = Element::to_float(x[l]);
+      for (int j = 0; j < n; ++j) y[j] += v * w[l * n + j];
     }
   }
 }
@@ -112,15 +128,16 @@ void turn_columns(const ProjectParams& params, int group) {
 }  // namespace
 
 Status run_project(const ProjectParams& params, const ParallelFor& parallel_for) {
-  int tiles = params.rope > 0 ? 1 : 0;
+  int tiles = params.rope > 0 || params.exact_n > 0 ? 1 : 0;
   for (const int n : params.n_of) tiles += (n + kColumns - 1) / kColumns;
   parallel_for(params.groups * tiles, [&](int task) {
     const int group = task / tiles;
     const Columns columns = find_columns(params, task % tiles);
     with_element(params.dtype, [&](auto element) {
       using Element = decltype(element);
-      if (columns.count == 0) return turn_columns<Element>(params, group);
-      make_columns<Element>(params, group, columns);
+      if (columns.count > 0) return make_columns<Element>(params, group, columns);
+      turn_columns<Element>(params, group);
+      make_exact<Element>(params, group);
     });
   });
   return Status::Ok();

@@ -23,15 +23,17 @@ auto bind_project(Binding context) {
       .template Arg<AnyBuffer>()  // w, up to three side by side: others have n = 0
       .template Arg<AnyBuffer>()
       .template Arg<AnyBuffer>()
+      .template Arg<F32R3>()      // exact_w: a float32 weight, of n = 0 where there is none
       .template Arg<F32R2>()      // cos
       .template Arg<F32R2>()      // sin
       .template Ret<AnyBuffer>()  // y
+      .template Ret<F32R3>()      // exact_y
       .template Attrs<ProjectAttrs>();
 }
 
-inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2, F32R2 cos,
-                           F32R2 sin, Result<AnyBuffer> y, const ProjectAttrs& attrs,
-                           ProjectParams* params) {
+inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2, F32R3 exact_w,
+                           F32R2 cos, F32R2 sin, Result<AnyBuffer> y, Result<F32R3> exact_y,
+                           const ProjectAttrs& attrs, ProjectParams* params) {
   ExtentChecks checks;
   params->dtype = read_dtype(checks, "x", x.element_type());
   const auto [rows, groups, columns] =
@@ -69,17 +71,29 @@ inline Status read_project(AnyBuffer x, AnyBuffer w, AnyBuffer w1, AnyBuffer w2,
   checks.expect("sin", sin.dimensions(), {{"rows", rows}, {"rope / 2", pairs}});
   checks.expect("y", y->dimensions(), {{"rows", rows}, {"groups", groups}, {"n + rope", n + rope}});
   expect_same_dtype(checks, "y", y->element_type(), "x", x.element_type());
+  const int64_t exact_n = exact_w.dimensions()[2];
+  checks.expect("exact_w", exact_w.dimensions(),
+                {{"groups", groups}, {"k", k}, {"exact_n", exact_n}});
+  checks.expect("exact_y", exact_y->dimensions(),
+                {{"rows", rows}, {"groups", groups}, {"exact_n", exact_n}});
 
   params->rows = checks.int32("rows", rows);
   params->groups = checks.int32("groups", groups);
   params->k = checks.int32("k", k);
   params->n = checks.int32("n", n);
   params->rope = checks.int32("rope", rope);
+  params->exact_n = checks.int32("exact_n", exact_n);
   params->transposed = attrs.transposed;
+  for (int64_t i = 0, to = 0; i < kMaxWeights; to += params->n_of[i++]) {
+    params->out[i] = {static_cast<char*>(y->untyped_data()) + to * itemsize(params->dtype),
+                      n + rope};
+  }
   params->x = x.untyped_data();
   params->cos = cos.typed_data();
   params->sin = sin.typed_data();
+  params->exact_w = exact_w.typed_data();
   params->y = y->untyped_data();
+  params->exact_y = exact_y->typed_data();
   return checks.status();
 }
 

@@ -19,12 +19,13 @@ def project(
     x: jax.Array,
     w: jax.Array | Sequence[jax.Array],
     *,
+    exact: jax.Array | None = None,
     transposed: bool = False,
     cos: jax.Array | None = None,
     sin: jax.Array | None = None,
     layout: str = "none",
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Multiplies each group's rows with its weights: `y[:, g] = x[:, g, :k] @ w[g]`, for few rows.
 
     The weights are what takes the time: the Hopper kernel reads them once, at the memory's
@@ -37,6 +38,8 @@ def project(
     Args:
         x: [rows, groups, k + rope], bfloat16, float16 or float32.
         w: [groups, k, n] of x's dtype; transposed: [groups, n, k]; or up to three of them.
+        exact: one more weight [groups, k, m], float32, whose products are not rounded to x's dtype:
+            what an indexer weighs its heads with.
         transposed: whether the last axis of w is the one that is summed over.
         cos: [rows, rope / 2] float32 of each pair of the columns to rotate, with whatever scale the
             embedding has; None with layout "none".
@@ -49,6 +52,7 @@ def project(
 
     Returns:
         y: [rows, groups, n + rope] in x's dtype, n that of all weights.
+        products: with `exact` alone, x's first k columns times it [rows, groups, m] float32.
 
     Raises:
         ValueError, TypeError: a rank, shape, dtype or option that does not fit.
@@ -68,13 +72,27 @@ def project(
     empty = list(weights[0].shape)
     empty[1 if transposed else 2] = 0
     missing = [jnp.zeros(empty, x.dtype)] * (_limits.MAX_WEIGHTS - len(weights))
-    operands = (jnp.asarray(x), *map(jnp.asarray, weights), *missing, cos, sin)
+    wide = _check_exact(exact, groups, columns - rope)
+    operands = (jnp.asarray(x), *map(jnp.asarray, weights), *missing, wide, cos, sin)
     if implementation is None and _refusal(*operands, transposed=transposed) is not None:
         implementation = "xla"
-    (y,) = project_op(
+    y, products = project_op(
         *operands, layout=layout, transposed=bool(transposed), implementation=implementation
     )
-    return y
+    return y if exact is None else (y, products)
+
+
+def _check_exact(exact: Any, groups: int, k: int) -> jax.Array:
+    """The float32 weight, of no columns where there is none."""
+    if exact is None:
+        return jnp.zeros((groups, k, 0), jnp.float32)
+    shape = _checks.check_array("exact", exact, "[groups, k, m]", (np.dtype(np.float32),))
+    if shape[:2] != (groups, k):
+        raise ValueError(
+            f"exact must be [groups, k, m] with x's groups = {groups} and w's k = {k}, got shape "
+            f"{shape}"
+        )
+    return jnp.asarray(exact)
 
 
 def _check_weights(
@@ -109,8 +127,8 @@ def _sizes(x: Any, weights: Sequence[Any], transposed: bool) -> tuple[int, list[
 
 def _refusal(x: Any, *arrays: Any, transposed: bool, **__: Any) -> str | None:
     """Why the Hopper kernel does not take a product; None where it does."""
-    k, n = _sizes(x, arrays[:-2], transposed)
-    return refusal_of_sizes(x, k, [*n, x.shape[2]], groups=x.shape[1])
+    k, n = _sizes(x, arrays[:-3], transposed)
+    return refusal_of_sizes(x, k, [*n, x.shape[2], arrays[-3].shape[2]], groups=x.shape[1])
 
 
 def refusal_of_sizes(x: Any, k: int, columns: Sequence[int], *, groups: int) -> str | None:
@@ -133,8 +151,12 @@ def refusal_of_sizes(x: Any, k: int, columns: Sequence[int], *, groups: int) -> 
 def _results(
     x: Any, *arrays: Any, transposed: bool, **__: Any
 ) -> list[tuple[tuple[int, ...], Any]]:
-    k, n = _sizes(x, arrays[:-2], transposed)
-    return [((*x.shape[:2], sum(n) + x.shape[2] - k), x.dtype)]
+    *weights, exact, _, _ = arrays
+    k, n = _sizes(x, weights, transposed)
+    return [
+        ((*x.shape[:2], sum(n) + x.shape[2] - k), x.dtype),
+        ((*x.shape[:2], exact.shape[2]), jnp.float32),
+    ]
 
 
 def batch_rows(
@@ -162,8 +184,8 @@ project_op: Operation = Operation(
     "project",
     static=("layout", "transposed"),
     results=_results,
-    num_results=1,
-    reference=lambda *operands, **params: [reference(*operands, **params)],
+    num_results=2,
+    reference=reference,
     batch=lambda operands, dims, **params: batch_rows(project_op, operands, dims, params),
     attributes=attributes,
     refusal=_refusal,

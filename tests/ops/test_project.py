@@ -121,6 +121,24 @@ def test_several_weights_are_one_call(implementation: str) -> None:
     np.testing.assert_allclose(np.asarray(got, np.float64), expected(case, arrays), eps, 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "groups", "m", "dtype"),
+    [(1, 1, 64, "bfloat16"), (21, 2, 72, "float16"), (70, 1, 8, "bfloat16")],
+)
+def test_products_with_a_float32_weight_are_not_rounded(rows, groups, m, dtype, implementation):
+    case = Case(rows, groups, 1000, 24, rope=16, layout="half", dtype=dtype)
+    arrays = make_arrays(case)
+    exact = np.random.default_rng(3).standard_normal((groups, case.k, m)).astype(np.float32)
+    y, products = jax.jit(functools.partial(project, layout="half", implementation=implementation))(
+        **arrays, exact=exact
+    )
+    want = np.einsum("rgk,gkm->rgm", arrays["x"][..., : case.k].astype(np.float64), exact)
+    np.testing.assert_allclose(products, want, rtol=1e-5, atol=2e-4)  # of sums of about 30
+    assert products.dtype == jnp.float32
+    alone = jitted(case, implementation)(**arrays)
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, alone)), 0.01, 0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_sums_that_blocks_share(case: Case) -> None:
@@ -188,6 +206,8 @@ def test_the_reference_is_differentiable() -> None:
         ({"layout": "none"}, ValueError, 'cos must be None with layout "none"'),
         ({"layout": "other"}, ValueError, "layout must be one of"),
         ({"w": [np.zeros((2, 13, 7), np.float32)] * 4}, ValueError, "1 to 3 of them, got 4"),
+        ({"exact": np.zeros((2, 12, 4), np.float32)}, ValueError, "exact must be .* w's k = 13"),
+        ({"exact": np.zeros((2, 13, 4), np.float16)}, TypeError, "exact must have dtype"),
         ({"transposed": 1}, TypeError, "transposed must be a Python bool"),
     ],
 )

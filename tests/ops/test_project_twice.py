@@ -71,6 +71,20 @@ def test_it_is_project_twice(sizes, transposed, dtype, implementation) -> None:
     check(make_arrays(sizes, transposed, dtype), implementation)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "transposed"), [(QUERIES, False), (VALUES, True)], ids=["queries", "values"]
+)
+def test_another_weight_of_x_has_a_result_of_its_own(sizes, transposed, implementation) -> None:
+    arrays = make_arrays(sizes, transposed, "bfloat16")
+    beside = arrays["w"][:, :56, :] if transposed else arrays["w"][..., :56]
+    y, products = jitted(project_twice, implementation)(**arrays, beside=beside)
+    alone = jitted(project_twice, implementation)(**arrays)
+    want = jitted(project, implementation)(arrays["x"], beside, transposed=transposed)
+    for got, expected in ((y, alone), (products, want)):
+        pair = (np.asarray(a, np.float32) for a in (got, expected))
+        np.testing.assert_allclose(*pair, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("sizes", "transposed"), list(zip(WIDE, (False, True), strict=True)))
 def test_the_second_waits_for_the_first(sizes, transposed) -> None:
@@ -107,6 +121,8 @@ def test_vmap(mapped: str, implementation: str) -> None:
         ({"transposed": True}, ValueError, "w must be .groups, n, k. with"),
         ({"transposed": 1}, TypeError, "transposed must be a Python bool"),
         ({"w": np.zeros((1, 136, 320), np.float16)}, TypeError, "w must have x's dtype"),
+        ({"beside": np.zeros((1, 135, 8), np.float32)}, ValueError, "beside must be .* k = 136"),
+        ({"beside": np.zeros((1, 136, 8), np.float16)}, TypeError, "beside must have x's dtype"),
         ({"v": np.zeros((4, 64, 8), np.float16)}, TypeError, "v must have x's dtype"),
         ({"v": np.zeros((3, 64, 8), np.float32)}, ValueError, "v must be .* share out"),
         ({"v": np.zeros((4, 81, 8), np.float32)}, ValueError, "v must be .* at least m each"),

@@ -9,28 +9,32 @@
 
 namespace flashmla::sm90::project {
 
-constexpr int kPart = 64;   // columns of y that one instruction makes
-constexpr int kDepth = 64;  // weights of a column in a stage
+constexpr int kColumns = 64;  // of y that a thread block makes
+constexpr int kDepth = 64;    // weights of a column in a stage
 constexpr int kMaxRows = 128;
 constexpr int kMaxSplits = 8;       // thread blocks of a cluster, which share the sum over k
 constexpr int kThreads = 128 + 32;  // a warpgroup of products, a warp of loads
-constexpr int kPadding = 4;         // floats behind each row of the sums
+constexpr int kPiece = 4;           // columns that a thread adds and stores
+constexpr int kPieces = kColumns / kPiece;
+constexpr int kStride = kColumns + 4;  // floats between rows of the sums: banks apart
+constexpr int kMaxStages = 20;
+constexpr int kTurnedPairs = 2;  // that a thread rotates
 
-constexpr int kPartBytes = kPart * kDepth * 2;
-// A thread block makes `parts` times 64 columns: 256 or 512 bytes of a row of weights lie together,
-// as memory wants to be read.
-constexpr int stage_bytes(int rows, int parts) { return parts * kPartBytes + rows * kDepth * 2; }
+constexpr int kWeightBytes = kColumns * kDepth * 2;
+constexpr int stage_bytes(int rows) { return kWeightBytes + rows * kDepth * 2; }
 // Two thread blocks fit a multiprocessor.
-constexpr int stages_of(int rows, int parts) { return 108 * 1024 / stage_bytes(rows, parts); }
-constexpr int sums_bytes(int rows, int parts) { return rows * (parts * kPart + kPadding) * 4; }
+constexpr int most_stages(int rows) { return 104 * 1024 / stage_bytes(rows); }
+constexpr int sums_bytes(int rows) { return rows * kStride * 4; }
 
 struct KernelArgs {
   CUtensorMap x_map, w_map[kMaxWeights];  // dims: columns, rows, groups; 1 in a fourth
   ProjectParams params;
   int tiles;                  // of all weights' columns
   int tiles_of[kMaxWeights];  // of each one's
+  int turning;                // clusters behind those of the tiles, which rotate
   int steps;                  // stages that k takes
   int stages;                 // of the ring
+  int share;                  // a block of a cluster stores 1 << share pieces
 };
 
 }  // namespace flashmla::sm90::project

@@ -6,6 +6,7 @@
 #include "sm90/host/launch.h"
 #include "sm90/host/tensor_map.h"
 #include "sm90/project/config.h"
+#include "sm90/project/exact/launch.h"
 #include "sm90/project/few/launch.h"
 #include "sm90/project/kernel.cuh"
 
@@ -38,51 +39,36 @@ Status make_map(const ProjectParams& params, const Array& array, int inner_box, 
       map);
 }
 
-int count_tiles(const ProjectParams& params, int columns) {
-  int tiles = 0;
-  for (const int n : params.n_of) tiles += (n + columns - 1) / columns;
-  return tiles;
-}
-
-// So many blocks share the sum over k that the device's multiprocessors have two each.
-int splits_of(const KernelArgs& args, int multiprocessors) {
-  const int tiles = args.tiles * args.params.groups;
-  return std::clamp(2 * multiprocessors / tiles, 1, std::min(kMaxSplits, args.steps));
-}
-
-template <class T, class Element, int kRows, int kParts>
-Status launch_tiles(KernelArgs& args, int multiprocessors, bool dependent, cudaStream_t stream) {
-  const ProjectParams& params = args.params;
-  for (int i = 0; i < kMaxWeights; ++i) {
-    args.tiles_of[i] = (params.n_of[i] + kParts * kPart - 1) / (kParts * kPart);
+// So many blocks share the sum over k that the device's multiprocessors have one or two each. Rows
+// play no part, so that equal rows give equal bits in any batch.
+int splits_of(int tiles, int steps, int multiprocessors) {
+  int splits = 1;
+  while (2 * splits <= std::min(kMaxSplits, steps) && 8 * splits * tiles <= 7 * multiprocessors) {
+    splits *= 2;
   }
-  args.tiles = count_tiles(params, kParts * kPart);
-  const int splits = splits_of(args, multiprocessors);
-  args.stages = std::min(stages_of(kRows, kParts), (args.steps + splits - 1) / splits);
-  const size_t shared_bytes =
-      std::max(args.stages * stage_bytes(kRows, kParts), sums_bytes(kRows, kParts));
-  const unsigned tiles = args.tiles + (params.rope > 0 ? 1 : 0);
-  LaunchOptions options{dim3(tiles * splits, params.groups), kThreads, shared_bytes};
-  options.cluster = splits;
-  options.dependent = dependent;
-  const auto kernel = params.transposed ? project_kernel<T, Element, kRows, kParts, true>
-                                        : project_kernel<T, Element, kRows, kParts, false>;
-  return launch(kernel, options, stream, "project", args);
+  return splits;
 }
 
-// The wider tile where its blocks keep the multiprocessors busy.
 template <class T, class Element, int kRows>
 Status launch_rows(KernelArgs& args, bool dependent, cudaStream_t stream) {
   int multiprocessors = 0;
   if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
-  const int blocks = count_tiles(args.params, 4 * kPart) * args.params.groups *
-                     std::min(kMaxSplits, std::max(1, args.steps / 2));
-  if constexpr (kRows < 128) {
-    if (blocks >= 3 * multiprocessors / 2) {
-      return launch_tiles<T, Element, kRows, 4>(args, multiprocessors, dependent, stream);
-    }
-  }
-  return launch_tiles<T, Element, kRows, 2>(args, multiprocessors, dependent, stream);
+  const ProjectParams& params = args.params;
+  const int splits = splits_of(args.tiles * params.groups, args.steps, multiprocessors);
+  const int pieces = params.rows * kPieces;
+  while (splits << args.share < pieces) ++args.share;
+  args.stages = std::min(most_stages(kRows), (args.steps + splits - 1) / splits);
+  const int sent = splits == 1 ? 0 : (splits << args.share) * 16;
+  const size_t shared_bytes = std::max(args.stages * stage_bytes(kRows), sums_bytes(kRows) + sent);
+  const int turned = kTurnedPairs * kThreads * splits, pairs = params.rows * params.rope / 2;
+  args.turning = (pairs + turned - 1) / turned;
+  const unsigned clusters = args.tiles + args.turning;
+  LaunchOptions options{dim3(clusters * splits, params.groups), kThreads, shared_bytes};
+  options.cluster = splits;
+  options.dependent = dependent;
+  const auto kernel = params.transposed ? project_kernel<T, Element, kRows, true>
+                                        : project_kernel<T, Element, kRows, false>;
+  return launch(kernel, options, stream, "project", args);
 }
 
 template <class T, class Element>
@@ -96,6 +82,7 @@ Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t st
   if (Status status = make_map(params, x, kDepth, rows, &args.x_map); !status.ok()) return status;
   for (int i = 0; i < kMaxWeights; ++i) {
     const int64_t n = params.n_of[i];
+    args.tiles += args.tiles_of[i] = (params.n_of[i] + kColumns - 1) / kColumns;
     if (n == 0) continue;
     const Array w =
         params.transposed ? Array{params.w[i], k, n, k, k * n} : Array{params.w[i], n, k, n, k * n};
@@ -116,17 +103,29 @@ Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t st
 }  // namespace
 }  // namespace project
 
+namespace project {
+namespace {
+
+Status launch_products(const ProjectParams& params, bool dependent, cudaStream_t stream) {
+  if (few::takes(params)) return few::launch_few(params, dependent, stream);
+  if (params.dtype == DType::kBFloat16) {
+    return launch_typed<__nv_bfloat16, BFloat16>(params, dependent, stream);
+  }
+  return launch_typed<__half, Float16>(params, dependent, stream);
+}
+
+}  // namespace
+}  // namespace project
+
 Status run_project(const ProjectParams& params, cudaStream_t stream, bool dependent) {
   if (Status status = require_hopper(); !status.ok()) return status;
   if (params.rows > project::kMaxRows || params.dtype == DType::kFloat32) {
     return Status::InvalidArgument("project: the sm90 kernel takes 16 bits and at most " +
                                    std::to_string(project::kMaxRows) + " rows");
   }
-  if (project::few::takes(params)) return project::few::launch_few(params, dependent, stream);
-  if (params.dtype == DType::kBFloat16) {
-    return project::launch_typed<__nv_bfloat16, BFloat16>(params, dependent, stream);
-  }
-  return project::launch_typed<__half, Float16>(params, dependent, stream);
+  const Status status = project::launch_products(params, dependent, stream);
+  if (!status.ok() || params.exact_n == 0) return status;
+  return project::exact::launch_exact(params, stream);
 }
 
 Status run_project(const ProjectParams& params, cudaStream_t stream) {

@@ -26,6 +26,11 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The first half of cluster_sync, whose second is cluster_wait.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
 // The two halves of a barrier that orders nothing but what fences before it do.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

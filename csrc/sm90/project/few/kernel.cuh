@@ -93,9 +93,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
   const auto store = [&](int piece, float4 sum) {
     const int row = piece / (kColumns / kPiece), column = piece % (kColumns / kPiece) * kPiece;
     if (column >= tile.count) return;
-    const int64_t at = (int64_t{row} * params.groups + group) * (params.n + params.rope);
-    *reinterpret_cast<uint2*>(static_cast<Element*>(params.y) + at + tile.to + column) = {
-        pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
+    const ProjectOutput& out = params.out[tile.weight];
+    const int64_t at = (int64_t{row} * params.groups + group) * out.stride + tile.begin + column;
+    *reinterpret_cast<uint2*>(static_cast<Element*>(out.y) + at) = {pack<T>(sum.x, sum.y),
+                                                                    pack<T>(sum.z, sum.w)};
   };
   const uint32_t received = smem_address(sums) + warps * params.rows * kStride * 4;
   if (splits > 1) cluster_wait();  // for all blocks' barriers
