@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -72,10 +74,11 @@ def decode(
     x = jnp.asarray(x)
     cache, down = project_down(config, params, x, cache, slots, layer, implementation)
     if absorbed is None:
-        q = latent_queries(config, params, down, implementation)
+        q, index_q = latent_queries(config, params, down, implementation)
+        down = dataclasses.replace(down, index_q=index_q)
     else:
         absorbed.check(config, num_heads)
-        q = multiply(down.inputs, absorbed.w_q, implementation=implementation)
+        q, _ = multiply(down.inputs, absorbed.w_q, implementation=implementation)
         q_latent, q_rope = jnp.split(q, [config.kv_lora_rank], axis=-1)
         q = jnp.concatenate([q_latent, rotate(config, q_rope, positions_of(slots))], axis=-1)
     q = q.astype(cache.format.dtype)
@@ -109,7 +112,7 @@ def decode(
         y = project_values(params, out, implementation)
     else:
         w_o = absorbed.w_o.reshape(-1, config.hidden_size)
-        y = multiply(out.reshape(*x.shape[:2], -1), w_o, implementation=implementation)
+        y, _ = multiply(out.reshape(*x.shape[:2], -1), w_o, implementation=implementation)
     return cache, sum_over_heads(y, heads_axis, peers)
 
 

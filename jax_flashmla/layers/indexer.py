@@ -112,13 +112,16 @@ def select_projected(
     if context_axis is not None:
         longest *= _checks.axis_size("context_axis", context_axis)
     longest = longest if prefix else min(longest, slots.s_new)
-    inputs, keys = (None, None) if down is None else (down.inputs, down.index_key)
+    inputs = keys = weights = q = None
+    if down is not None:
+        inputs, keys = down.inputs, down.index_key
+        weights, q = down.index_weights, down.index_q
     if keys is None:
         keys = jnp.einsum("bsi,id->bsd", x, params.index_w_k.astype(x.dtype))
-    q = weights = None
-    if longest > indexer.topk:
+    if longest > indexer.topk and q is None:
         inputs = query_inputs(config, params, x) if inputs is None else inputs
-        q = multiply(inputs, params.index_w_q, implementation=implementation)
+        q, _ = multiply(inputs, params.index_w_q, implementation=implementation)
+    if longest > indexer.topk and weights is None:
         weights = _weigh_heads(params, x)
     cache, q, weights = _append(
         config, indexer, params, cache, slots, layer, keys, q, weights, implementation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,6 @@ from jax_flashmla.layers.project import (
 )
 from jax_flashmla.layers.rope import cos_and_sin
 
-# Of plain products with more rows than these, XLA picks ones as fast or faster. On an H100,
-# 32 rows: 29.6 us for 33.9 (75 MB of weights), 85.7 for 85.6 (235 MB).
-FEW_ROWS = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Projected:
@@ -32,13 +27,18 @@ class Projected:
         inputs: what queries are projected from [b, s, q_lora_rank or hidden].
         index_key: what ends in the indexer's key before its norm [b, s, at least head_dim]; None
             without an indexer.
+        index_weights: the weights of the indexer's heads [b, s, index_heads] float32, without the
+            scale of the scores; None where nothing is selected.
+        index_q: its queries before their rotation, if they have been made already, or None.
         cos, sin: of the tokens' angles [b * s, pairs] float32; None where nothing is rotated.
     """
 
     inputs: jax.Array
     index_key: jax.Array | None
+    index_weights: jax.Array | None
     cos: jax.Array | None
     sin: jax.Array | None
+    index_q: jax.Array | None = None
 
 
 def project_down(
@@ -58,10 +58,11 @@ def project_down(
     if slots.share is not None:  # this device stores some of the tokens' rows
         latent, k_rope = project_rows(config, params, x, positions_of(slots))
         cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
-        return cache, Projected(query_inputs(config, params, x), None, cos, sin)
+        return cache, Projected(query_inputs(config, params, x), None, None, cos, sin)
     names = ("w_dq", "w_dkv", "index_w_k")
     weights = [getattr(params, name) for name in names if getattr(params, name) is not None]
-    down = multiply(x, *weights, implementation=implementation)
+    exact = params.index_w_weights if selects(config, cache) else None
+    down, index_weights = multiply(x, *weights, exact=exact, implementation=implementation)
     view = cache.layer(layer)
     blocks, inputs = latent_append(
         view.blocks,
@@ -82,7 +83,14 @@ def project_down(
     )
     cache = dataclasses.replace(cache, blocks=replace_layer(cache.blocks, layer, blocks))
     key = None if params.index_w_k is None else down
-    return cache, Projected(x if inputs is None else inputs, key, cos, sin)
+    return cache, Projected(x if inputs is None else inputs, key, index_weights, cos, sin)
+
+
+def selects(config: MLAConfig, cache: PagedCache) -> bool:
+    """Whether a token may see more than the indexer selects."""
+    if config.indexer is None or cache.index_blocks is None:
+        return False
+    return cache.table.max_seqlen > config.indexer.topk
 
 
 def replace_layer(
@@ -97,53 +105,65 @@ def replace_layer(
 
 def latent_queries(
     config: MLAConfig, params: MLAParams, projected: Projected, implementation: str | None
-) -> jax.Array:
-    """Queries of latent attention [b, s, heads, d_qk]: up-projected, absorbed, rotated."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Queries of latent attention and, where the indexer selects, its own.
+
+    Returns:
+        q: up-projected, absorbed and rotated [b, s, heads, d_qk].
+        index_q: before their rotation [b, s, index_heads, head_dim], or None.
+    """
     x = projected.inputs
     b, s, k = x.shape
-    weight = (params.w_q if config.q_lora_rank is None else params.w_uq).astype(x.dtype)
-    w_uk = params.w_uk.astype(x.dtype)
-    heads, implementation = w_uk.shape[0], of_products(implementation)
-    angles: dict[str, Any] = {
-        "cos": projected.cos,
-        "sin": projected.sin,
-        "layout": config.rope.layout,
-    }
-    if b * s > FEW_ROWS:
-        q = jnp.einsum("bsk,khd->bshd", x, weight).reshape(b * s, heads, -1)
-        q = project(q, w_uk, **angles, implementation=implementation)
-    else:
-        weight = weight.reshape(1, k, -1)
-        q = project_twice(
-            x.reshape(b * s, 1, k), weight, w_uk, **angles, implementation=implementation
-        )
-    return q.reshape(b, s, heads, -1)
+    weight = params.w_q if config.q_lora_rank is None else params.w_uq
+    beside = None
+    if projected.index_weights is not None:
+        beside = params.index_w_q.reshape(1, k, -1).astype(x.dtype)
+    queries = project_twice(
+        x.reshape(b * s, 1, k),
+        weight.reshape(1, k, -1).astype(x.dtype),
+        params.w_uk.astype(x.dtype),
+        beside=beside,
+        cos=projected.cos,
+        sin=projected.sin,
+        layout=config.rope.layout,
+        implementation=of_products(implementation),
+    )
+    if isinstance(queries, tuple):
+        q, index_q = queries
+        return q.reshape(b, s, *q.shape[1:]), index_q.reshape(b, s, *params.index_w_q.shape[1:])
+    return queries.reshape(b, s, *queries.shape[1:]), None
 
 
 def project_values(params: MLAParams, out: jax.Array, implementation: str | None) -> jax.Array:
     """Weighted latents [b, s, heads, kv_lora_rank] to [b, s, hidden]; of these heads alone."""
     b, s, heads, _ = out.shape
-    rows = out.reshape(b * s, heads, -1)
-    w_uv = params.w_uv.astype(out.dtype)
-    w_o = params.w_o.astype(out.dtype).reshape(1, -1, params.w_o.shape[-1])
-    implementation = of_products(implementation)
-    if b * s > FEW_ROWS:
-        values = project(rows, w_uv, transposed=True, implementation=implementation)
-        return jnp.einsum("bsk,kn->bsn", values.reshape(b, s, -1), w_o[0])
-    y = project_twice(rows, w_uv, w_o, transposed=True, implementation=implementation)
+    y = project_twice(
+        out.reshape(b * s, heads, -1),
+        params.w_uv.astype(out.dtype),
+        params.w_o.reshape(1, -1, params.w_o.shape[-1]).astype(out.dtype),
+        transposed=True,
+        implementation=of_products(implementation),
+    )
+    assert isinstance(y, jax.Array)
     return y.reshape(b, s, -1)
 
 
-def multiply(x: jax.Array, *weights: jax.Array, implementation: str | None) -> jax.Array:
-    """x [b, s, k] times weights [k, ...], side by side: [b, s, ...]."""
+def multiply(
+    x: jax.Array,
+    *weights: jax.Array,
+    exact: jax.Array | None = None,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """x [b, s, k] times weights [k, ...], side by side: [b, s, ...]; and times `exact` [k, n]."""
     b, s, k = x.shape
-    if b * s > FEW_ROWS and len(weights) == 1:
-        w = weights[0].astype(x.dtype)
-        y = jnp.einsum("bsk,kn->bsn", x, w.reshape(k, -1))
-        return y.reshape(b, s, *w.shape[1:])
     flat = [w.reshape(1, k, -1).astype(x.dtype) for w in weights]
-    y = project(x.reshape(b * s, 1, k), flat, implementation=of_products(implementation))
-    return y.reshape(b, s, *(weights[0].shape[1:] if len(weights) == 1 else (-1,)))
+    wide = None if exact is None else exact.astype(jnp.float32)[None]
+    result = project(
+        x.reshape(b * s, 1, k), flat, exact=wide, implementation=of_products(implementation)
+    )
+    y, products = result if isinstance(result, tuple) else (result, None)
+    y = y.reshape(b, s, *(weights[0].shape[1:] if len(weights) == 1 else (-1,)))
+    return y, None if products is None else products.reshape(b, s, -1)
 
 
 def of_products(implementation: str | None) -> str | None:
