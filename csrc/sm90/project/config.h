@@ -17,13 +17,13 @@ constexpr int kThreads = 128 + 32;  // a warpgroup of products, a warp of loads
 constexpr int kPiece = 4;           // columns that a thread adds and stores
 constexpr int kPieces = kColumns / kPiece;
 constexpr int kStride = kColumns + 4;  // floats between rows of the sums: banks apart
-constexpr int kMaxStages = 20;
+constexpr int kMaxStages = 14;
 constexpr int kTurnedPairs = 2;  // that a thread rotates
 
 constexpr int kWeightBytes = kColumns * kDepth * 2;
 constexpr int stage_bytes(int rows) { return kWeightBytes + rows * kDepth * 2; }
-// Two thread blocks fit a multiprocessor.
-constexpr int most_stages(int rows) { return 104 * 1024 / stage_bytes(rows); }
+// Bytes of a ring: two thread blocks fit a multiprocessor, or one and those of short sums.
+constexpr int kRing = 104 * 1024, kLongRing = 144 * 1024;
 constexpr int sums_bytes(int rows) { return rows * kStride * 4; }
 
 struct KernelArgs {

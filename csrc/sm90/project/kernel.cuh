@@ -39,7 +39,7 @@ struct Loads {
   const CUtensorMap* w_map;
   uint32_t ring, full;
   Steps steps;
-  int column, group;
+  int column, row0, group;
 
   __device__ __forceinline__ void load_weights(int turn, int stage) const {
     const int depth = (steps.begin + turn) * kDepth;
@@ -52,7 +52,7 @@ struct Loads {
 
   __device__ __forceinline__ void load_rows(int turn, int stage) const {
     tma_load_4d(ring + stage * stage_bytes(kRows) + kWeightBytes, &args.x_map, full + 8 * stage,
-                (steps.begin + turn) * kDepth, 0, group, 0, kEvictNormal);
+                (steps.begin + turn) * kDepth, row0, group, 0, kEvictNormal);
   }
 
   // What the ring has room for, before the kernel that makes x has ended.
@@ -101,7 +101,7 @@ __device__ __forceinline__ void multiply_stages(uint32_t ring, uint32_t full, ui
   pin_registers(d);
 }
 
-// grid [(tiles + turning) * splits, groups], clusters of splits.
+// grid [(tiles + turning) * splits, groups, rows / kRows], clusters of splits.
 template <class T, class Element, int kRows, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
     project_kernel(const __grid_constant__ KernelArgs args) {
@@ -111,20 +111,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ uint64_t full_barriers[kMaxStages], empty_barriers[kMaxStages], received_barrier;
   const int splits = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   const int number = static_cast<int>(blockIdx.x) / splits, group = static_cast<int>(blockIdx.y);
+  const int row0 = static_cast<int>(blockIdx.z) * kRows;
   launch_dependents();
   if (number >= args.tiles) {
     wait_for_prerequisites();
-    const int first = ((number - args.tiles) * splits + rank) * kThreads + threadIdx.x;
-    turn_columns<Element>(args.params, group, first, args.turning * splits * kThreads);
+    const int blocks = args.turning * splits * gridDim.z;
+    const int block = ((number - args.tiles) * splits + rank) * gridDim.z + blockIdx.z;
+    turn_columns<Element>(args.params, group, block * kThreads + threadIdx.x, blocks * kThreads);
     return;
   }
   const Tile tile = find_tile<kColumns>(args.params, args.tiles_of, number);
-  const Pieces pieces = {args.params.rows * kPieces, args.share, splits, rank};
+  const int rows = min(kRows, args.params.rows - row0);
+  const Pieces pieces = {rows * kPieces, args.share, splits, rank};
   const uint32_t full = smem_address(full_barriers), empty = smem_address(empty_barriers);
   const uint32_t ring = smem_address(shared), received = smem_address(&received_barrier);
   const Steps steps = {args.steps * rank / splits, args.steps * (rank + 1) / splits};
   const Loads<kRows, kTransposed> loads{
-      args, &args.w_map[tile.weight], ring, full, steps, tile.begin, group};
+      args, &args.w_map[tile.weight], ring, full, steps, tile.begin, row0, group};
   const bool loader = threadIdx.x == kWarpgroupThreads;
   if (loader) {
     prefetch_tensor_map(&args.w_map[tile.weight]);
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   put_sums<kRows>(d, reinterpret_cast<float*>(shared));
   named_barrier_sync(1, kWarpgroupThreads);
   const auto store = [&](int piece, float4 sum) {
-    store_piece<T, Element>(args.params, tile, group, piece, sum);
+    store_piece<T, Element>(args.params, tile, row0, group, piece, sum);
   };
   if (splits > 1) cluster_wait();
   add_over_cluster(pieces, ring, ring + sums_bytes(kRows), received, store);

@@ -39,31 +39,40 @@ Status make_map(const ProjectParams& params, const Array& array, int inner_box, 
       map);
 }
 
-// So many blocks share the sum over k that the device's multiprocessors have one or two each. Rows
-// play no part, so that equal rows give equal bits in any batch.
-int splits_of(int tiles, int steps, int multiprocessors) {
-  int splits = 1;
-  while (2 * splits <= std::min(kMaxSplits, steps) && 8 * splits * tiles <= 7 * multiprocessors) {
-    splits *= 2;
-  }
-  return splits;
+// How a product is shared out among thread blocks.
+struct Shares {
+  int splits;  // blocks that share the sum over k
+  int rows;    // that a block makes
+  int ring;    // bytes
+};
+
+// So many blocks share the sum over k as give each multiprocessor one: twice as many with half as
+// much each are slower. Many rows' sums take long to exchange, so that of four blocks with all rows
+// two have half the rows instead, whose weights then come from L2 a second time.
+Shares share_out(const KernelArgs& args, int multiprocessors) {
+  const int tiles = args.tiles * args.params.groups, most = std::min(kMaxSplits, args.steps);
+  int rows = 16, splits = 1;
+  while (rows < args.params.rows) rows *= 2;
+  while (2 * splits <= most && 2 * splits * tiles <= multiprocessors) splits *= 2;
+  if (rows == 128 && splits >= 4) rows /= 2, splits /= 2;
+  // Not where clusters' blocks need a multiprocessor each, which would leave some of them empty.
+  const bool alone = splits == 1 && tiles <= multiprocessors;
+  return {splits, rows, alone ? kLongRing : kRing};
 }
 
 template <class T, class Element, int kRows>
-Status launch_rows(KernelArgs& args, bool dependent, cudaStream_t stream) {
-  int multiprocessors = 0;
-  if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
+Status launch_rows(KernelArgs& args, const Shares& shares, bool dependent, cudaStream_t stream) {
   const ProjectParams& params = args.params;
-  const int splits = splits_of(args.tiles * params.groups, args.steps, multiprocessors);
-  const int pieces = params.rows * kPieces;
+  const int splits = shares.splits, pieces = std::min(kRows, params.rows) * kPieces;
   while (splits << args.share < pieces) ++args.share;
-  args.stages = std::min(most_stages(kRows), (args.steps + splits - 1) / splits);
+  args.stages = std::min(shares.ring / stage_bytes(kRows), (args.steps + splits - 1) / splits);
   const int sent = splits == 1 ? 0 : (splits << args.share) * 16;
   const size_t shared_bytes = std::max(args.stages * stage_bytes(kRows), sums_bytes(kRows) + sent);
-  const int turned = kTurnedPairs * kThreads * splits, pairs = params.rows * params.rope / 2;
-  args.turning = (pairs + turned - 1) / turned;
+  const unsigned row_blocks = (params.rows + kRows - 1) / kRows;
+  const int turned = kTurnedPairs * kThreads * splits * row_blocks;
+  args.turning = (params.rows * params.rope / 2 + turned - 1) / turned;
   const unsigned clusters = args.tiles + args.turning;
-  LaunchOptions options{dim3(clusters * splits, params.groups), kThreads, shared_bytes};
+  LaunchOptions options{dim3(clusters * splits, params.groups, row_blocks), kThreads, shared_bytes};
   options.cluster = splits;
   options.dependent = dependent;
   const auto kernel = params.transposed ? project_kernel<T, Element, kRows, true>
@@ -73,13 +82,12 @@ Status launch_rows(KernelArgs& args, bool dependent, cudaStream_t stream) {
 
 template <class T, class Element>
 Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t stream) {
+  int multiprocessors = 0;
+  if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
   KernelArgs args = {};
   args.params = params;
   args.steps = (params.k + kDepth - 1) / kDepth;
-  const int rows = params.rows <= 16 ? 16 : params.rows <= 32 ? 32 : params.rows <= 64 ? 64 : 128;
   const int64_t k = params.k, columns = k + params.rope;
-  const Array x = {params.x, k, params.rows, params.groups * columns, columns};
-  if (Status status = make_map(params, x, kDepth, rows, &args.x_map); !status.ok()) return status;
   for (int i = 0; i < kMaxWeights; ++i) {
     const int64_t n = params.n_of[i];
     args.tiles += args.tiles_of[i] = (params.n_of[i] + kColumns - 1) / kColumns;
@@ -88,23 +96,22 @@ Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t st
         params.transposed ? Array{params.w[i], k, n, k, k * n} : Array{params.w[i], n, k, n, k * n};
     if (Status status = make_map(params, w, 64, 64, &args.w_map[i]); !status.ok()) return status;
   }
-  switch (rows) {
+  const Shares shares = share_out(args, multiprocessors);
+  const Array x = {params.x, k, params.rows, params.groups * columns, columns};
+  if (Status status = make_map(params, x, kDepth, shares.rows, &args.x_map); !status.ok()) {
+    return status;
+  }
+  switch (shares.rows) {
     case 16:
-      return launch_rows<T, Element, 16>(args, dependent, stream);
+      return launch_rows<T, Element, 16>(args, shares, dependent, stream);
     case 32:
-      return launch_rows<T, Element, 32>(args, dependent, stream);
+      return launch_rows<T, Element, 32>(args, shares, dependent, stream);
     case 64:
-      return launch_rows<T, Element, 64>(args, dependent, stream);
+      return launch_rows<T, Element, 64>(args, shares, dependent, stream);
     default:
-      return launch_rows<T, Element, 128>(args, dependent, stream);
+      return launch_rows<T, Element, 128>(args, shares, dependent, stream);
   }
 }
-
-}  // namespace
-}  // namespace project
-
-namespace project {
-namespace {
 
 Status launch_products(const ProjectParams& params, bool dependent, cudaStream_t stream) {
   if (few::takes(params)) return few::launch_few(params, dependent, stream);

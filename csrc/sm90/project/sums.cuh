@@ -46,9 +46,9 @@ __device__ __forceinline__ float4 as_floats(uint4 v) {
 }
 
 template <class T, class Element>
-__device__ __forceinline__ void store_piece(const ProjectParams& params, const Tile& tile,
+__device__ __forceinline__ void store_piece(const ProjectParams& params, const Tile& tile, int row0,
                                             int group, int piece, float4 sum) {
-  const int row = piece / kPieces, column = piece % kPieces * kPiece;
+  const int row = row0 + piece / kPieces, column = piece % kPieces * kPiece;
   if (column >= tile.count) return;
   const ProjectOutput& out = params.out[tile.weight];
   const int64_t at = (int64_t{row} * params.groups + group) * out.stride + tile.begin + column;
