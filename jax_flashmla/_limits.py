@@ -9,6 +9,7 @@ MAX_PARTS = 256  # of one schedule; kMaxParts in csrc/schedule/plan.h
 INT32_MAX = 2**31 - 1
 TILE_ROWS = 64  # query rows of a tile that a schedule is made for by default
 SMALL_TILE_ROWS = 16  # in a small problem; kLeastRows in csrc/sm90/dense_decode/config.h
+FP8_TILE_ROWS = 32  # over fp8 rows, in a larger one; kFewRows in csrc/sm90/dense_decode/config.h
 MAX_INDEX_HEADS = 64  # kMaxIndexHeads in csrc/params/index_scores.h
 MAX_WEIGHTS = 3  # of one product; kMaxWeights in csrc/params/project.h
 MAX_PROJECT_ROWS = 128  # kMaxRows in csrc/sm90/project/config.h

@@ -199,15 +199,33 @@ bool run_checks(Bench& bench, bool small) {
       {"b4 h96 parts", 1, 96, {500, 0, 64, 130}, 18},
       {"b40 h128 skewed", 1, 128, skewed},
       {"h128 hostile lengths", 1, 128, hostile, 7},
+      {"b6 s2 h128 tiles of 32", 2, 128, ragged(6, 900), 16, 32},
+      {"b4 h100 tiles of 32", 1, 100, {500, 0, 64, 130}, 33, 32},
+  };
+  // For compute-sanitizer: each tile of rows, cut and uncut, the ring around.
+  const std::vector<Shape> few = {
+      {"b1 h16 20", 1, 16, {20}},
+      {"b1 h16 700 uncut", 1, 16, {700}, 1},
+      {"b3 h20 cut", 1, 20, {140, 0, 333}, 4},
+      {"b2 h32 uncut", 1, 32, {64, 600}, 1},
+      {"b1 h64 500 uncut", 1, 64, {500}, 1},
+      {"b2 s3 h9", 3, 9, {2, 300}},
+      {"b3 h128 cut", 1, 128, {333, 128, 70}, 3},
+      {"b2 h100 small tiles", 1, 100, {190, 64}, 18, 16},
+      {"b2 h70 tiles of 32", 1, 70, {190, 64}, 3, 32},
   };
   for (Format format : {Format::kFp8Row, Format::kV32}) {
+    if (small) {
+      for (const Shape& x : few) {
+        ok &= bench.check(x, format, {});
+        ok &= bench.check(x, format, {.causal = true, .block_size = 24, .bad_ids = true});
+      }
+      continue;
+    }
     for (const Shape& x : shapes) {
-      if (small && x.lengths.size() > 4) continue;
       ok &= bench.check(x, format, {});
-      if (small) continue;
       ok &= bench.check(x, format, {.causal = true, .block_size = 72});
     }
-    if (small) continue;
     const Shape& some = shapes[5];
     for (int block : {8, 16, 24, 40, 128, 256, 1000})
       ok &= bench.check(some, format, {.causal = true, .block_size = block, .bad_ids = true});
@@ -220,9 +238,18 @@ bool run_checks(Bench& bench, bool small) {
     ok &= bench.check(some, format, {.kv_scale = -0.001f, .query_scale = 30});
     ok &= bench.check(some, format, {.kv_scale = 1e20f, .query_scale = 1e-22f});
   }
+  if (small) {  // scales that one factor does not hold
+    for (int heads : {16, 64})
+      ok &= bench.check({"b2 uncut", 1, heads, {200, 65}, 1}, Format::kV32, {.spread = 100});
+  }
   if (!small) {
     ok &= bench.check({"b4 h64 uncut", 1, 64, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 6});
     ok &= bench.check({"b4 h16 uncut", 1, 16, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 100});
+    // Sequences of a tile each: looked up one by one.
+    for (Format format : {Format::kFp8Row, Format::kV32})
+      for (int heads : {16, 64})
+        ok &= bench.check({"b90 one tile uncut", 1, heads, std::vector<int>(90, 60), 1}, format,
+                          {.block_size = 8});
   }
   std::printf(ok ? "all checks passed\n" : "CHECKS FAILED\n");
   return ok;

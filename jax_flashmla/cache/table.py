@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks, _limits
 from jax_flashmla._context import context_of
+from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.ops.make_schedule import SplitSchedule, make_schedule
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class BlockTable:
         h_q: int,
         h_kv: int = 1,
         s_q: int = 1,
+        format: CacheFormat | None = None,
         num_parts: int | None = None,
         batch_invariant: bool = False,
         context: tuple[ArrayLike, int] | None = None,
@@ -86,6 +88,7 @@ class BlockTable:
             h_kv=h_kv,
             s_q=s_q,
             max_seqlen=self.max_seqlen,
+            format=format,
             num_parts=num_parts,
             batch_invariant=batch_invariant,
             context=context,

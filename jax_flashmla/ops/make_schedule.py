@@ -15,6 +15,7 @@ from jax_flashmla._context import as_context
 from jax_flashmla._num_parts import default_split
 from jax_flashmla._windows import make_windows, window_tokens
 from jax_flashmla._xla.operation import Operation
+from jax_flashmla.cache.format import CacheFormat
 from jax_flashmla.reference.schedule import make_schedule as reference
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class SplitSchedule:
         cuts: [num_parts + 1, 2] int32, the (sequence, tile of 64 tokens) where each part begins.
         b: the number of sequences it was made for (static).
         tile_rows: query rows that a tile of the Hopper kernel has at most: 64, or 16 in a small
-            problem (static).
+            problem, or 32 in one that is not large over fp8 rows (static).
     """
 
     cuts: jax.Array
@@ -53,6 +54,7 @@ def make_schedule(
     h_kv: int = 1,
     s_q: int = 1,
     max_seqlen: int | None = None,
+    format: CacheFormat | None = None,
     num_parts: int | None = None,
     batch_invariant: bool = False,
     cu_q_lens: jax.Array | None = None,
@@ -76,9 +78,12 @@ def make_schedule(
             tokens and 16 query rows for each multiprocessor, the Hopper kernel then takes smaller
             tiles of query rows, which is up to 1.6 times as fast. No promise: longer lengths still
             give the right answer, only more slowly. Not used with num_parts or batch_invariant.
+        format: of the cache, as in `dense_decode`. Over `v32` and `fp8_row` max_seqlen counts in
+            larger problems too, of up to 8 tiles of 64 tokens and 32 query rows for each
+            multiprocessor. A schedule fits any format; one made for another may take longer.
         num_parts: parts to cut into. By default as many as fill the local CUDA device, or an H100
             or H200 where there is none: its multiprocessors over the tiles of 64 query rows, or of
-            16 (see max_seqlen). At most 256.
+            16 or 32 (see max_seqlen). At most 256.
         batch_invariant: cut no sequence. A sequence's results then have the same bits whatever
             else is in the batch, but a long one is a single multiprocessor's work (for each 64
             query rows): fit for batches of at least as many sequences as parts, of like lengths.
@@ -107,6 +112,8 @@ def make_schedule(
     _checks.check_bool("batch_invariant", batch_invariant)
     _checks.check_bool("causal", causal)
     _checks.check_implementation(implementation)
+    if format is not None and not isinstance(format, CacheFormat):
+        raise TypeError(f"format must be a CacheFormat or None, got {type(format).__name__}")
     here = as_context(context)
     if here is not None:
         cache_seqlens = here.clamp(cache_seqlens, max_seqlen)
@@ -141,6 +148,7 @@ def make_schedule(
         h_kv=h_kv,
         s_q=s_q,
         max_seqlen=max_seqlen,
+        format=format,
         num_parts=num_parts,
         batch_invariant=batch_invariant,
         implementation=implementation,
@@ -154,6 +162,7 @@ def schedule_of_lengths(
     h_kv: int,
     s_q: int,
     max_seqlen: int | None,
+    format: CacheFormat | None = None,
     num_parts: int | None = None,
     batch_invariant: bool = False,
     implementation: str | None,
@@ -164,7 +173,10 @@ def schedule_of_lengths(
     if num_parts is None:
         # Small tiles have other bits, and what is small depends on the batch.
         room = None if batch_invariant else max_seqlen
-        num_parts, tile_rows = default_split(b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room)
+        num_parts, tile_rows = default_split(
+            b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room,
+            fp8=format is not None and format.name != "dense",
+        )  # fmt: skip
     if b > _limits.MAX_BATCH:
         cuts = uncut(b, num_parts)
     elif batch_invariant:
@@ -201,7 +213,7 @@ def check_schedule(schedule: Any, b: int, made_for: str | None = None) -> SplitS
     if schedule.b != b:
         made_for = made_for or f"q's batch of b = {b} sequences"
         raise ValueError(f"schedule must be made for {made_for}, got one made for b = {schedule.b}")
-    tile_rows = (_limits.SMALL_TILE_ROWS, _limits.TILE_ROWS)
+    tile_rows = (_limits.SMALL_TILE_ROWS, _limits.FP8_TILE_ROWS, _limits.TILE_ROWS)
     if schedule.tile_rows not in tile_rows:
         raise ValueError(
             f"schedule.tile_rows must be {_checks.one_of(tile_rows)}, got {schedule.tile_rows!r}"

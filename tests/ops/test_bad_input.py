@@ -141,7 +141,7 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (decode, {"schedule": cuts(4, 5, 2)}, ValueError, "schedule.cuts must have rank 2 [num_parts + 1, 2], got shape (4, 5, 2)"),
     (decode, {"schedule": cuts(5, 2, dtype=np.int64)}, TypeError, "schedule.cuts must have dtype int32, got int64"),
     (decode, {"schedule": SplitSchedule(None, b=2)}, TypeError, "schedule.cuts must be an array [num_parts + 1, 2], got None"),
-    (decode, {"schedule": SplitSchedule(i32(5, 2), b=2, tile_rows=32)}, ValueError, "schedule.tile_rows must be 16 or 64, got 32"),
+    (decode, {"schedule": SplitSchedule(i32(5, 2), b=2, tile_rows=48)}, ValueError, "schedule.tile_rows must be 16, 32 or 64, got 48"),
     # arrays of others
     (decode, {"q": np.ma.masked_array(zeros(2, 1, 6, 24), mask=False)}, TypeError, "q must be a JAX or NumPy array [b, s_q, h_q, d_qk] without a mask"),
     (decode, {"cache_seqlens": np.ma.masked_array([1, 2])}, TypeError, "cache_seqlens must be a JAX or NumPy array [b] without a mask"),

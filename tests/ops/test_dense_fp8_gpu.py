@@ -62,19 +62,23 @@ def test_zero_lengths_among_128_sequences(name: str, s_q: int, h_q: int, causal:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("tiles", ["wide", "small", "invariant"])
+@pytest.mark.parametrize("tiles", ["wide", "few", "small", "invariant"])
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 128), (1, 100), (2, 10), (4, 16)])
 def test_schedules(tiles: str, s_q: int, h_q: int, name: str) -> None:
-    """A schedule of few parts has tiles of 16 query rows, whatever the lengths then are."""
+    """A schedule of few parts has tiles of 16 or 32 query rows, whatever the lengths then are."""
     group = Group(1000, 1, s_q, h_q, b=9, zero_lengths=True, format=name)
     arguments = group.arguments(True)
     schedule = make_schedule(
         arguments[-1],
         h_q=h_q,
         s_q=s_q,
-        max_seqlen=64 if tiles == "small" else None,
+        max_seqlen={"small": 64, "few": 1000}.get(tiles),
+        format=CacheFormat(name=name),
         batch_invariant=tiles == "invariant",
     )
+    rows = s_q * h_q
+    expected_rows = {"small": 16, "few": 32 if rows > 32 else 64}.get(tiles, 64)
+    assert schedule.tile_rows == expected_rows
     got = kernel(*arguments, causal=True, schedule=schedule, **group.options)
     assert_close(got, group.expected(True, True))
 

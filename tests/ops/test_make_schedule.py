@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import cases
 import jax_flashmla
-from jax_flashmla import SplitSchedule, make_schedule
+from jax_flashmla import CacheFormat, SplitSchedule, make_schedule
 from jax_flashmla._num_parts import default_split
 
 TILE = 64
@@ -200,6 +200,23 @@ def test_small_problems_have_few_parts_by_default() -> None:
     assert parts(1, 64, h_q=16) == parts(100, 64, h_q=16) == 132
     assert parts(1, 64, h_q=32, h_kv=2, s_q=3) == 132 // 6
     assert parts(1, 64, h_q=128, s_q=17) == 132 // 34  # 136 tiles of 16 rows are too many
+
+
+def test_fp8_rows_have_small_tiles_in_larger_problems() -> None:
+    """At most eight tiles of 64 tokens and 32 query rows a multiprocessor, of 132."""
+    split = functools.partial(default_split, s_q=1, h_kv=1, fp8=True)
+    most = 8 * 132 // 2 * 64
+    assert split(b=1, h_q=64, max_seqlen=2112) == (132 // 4, 16)
+    assert split(b=1, h_q=64, max_seqlen=most) == (132 // 2, 32)
+    assert split(b=1, h_q=64, max_seqlen=most + 1) == (132, 64)
+    assert split(b=1, h_q=32, max_seqlen=most) == (132, 64)  # one tile anyway
+    schedule = functools.partial(
+        make_schedule, jnp.zeros(1, jnp.int32), h_q=64, max_seqlen=most, implementation="xla"
+    )
+    assert schedule(format=CacheFormat(name="v32", block_size=64)).tile_rows == 32
+    assert schedule(format=CacheFormat()).tile_rows == schedule().tile_rows == 64
+    with pytest.raises(TypeError, match="format must be a CacheFormat or None, got str"):
+        schedule(format="v32")
 
 
 def test_max_seqlen_reaches_the_default() -> None:

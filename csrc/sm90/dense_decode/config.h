@@ -17,6 +17,7 @@ constexpr int kValueDim = 512;  // d_v: the latent columns
 constexpr int kTileRows = 64;
 constexpr int kNarrowRows = 32;
 constexpr int kLeastRows = 16;
+constexpr int kFewRows = 32;  // over fp8 rows, whose kernel is built for 16, 32 and 64
 constexpr int kTileTokens = kSplitTile;
 constexpr int kMinBlock = 16, kMaxBlock = 256;      // tokens of a cache block
 constexpr int kMaxBoxes = kTileTokens / kMinBlock;  // of a tile: blocks that it may span

@@ -25,23 +25,24 @@ int rows_together(const DenseDecodeParams& params) {
   return params.h_kv == 1 ? params.s_q * params.h_q : params.h_q / params.h_kv;
 }
 
+bool is_fp8(const DenseDecodeParams& params) {
+  return params.format == Format::kV32 || params.format == Format::kFp8Row;
+}
+
 // How the query rows of a sequence are tiled: rows of a tile at most, and tiles of one KV head.
 struct RowTiles {
   int rows, count;
 };
 
 // The schedule says which tiles it was made for: 16 where the problem is small, since small tiles
-// take less time each but read the cache for each of them; else as many rows as there are, up
-// to 64.
+// take less time each but read the cache for each of them; over fp8 rows 32 where it is not large;
+// else as many rows as there are, up to 64.
 RowTiles choose_row_tiles(const DenseDecodeParams& params) {
   const int together = rows_together(params);
-  const int rows = params.tile_rows == kLeastRows ? kLeastRows : std::min(together, kTileRows);
+  const int most = params.tile_rows == kFewRows && !is_fp8(params) ? kTileRows : params.tile_rows;
+  const int rows = most == kLeastRows ? kLeastRows : std::min(together, most);
   const int count = (together + rows - 1) / rows;
   return {rows, params.h_kv == 1 ? count : params.s_q * count};
-}
-
-bool is_fp8(const DenseDecodeParams& params) {
-  return params.format == Format::kV32 || params.format == Format::kFp8Row;
 }
 
 Status check_dense(const DenseDecodeParams& params) {
@@ -79,9 +80,10 @@ Status check_supported(const DenseDecodeParams& params) {
   if (params.num_blocks < 1) {
     return Status::InvalidArgument("blocks must hold at least one block, got num_blocks = 0");
   }
-  if (params.tile_rows != kLeastRows && params.tile_rows != kTileRows) {
+  if (params.tile_rows != kLeastRows && params.tile_rows != kFewRows &&
+      params.tile_rows != kTileRows) {
     return Status::InvalidArgument(
-        "the Hopper dense_decode kernel takes tile_rows = 16 or 64, got " +
+        "the Hopper dense_decode kernel takes tile_rows = 16, 32 or 64, got " +
         std::to_string(params.tile_rows));
   }
   if (is_fp8(params) && params.seen != nullptr) {

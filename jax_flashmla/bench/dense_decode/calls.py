@@ -76,13 +76,13 @@ def make_q(shape: Shape, dtype: Any, device: jax.Device) -> jax.Array:
     return normal((shape.b, shape.s_q, shape.h_q, D_QK), dtype, device)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=(0, 2, 3))
 def make_schedule(
-    shape: Shape, cache_seqlens: jax.Array, max_seqlen: int
+    shape: Shape, cache_seqlens: jax.Array, max_seqlen: int, format: CacheFormat
 ) -> jax_flashmla.SplitSchedule:
     """The shape's schedule, under block tables with room for max_seqlen tokens."""
     return jax_flashmla.make_schedule(
-        cache_seqlens, h_q=shape.h_q, s_q=shape.s_q, max_seqlen=max_seqlen
+        cache_seqlens, h_q=shape.h_q, s_q=shape.s_q, max_seqlen=max_seqlen, format=format
     )
 
 
@@ -106,7 +106,8 @@ def package_decode(
     results to make: with them, dispatching a run took it 0.65 ms instead of 0.29.
     """
     if schedule is None:
-        schedule = make_schedule(shape, cache_seqlens, tables[0].shape[1] * format.block_size)
+        room = tables[0].shape[1] * format.block_size
+        schedule = make_schedule(shape, cache_seqlens, room, format)
     attend = partial(
         jax_flashmla.dense_decode,
         causal=True,
@@ -167,8 +168,8 @@ def programs(shape: Shape, pool: Pool, setup: Setup, *, with_xla: bool) -> Lower
     # The peers' schedules were made beforehand. A stack of layers makes its own, once.
     if not setup.look_inside:
         room = columns * setup.block_size
-        schedule = jax.eval_shape(lambda x: make_schedule(shape, x, room), lengths)
-        found["schedule"] = make_schedule.lower(shape, lengths, room)
+        schedule = jax.eval_shape(lambda x: make_schedule(shape, x, room, format), lengths)
+        found["schedule"] = make_schedule.lower(shape, lengths, room, format)
     found["kernel"] = package_decode.lower(
         shape, "kernel", format, q, blocks, [table] * setup.calls(shape), lengths, schedule
     )
