@@ -42,10 +42,12 @@ def loads(items: list[int], stages: int = STAGES, dropped=(), warps: int = 2) ->
     return [*roles, *copies]
 
 
-def scores(items: list[int], stages: int = STAGES, dropped=()) -> list[Role]:
-    """Two warpgroups, every other tile each, however items cut the tiles."""
+def scores(
+    items: list[int], stages: int = STAGES, dropped=(), warpgroups: int = WARPGROUPS
+) -> list[Role]:
+    """Two or three warpgroups, tiles in turn, however items cut them."""
     roles = []
-    for warpgroup in range(WARPGROUPS):
+    for warpgroup in range(warpgroups):
         role = Role(f"scores{warpgroup}", dropped)
         tile = 0
         for turn, tiles in enumerate([*items, 0]):
@@ -53,7 +55,7 @@ def scores(items: list[int], stages: int = STAGES, dropped=()) -> list[Role]:
             role.wait(("queries_full", buffer), turn // 2)
             role.read(turn // 2 + 1, ("queries", buffer))
             for _ in range(tiles):
-                if tile % WARPGROUPS == warpgroup:
+                if tile % warpgroups == warpgroup:
                     slot = tile % stages
                     role.wait(("keys_full", slot), tile // stages)
                     role.read(tile // stages + 1, ("keys", slot))
@@ -66,14 +68,18 @@ def scores(items: list[int], stages: int = STAGES, dropped=()) -> list[Role]:
     return roles
 
 
-def arrivals(name) -> int:
-    return WARPGROUPS if name[0] == "queries_empty" else 1
+def arrivals_of(warpgroups: int):
+    return lambda name: warpgroups if name[0] == "queries_empty" else 1
 
 
-@pytest.mark.parametrize("warps", [1, 2])
+arrivals = arrivals_of(WARPGROUPS)
+
+
+@pytest.mark.parametrize(("warps", "warpgroups", "stages"), [(2, 2, 4), (1, 2, 4), (3, 3, 3)])
 @pytest.mark.parametrize("items", [[0], [9], [1, 1, 1, 1], [3, 1, 4, 2]], ids=str)
-def test_scores_read_the_tiles_and_queries_that_are_theirs(items, warps):
-    assert explore([*loads(items, warps=warps), *scores(items)], arrivals) > 1
+def test_scores_read_the_tiles_and_queries_that_are_theirs(items, warps, warpgroups, stages):
+    roles = [*loads(items, stages, warps=warps), *scores(items, stages, warpgroups=warpgroups)]
+    assert explore(roles, arrivals_of(warpgroups)) > 1
 
 
 @pytest.mark.parametrize(

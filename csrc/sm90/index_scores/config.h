@@ -17,24 +17,32 @@ constexpr int kScaleBytes = kTileTokens * 4;
 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarps = kWarpgroupThreads / 32;  // of a warpgroup
-constexpr int kWarpgroups = 2;                  // that score, a tile each in turn
-constexpr int kScoringWarps = kWarpgroups * kWarps;
-// And warps that load, one for each warpgroup: two threads that start copies read HBM faster than
-// one. With N = 256 one, for whose loads there is time; its warpgroup's registers the others take.
-template <int kN>
-constexpr int kLoadingWarps = kN == 256 ? 1 : kWarpgroups;
-template <int kN>
-constexpr int kThreads = (kScoringWarps + (kN == 256 ? kWarps : kLoadingWarps<kN>)) * 32;
-// Blocks of a multiprocessor that share a part's tiles where their registers allow it.
-constexpr int kMostBlocks = 2;
-constexpr int blocks_of(bool fp8, int n) { return fp8 && n <= 64 ? kMostBlocks : 1; }
-// Tiles of a multiprocessor's rings: 68 KB; more on their way slow HBM down.
-constexpr int kTilesInFlight = 8;
-constexpr int stages_of(bool fp8, int n) { return kTilesInFlight / blocks_of(fp8, n); }
-// A slot is always the same warpgroup's: else one could wait for a phase while the other's before
-// it has not begun, which parities cannot tell from the one before that.
-static_assert(stages_of(true, 64) % kWarpgroups == 0 && kTilesInFlight % kWarpgroups == 0);
-constexpr int kScoringRegisters = 232, kLoadingRegisters = 40;  // then: 2 x 232 + 40 = 3 x 168
+
+// Roles and sizes for a product of N columns.
+template <bool kFp8, int kN>
+struct Plan {
+  // Scoring warpgroups, which take tiles in turn. While one multiplies, ordinary instructions of
+  // the others take up to three times as long: where registers allow it, wide products have three.
+  static constexpr int kWarpgroups = kFp8 && kN == 128 ? 3 : 2;
+  static constexpr int kScoringWarps = kWarpgroups * kWarps;
+  // Products that a tile's is computed as, so that one can be weighed during the other.
+  static constexpr int kParts = kN == 256 ? 2 : 1;
+  // With 128 accumulators a thread, the loading warp stands for a warpgroup, whose registers the
+  // others take.
+  static constexpr bool kMovesRegisters = kN == 256;
+  // One for each scoring warpgroup, as two threads that start copies read HBM faster than one; but
+  // with N = 256 there is time for one's.
+  static constexpr int kLoadingWarps = kMovesRegisters ? 1 : kWarpgroups;
+  static constexpr int kThreads = (kScoringWarps + (kMovesRegisters ? kWarps : kLoadingWarps)) * 32;
+  // Blocks of a multiprocessor that share a part's tiles, where their registers allow it.
+  static constexpr int kBlocks = kFp8 && kN <= 64 ? 2 : 1;
+  // Tiles on their way, of a multiprocessor about eight, 68 KB: more slow HBM down.
+  static constexpr int kStages = kWarpgroups == 3 ? 9 : 8 / kBlocks;
+  // A slot is always the same warpgroup's: else one could wait for a phase while the other's before
+  // it has not begun, which parities cannot tell from the one before that.
+  static_assert(kStages % kWarpgroups == 0);
+};
+constexpr int kScoringRegisters = 224, kLoadingRegisters = 56;  // then: 2 x 224 + 56 = 3 x 168
 
 struct KernelArgs {
   CUtensorMap key_map;    // (128, 64 tokens, blocks, 1)

@@ -9,7 +9,7 @@ namespace flashmla::sm90::index_scores {
 
 // By the scoring warps of all blocks, while the first keys are on their way. A warp takes 4096
 // tokens of a query at a time.
-template <int kQueries>
+template <int kQueries, int kScoringWarps>
 __device__ void fill_unseen(const KernelArgs& args) {
   constexpr int kSegment = 4096;
   const int lane = threadIdx.x % 32;

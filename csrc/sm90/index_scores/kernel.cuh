@@ -16,10 +16,12 @@
 namespace flashmla::sm90::index_scores {
 
 template <bool kFp8, int kHeads, int kQueries>
-__global__ void __launch_bounds__(kThreads<kHeads * kQueries>, blocks_of(kFp8, kHeads* kQueries))
+__global__ void __launch_bounds__(Plan<kFp8, kHeads * kQueries>::kThreads,
+                                  Plan<kFp8, kHeads * kQueries>::kBlocks)
     index_scores_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   using Storage = SharedStorage<kFp8, kHeads, kQueries>;
+  using Plan = typename Storage::Plan;
   static_assert(sizeof(Storage) <= 232448, "Hopper has 227 KB a block");
   auto& smem = *reinterpret_cast<Storage*>(dynamic_shared);
   if (smem_address(dynamic_shared) % 1024 != 0) __trap();
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kThreads<kHeads * kQueries>, blocks_of(kFp8, k
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem_address(&smem.queries_full[i]), 1);
-      mbarrier_init(smem_address(&smem.queries_empty[i]), kScoringWarps);
+      mbarrier_init(smem_address(&smem.queries_empty[i]), Plan::kScoringWarps);
     }
     mbarrier_init_fence();
   }
@@ -41,24 +43,23 @@ __global__ void __launch_bounds__(kThreads<kHeads * kQueries>, blocks_of(kFp8, k
   wait_for_prerequisites();
   launch_dependents();
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
-  constexpr bool kMove = kHeads * kQueries == 256;
-  if (warpgroup == kWarpgroups) {
-    if constexpr (kMove) lower_registers<kLoadingRegisters>();
-    const int warp = threadIdx.x / 32 - kScoringWarps;
-    if (warp < kLoadingWarps<kHeads * kQueries>)
-      run_loads<Storage, kHeads, kQueries>(args, smem, warp);
+  if (warpgroup == Plan::kWarpgroups) {
+    if constexpr (Plan::kMovesRegisters) lower_registers<kLoadingRegisters>();
+    const int warp = threadIdx.x / 32 - Plan::kScoringWarps;
+    if (warp < Plan::kLoadingWarps) run_loads<Storage, kHeads, kQueries>(args, smem, warp);
   } else {
-    if constexpr (kMove) raise_registers<kScoringRegisters>();
-    if (args.fill) fill_unseen<kQueries>(args);
+    if constexpr (Plan::kMovesRegisters) raise_registers<kScoringRegisters>();
+    if (args.fill) fill_unseen<kQueries, Plan::kScoringWarps>(args);
     run_scores(args, smem, warpgroup);
   }
 }
 
 template <bool kFp8, int kHeads, int kQueries>
 Status launch_kernel(const KernelArgs& args, dim3 grid, cudaStream_t stream) {
-  if (args.chunk_tiles == 0) grid.z = blocks_of(kFp8, kHeads * kQueries);
+  using Storage = SharedStorage<kFp8, kHeads, kQueries>;
+  if (args.chunk_tiles == 0) grid.z = Storage::Plan::kBlocks;
   return launch(index_scores_kernel<kFp8, kHeads, kQueries>,
-                {grid, kThreads<kHeads * kQueries>, sizeof(SharedStorage<kFp8, kHeads, kQueries>),
+                {grid, Storage::Plan::kThreads, sizeof(Storage),
                  /*dependent=*/true,
                  /*most_shared=*/true},
                 stream, "index_scores", args);

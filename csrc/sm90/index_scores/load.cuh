@@ -24,23 +24,21 @@ __device__ __forceinline__ void load_queries(const KernelArgs& args, Storage& sm
   }
   // In the first round this passes at once.
   mbarrier_wait(smem_address(&smem.queries_empty[buffer]), (turn >> 1 & 1) ^ 1);
+  if (lane == 0 && item.sequence >= 0) {
+    mbarrier_expect(full, Storage::kQueryBytes);
+    tma_load_4d(smem_address(smem.queries[buffer]), &args.query_map, full, 0, 0,
+                static_cast<int>(query), 0, kEvictNormal);
+  }
 #pragma unroll
   for (int i = 0; i < Storage::kN / 32; ++i) smem.weights[buffer][i * 32 + lane] = weights[i];
   if (lane == 0) smem.items[buffer] = item;
   __syncwarp();
-  if (lane > 0) return;
-  if (item.sequence < 0) {
-    mbarrier_arrive(full);
-    return;
-  }
-  mbarrier_arrive_expect(full, Storage::kQueryBytes);
-  tma_load_4d(smem_address(smem.queries[buffer]), &args.query_map, full, 0, 0,
-              static_cast<int>(query), 0, kEvictNormal);
+  if (lane == 0) mbarrier_arrive(full);
 }
 
 // By one thread. A block outside the layer is not loaded: what the slot held is not used.
 template <typename Storage>
-__device__ __forceinline__ void load_tile(const KernelArgs& args, Storage& smem, int64_t layer,
+__device__ __forceinline__ void load_tile(const KernelArgs& args, Storage& smem, int layer,
                                           int block, int slot) {
   const uint32_t full = smem_address(&smem.keys_full[slot]);
   const bool visible = static_cast<uint32_t>(block) < args.layer_blocks;
@@ -50,39 +48,35 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, Storage& smem,
     return;
   }
   mbarrier_arrive_expect(full, kCodeBytes + kScaleBytes);
-  tma_load_4d(smem_address(smem.keys[slot]), &args.key_map, full, 0, 0,
-              static_cast<int>(layer + block), 0, args.key_hint);
+  tma_load_4d(smem_address(smem.keys[slot]), &args.key_map, full, 0, 0, layer + block, 0,
+              args.key_hint);
   copy_bulk(smem_address(smem.scales[slot]),
-            args.blocks + (layer + block) * args.block_bytes + kCodeBytes, kScaleBytes, full,
+            args.blocks + int64_t{layer + block} * args.block_bytes + kCodeBytes, kScaleBytes, full,
             args.key_hint);
 }
 
 template <typename Storage, int kHeads, int kQueries>
 __device__ void run_loads(const KernelArgs& args, Storage& smem, int warp) {
+  using Plan = typename Storage::Plan;
   const int lane = threadIdx.x % 32;
-  Work<kQueries, Storage::kBlocks> work(args);
+  Work<kQueries, Plan::kBlocks> work(args);
   const int64_t first = args.first_block == nullptr ? 0 : *args.first_block;
-  const int64_t layer = min(max(first, int64_t{0}), args.last_first_block);
-  constexpr int kStages = Storage::kStages, kWarps = kLoadingWarps<Storage::kN>;
-  constexpr bool kAlone = kWarps == 1;
+  const int layer = static_cast<int>(min(max(first, int64_t{0}), args.last_first_block));
+  constexpr int kStages = Plan::kStages, kWarps = Plan::kLoadingWarps;
   uint32_t tiles = 0;
   for (uint32_t turn = 0;; ++turn) {
     const Item item = work.next();
-    const int32_t* table = args.block_table + int64_t{item.sequence} * args.max_blocks;
     // A lane's of 32 tiles' blocks, and of the next 32.
-    const auto read_table = [&](int tile) {
-      return tile + lane < item.tile_end ? table[tile + lane] : -1;
-    };
-    int next_blocks = item.sequence < 0 ? -1 : read_table(item.tile_begin);
-    if (kAlone || warp == kWarps - 1) load_queries<Storage, kHeads>(args, smem, item, turn);
+    int next_blocks = item.sequence < 0 ? -1 : work.load_blocks(item, item.tile_begin);
+    if (warp == kWarps - 1) load_queries<Storage, kHeads>(args, smem, item, turn);
     if (item.sequence < 0) return;
 #pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; tile += 32) {
       const int blocks = next_blocks, count = min(item.tile_end - tile, 32);
-      next_blocks = read_table(tile + 32);
+      next_blocks = tile + 32 < item.tile_end ? work.load_blocks(item, tile + 32) : -1;
 #pragma unroll 1
       for (int i = 0; i < count; ++i, ++tiles) {
-        if (!kAlone && static_cast<int>(tiles % kWarps) != warp) continue;
+        if (kWarps > 1 && static_cast<int>(tiles % kWarps) != warp) continue;
         const int slot = tiles % kStages, block = __shfl_sync(~0u, blocks, i);
         // Of the slot's last round; passes at once in the first.
         mbarrier_wait(smem_address(&smem.keys_empty[slot]), (tiles / kStages & 1) ^ 1);

@@ -1,8 +1,9 @@
-// The scoring warpgroups: each takes every other tile, so that the tensor cores work for one while
-// the other weighs and sums.
+// The scoring warpgroups take tiles in turn, so that the tensor cores work for one while others
+// weigh and sum.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "sm90/index_scores/keys.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -61,54 +62,95 @@ __device__ __forceinline__ void sum_quad(const float (&sums)[kQueries][2],
   }
 }
 
+// Where this thread's scores of an item go.
+struct Rows {
+  float* scores;  // of the item's first query token, and the thread's row of tile 0
+  int64_t max_tokens;
+  int row;      // of a tile
+  int queries;  // of the item
+  int seen;     // tokens that the first query sees
+  bool causal;
+
+  __device__ __forceinline__ Rows(const KernelArgs& args, const Item& item)
+      : max_tokens(int64_t{args.max_blocks} * kTileTokens),
+        queries(item.queries),
+        seen(item.seen),
+        causal(args.causal) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
+    row = warp * 16 + lane / 4 + lane % 2 * 8;
+    const int64_t query =
+        int64_t{item.sequence} * args.queries + item.first_query - args.first_query;
+    scores = args.scores + query * max_tokens + row;
+  }
+
+  // Of kQueries of the item's query tokens, from `first` on.
+  template <int kQueries>
+  __device__ __forceinline__ void store(const float (&sums)[kQueries][2], int first, int tile,
+                                        float scale, bool visible) const {
+    float sum[(kQueries + 1) / 2];
+    sum_quad(sums, sum);
+    const int lane = threadIdx.x % 32;
+    const int mine = first + (kQueries > 1 ? lane % 4 / 2 : 0);  // and every other one
+    const bool stores = kQueries > 1 || lane % 4 < 2;
+    const int token = tile * kTileTokens + row;
+#pragma unroll
+    for (int k = 0; k < (kQueries + 1) / 2; ++k) {
+      const int q = mine + 2 * k;
+      const bool is_seen = visible && token < seen + (causal ? q : 0);
+      if (stores && q < queries) {
+        scores[q * max_tokens + int64_t{tile} * kTileTokens] = is_seen ? sum[k] * scale : -INFINITY;
+      }
+    }
+  }
+};
+
+// visit(0), visit(1) ... with constants.
+template <int kParts, int kPart = 0, typename Visit>
+__device__ __forceinline__ void for_each_part(const Visit& visit) {
+  visit(std::integral_constant<int, kPart>{});
+  if constexpr (kPart + 1 < kParts) for_each_part<kParts, kPart + 1>(visit);
+}
+
 template <bool kFp8, int kHeads, int kQueries>
 __device__ void run_scores(const KernelArgs& args, SharedStorage<kFp8, kHeads, kQueries>& smem,
                            int warpgroup) {
-  constexpr int kN = kHeads * kQueries;
-  constexpr int kStages = SharedStorage<kFp8, kHeads, kQueries>::kStages;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
-  const int row = warp * 16 + lane / 4 + lane % 2 * 8;      // of a tile, this thread's
-  const int first_query = kQueries > 1 ? lane % 4 / 2 : 0;  // and every other one
-  const bool stores = kQueries > 1 || lane % 4 < 2;
-  const int64_t max_tokens = int64_t{args.max_blocks} * kTileTokens;
+  using Plan = index_scores::Plan<kFp8, kHeads * kQueries>;
+  constexpr int kN = kHeads * kQueries, kStages = Plan::kStages, kWarpgroups = Plan::kWarpgroups;
+  constexpr int kParts = Plan::kParts, kPartN = kN / kParts, kPartQueries = kQueries / kParts;
+  const int lane = threadIdx.x % 32;
   uint32_t tiles = 0;  // of the items before
   for (uint32_t turn = 0;; ++turn) {
     const int buffer = turn & 1;
     mbarrier_wait(smem_address(&smem.queries_full[buffer]), turn >> 1 & 1);
     const Item item = smem.items[buffer];
     if (item.sequence < 0) return;
-    float2 weights[kN / 8];
+    float2 weights[kParts][kPartN / 8];
 #pragma unroll
     for (int i = 0; i < kN / 8; ++i) {
-      weights[i] = *reinterpret_cast<const float2*>(&smem.weights[buffer][i * 8 + lane % 4 * 2]);
+      weights[i * 8 / kPartN][i % (kPartN / 8)] =
+          *reinterpret_cast<const float2*>(&smem.weights[buffer][i * 8 + lane % 4 * 2]);
     }
-    const int64_t query =
-        int64_t{item.sequence} * args.queries + item.first_query - args.first_query + first_query;
-    float* const scores = args.scores + query * max_tokens + row;
-
+    const Rows rows(args, item);
     const int count = item.tile_end - item.tile_begin;
-    for (int i = (warpgroup - tiles) % kWarpgroups; i < count; i += kWarpgroups) {
+    const int first =
+        (warpgroup + kWarpgroups - static_cast<int>(tiles % kWarpgroups)) % kWarpgroups;
+    for (int i = first; i < count; i += kWarpgroups) {
       const uint32_t slot = (tiles + i) % kStages;
       mbarrier_wait(smem_address(&smem.keys_full[slot]), (tiles + i) / kStages & 1);
-      float d[kN / 2], sums[kQueries][2], sum[(kQueries + 1) / 2];
-      multiply_tile<kFp8>(d, smem.keys[slot], smem.queries[buffer]);
-      const float scale = smem.scales[slot][row];
-      const bool visible = smem.visible[slot];
-      wgmma_wait<0>();
-      pin_registers(d);
-      if (lane == 0) mbarrier_arrive(smem_address(&smem.keys_empty[slot]));
-      weigh<kHeads, kQueries>(d, weights, sums);
-      sum_quad(sums, sum);
-      const int tile = item.tile_begin + i, token = tile * kTileTokens + row;
+      float d[kParts][kPartN / 2], sums[kPartQueries][2];
 #pragma unroll
-      for (int k = 0; k < (kQueries + 1) / 2; ++k) {
-        const int q = first_query + 2 * k;
-        const bool seen = visible && token < item.seen + (args.causal ? q : 0);
-        if (stores && q < item.queries) {
-          scores[2 * k * max_tokens + int64_t{tile} * kTileTokens] =
-              seen ? sum[k] * scale : -INFINITY;
-        }
+      for (int part = 0; part < kParts; ++part) {
+        multiply_tile<kFp8>(d[part], smem.keys[slot], &smem.queries[buffer][part * kPartN * 128]);
       }
+      const float scale = smem.scales[slot][rows.row];
+      const bool visible = smem.visible[slot];
+      for_each_part<kParts>([&](auto part) {
+        wgmma_wait<kParts - 1 - part>();
+        pin_registers(d[part]);
+        if (part == kParts - 1 && lane == 0) mbarrier_arrive(smem_address(&smem.keys_empty[slot]));
+        weigh<kHeads, kPartQueries>(d[part], weights[part], sums);
+        rows.store(sums, part * kPartQueries, item.tile_begin + i, scale, visible);
+      });
     }
     tiles += count;
     __syncwarp();

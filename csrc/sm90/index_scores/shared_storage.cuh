@@ -19,8 +19,8 @@ struct Item {
 template <bool kFp8, int kHeads, int kQueries>
 struct alignas(1024) SharedStorage {
   static constexpr int kN = kHeads * kQueries;
-  static constexpr int kBlocks = blocks_of(kFp8, kN);  // that share a part
-  static constexpr int kStages = stages_of(kFp8, kN);
+  using Plan = index_scores::Plan<kFp8, kN>;
+  static constexpr int kStages = Plan::kStages;
   static constexpr int kHalves = kFp8 ? 1 : 2;  // of a query head's row, 128 bytes each
   static constexpr int kQueryBytes = kHalves * kN * 128;
 

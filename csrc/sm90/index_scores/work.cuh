@@ -14,6 +14,9 @@ struct Work {
   const KernelArgs& args;
   Cut begin, end;
   int sequence;
+  // Of the first sequence, so that what is read first is read at once: its length, and a lane's of
+  // the part's first 32 tiles' blocks.
+  int first_length, first_blocks;
   int64_t next_unit;
 
   __device__ explicit Work(const KernelArgs& args) : args(args) {
@@ -21,17 +24,32 @@ struct Work {
       begin = load_cut(args.cuts, blockIdx.y, args.b);
       end = load_cut(args.cuts, blockIdx.y + 1, args.b);
       sequence = begin.sequence;
-      prefetch_table();
+      load_first();
     } else {
       next_unit = blockIdx.x;
     }
   }
 
-  // The first item's block ids, on their way while the length is read.
-  __device__ void prefetch_table() const {
-    if (sequence >= args.b || begin.tile >= args.max_blocks) return;
-    const int32_t* id = args.block_table + int64_t{sequence} * args.max_blocks + begin.tile;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(id));
+  __device__ void load_first() {
+    const int lane = threadIdx.x % 32;
+    const bool exists = sequence < args.b;
+    first_length = exists ? args.cache_seqlens[sequence] : 0;
+    first_blocks = exists && lane < args.max_blocks - begin.tile
+                       ? load_block(sequence, begin.tile + lane)
+                       : -1;
+  }
+
+  __device__ int load_block(int sequence, int tile) const {
+    return args.block_table[int64_t{sequence} * args.max_blocks + tile];
+  }
+
+  // A lane's of 32 tiles' blocks, from one of the item's on.
+  __device__ int load_blocks(const Item& item, int tile) const {
+    const int lane = threadIdx.x % 32;
+    const bool known = args.chunk_tiles == 0 && item.sequence == begin.sequence &&
+                       item.tile_end - begin.tile <= 32;
+    if (known) return __shfl_sync(~0u, first_blocks, tile - begin.tile + lane);
+    return tile + lane < item.tile_end ? load_block(item.sequence, tile + lane) : -1;
   }
 
   // The tiles that some query of the item sees, at most those given.
@@ -59,7 +77,8 @@ struct Work {
 
   __device__ Item next_piece() {
     for (; owns_work(begin, end, sequence); ++sequence) {
-      const int length = args.clamp_length(args.cache_seqlens[sequence]);
+      const bool is_first = sequence == begin.sequence;
+      const int length = args.clamp_length(is_first ? first_length : args.cache_seqlens[sequence]);
       const Piece piece = piece_of(begin, end, sequence, length);
       Item item = make(sequence, blockIdx.x, length, piece.tile_begin, piece.tile_end);
       if constexpr (kBlocks > 1) share(item);
