@@ -26,8 +26,8 @@ def _topk() -> tuple[TopkShape, ...]:
     """Scored and selected, with other numbers of heads and query tokens, and selected alone."""
     few = [TopkShape(b, 1, 64, s_k) for s_k in LENGTHS for b in BATCHES]
     middle = [TopkShape(128, 1, 64, 16 * K)]
-    half = [TopkShape(b, 1, 32, s_k) for s_k in LENGTHS[:2] for b in (1, 16, 64)]
-    draft = [TopkShape(b, 2, 64, s_k) for s_k in LENGTHS[:2] for b in (1, 16, 64)]
+    half = [TopkShape(b, 1, 32, s_k) for s_k in LENGTHS for b in BATCHES]
+    draft = [TopkShape(b, 2, 64, s_k) for s_k in LENGTHS for b in BATCHES]
     given = [s for s in peers.recorded() if isinstance(s, TopkShape) and s.given]
     return spread([*few, *middle, *half, *draft, *given])
 
