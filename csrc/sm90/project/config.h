@@ -22,8 +22,8 @@ constexpr int kTurnedPairs = 2;  // that a thread rotates
 
 constexpr int kWeightBytes = kColumns * kDepth * 2;
 constexpr int stage_bytes(int rows) { return kWeightBytes + rows * kDepth * 2; }
-// Bytes of a ring: two thread blocks fit a multiprocessor, or one and those of short sums.
-constexpr int kRing = 104 * 1024, kLongRing = 144 * 1024;
+// Bytes of a ring: four thread blocks fit a multiprocessor, two, or one and those of short sums.
+constexpr int kShortRing = 52 * 1024, kRing = 104 * 1024, kLongRing = 144 * 1024;
 constexpr int sums_bytes(int rows) { return rows * kStride * 4; }
 
 struct KernelArgs {

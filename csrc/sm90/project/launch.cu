@@ -57,7 +57,8 @@ Shares share_out(const KernelArgs& args, int multiprocessors) {
   if (rows == 128 && splits >= 4) rows /= 2, splits /= 2;
   // Not where clusters' blocks need a multiprocessor each, which would leave some of them empty.
   const bool alone = splits == 1 && tiles <= multiprocessors;
-  return {splits, rows, alone ? kLongRing : kRing};
+  const bool crowded = tiles > 2 * multiprocessors && rows <= 64;
+  return {splits, rows, alone ? kLongRing : crowded ? kShortRing : kRing};
 }
 
 template <class T, class Element, int kRows>

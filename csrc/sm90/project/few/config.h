@@ -5,7 +5,7 @@
 
 namespace flashmla::sm90::project::few {
 
-constexpr int kMaxRows = 16;
+constexpr int kMaxRows = 4;
 // Warps of a thread block, which share its part of the sum over k. With two blocks a multiprocessor
 // 64 KB are in flight there; twice as many are slower.
 constexpr int kMaxWarps = 4;

@@ -17,19 +17,15 @@
 namespace flashmla::sm90::project::few {
 
 // This warp's sums, to sums[warp][row][column].
-template <int kGroups>
-__device__ __forceinline__ void put_sums(const float (&d)[kGroups][4][4], int rows, float* sums) {
+__device__ __forceinline__ void put_sums(const float (&d)[4][4], int rows, float* sums) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int r = 0; r < kGroups; ++r) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = 8 * r + 2 * t + i;
-      if (row >= rows) continue;
-      auto* to = reinterpret_cast<float4*>(sums + (warp * rows + row) * kStride + 8 * g);
-      to[0] = {d[r][0][i], d[r][0][2 + i], d[r][1][i], d[r][1][2 + i]};
-      to[1] = {d[r][2][i], d[r][2][2 + i], d[r][3][i], d[r][3][2 + i]};
-    }
+  for (int i = 0; i < 2; ++i) {
+    const int row = 2 * t + i;
+    if (row >= rows) continue;
+    auto* to = reinterpret_cast<float4*>(sums + (warp * rows + row) * kStride + 8 * g);
+    to[0] = {d[0][i], d[0][2 + i], d[1][i], d[1][2 + i]};
+    to[1] = {d[2][i], d[2][2 + i], d[3][i], d[3][2 + i]};
   }
 }
 
@@ -51,8 +47,8 @@ __device__ __forceinline__ float4 add_pieces(uint32_t at, int stride, int count)
 }
 
 // grid [splits, tiles + 1 where columns are rotated, groups], clusters of splits.
-template <class T, class Element, int kGroups, bool kTransposed>
-__global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
+template <class T, class Element, bool kTransposed>
+__global__ void __launch_bounds__(kMaxWarps * 32, 4)
     project_few_kernel(const __grid_constant__ KernelArgs args) {
   // [warps, rows, kStride] float, then of each block of the cluster the pieces stored by this one
   extern __shared__ __align__(16) float sums[];
@@ -73,7 +69,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
   const int own = min(share, pieces - rank * share);  // not above 0 where others store all
   const uint32_t barrier = smem_address(&received_barrier);
 
-  Ring<T, kGroups, kTransposed> ring(params, tile, group, first, warps);
+  Ring<T, kTransposed> ring(params, tile, group, first, warps);
   ring.load_first_weights(first, end, warps);
   if (splits > 1) {
     if (threadIdx.x == 0) {
@@ -85,7 +81,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kGroups == 1 ? 4 : 3)
   }
   wait_for_prerequisites();  // for x
   ring.load_first_rows(first, end, warps);
-  float d[kGroups][4][4] = {};
+  float d[4][4] = {};
   ring.multiply(first, end, warps, d);
   put_sums(d, params.rows, sums);
   __syncthreads();

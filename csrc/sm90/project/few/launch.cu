@@ -20,7 +20,7 @@ Shares share_out(int tiles, int k, int multiprocessors) {
   return {std::clamp(2 * multiprocessors / tiles, 1, std::min(kMaxSplits, most / warps)), warps};
 }
 
-template <class T, class Element, int kGroups, bool kTransposed>
+template <class T, class Element, bool kTransposed>
 Status launch_kernel(const ProjectParams& params, bool dependent, cudaStream_t stream) {
   int multiprocessors = 0;
   if (Status status = count_multiprocessors(&multiprocessors); !status.ok()) return status;
@@ -30,7 +30,7 @@ Status launch_kernel(const ProjectParams& params, bool dependent, cudaStream_t s
     args.tiles += args.tiles_of[i] = (params.n_of[i] + kColumns - 1) / kColumns;
   }
   const auto [splits, warps] = share_out(args.tiles * params.groups, params.k, multiprocessors);
-  args.steps = params.k / Ring<T, kGroups, kTransposed>::kStepDepth;
+  args.steps = params.k / Ring<T, kTransposed>::kStepDepth;
   args.block_steps = (args.steps + splits - 1) / splits;
   const int pieces = params.rows * (kColumns / kPiece);
   while (splits << args.share < pieces) ++args.share;
@@ -40,18 +40,13 @@ Status launch_kernel(const ProjectParams& params, bool dependent, cudaStream_t s
       size_t{4} * warps * params.rows * kStride + (size_t{16} * splits << args.share);
   options.cluster = splits;
   options.dependent = dependent;
-  return launch(project_few_kernel<T, Element, kGroups, kTransposed>, options, stream, "project",
-                args);
+  return launch(project_few_kernel<T, Element, kTransposed>, options, stream, "project", args);
 }
 
 template <class T, class Element>
 Status launch_typed(const ProjectParams& params, bool dependent, cudaStream_t stream) {
-  if (params.rows <= 8) {
-    return params.transposed ? launch_kernel<T, Element, 1, true>(params, dependent, stream)
-                             : launch_kernel<T, Element, 1, false>(params, dependent, stream);
-  }
-  return params.transposed ? launch_kernel<T, Element, 2, true>(params, dependent, stream)
-                           : launch_kernel<T, Element, 2, false>(params, dependent, stream);
+  return params.transposed ? launch_kernel<T, Element, true>(params, dependent, stream)
+                           : launch_kernel<T, Element, false>(params, dependent, stream);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 
 namespace flashmla::sm90::project::few {
 
-// Whether the kernel for few rows takes the product: up to 16 rows, and k a multiple of 32.
+// Whether the kernel for few rows takes the product: up to 4 rows, and k a multiple of 32.
 bool takes(const ProjectParams& params);
 
 Status launch_few(const ProjectParams& params, bool dependent, cudaStream_t stream);

@@ -32,17 +32,16 @@ __device__ __forceinline__ void load_words(uint32_t (&v)[4], const char* p) {
 // rows of weights in a step of 16, or of transposed weights eight elements of each column in a step
 // of 32. Which of k's elements an instruction takes for which does not matter, as x's are taken the
 // same way.
-template <class T, int kGroups, bool kTransposed>
+template <class T, bool kTransposed>
 struct Ring {
   static constexpr int kStepDepth = kTransposed ? 32 : 16, kWords = kStepDepth / 8;
   static constexpr int kStepQuarters = kStepDepth / 16;
   static constexpr int kSteps = kQuarters / kStepQuarters;
 
-  const char *weights, *rows;  // this lane's next ones
-  int load_stride, quarter_stride, step_stride, rows_step;
-  int64_t rows_stride;  // between 8 rows of x; all in bytes
-  int lane_rows;        // rows of x from this lane's first one on
-  uint32_t w[kSteps][kStepQuarters][kLoads][4], x[kSteps][kGroups][kWords];
+  const char *weights, *rows;                               // this lane's next ones
+  int load_stride, quarter_stride, step_stride, rows_step;  // bytes
+  bool has_row;                                             // whether this lane's row of x is there
+  uint32_t w[kSteps][kStepQuarters][kLoads][4], x[kSteps][kWords];
 
   // From step `first` on, every `stride`-th.
   __device__ __forceinline__ Ring(const ProjectParams& p, const Tile& tile, int group, int first,
@@ -59,8 +58,8 @@ struct Ring {
     const int64_t row_stride = int64_t{p.groups} * (p.k + p.rope);
     rows = static_cast<const char*>(p.x) +
            (g * row_stride + int64_t{group} * (p.k + p.rope) + depth) * 2;
-    rows_stride = 8 * row_stride * 2, rows_step = stride * kStepDepth * 2;
-    lane_rows = p.rows - g;
+    rows_step = stride * kStepDepth * 2;
+    has_row = g < p.rows;
   }
 
   __device__ __forceinline__ void load_quarter(int slot, int q) {
@@ -72,22 +71,16 @@ struct Ring {
 
   __device__ __forceinline__ void load_rows(int slot) {
 #pragma unroll
-    for (int r = 0; r < kGroups; ++r) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) x[slot][r][i] = 0;
-      if (8 * r < lane_rows) load_words(x[slot][r], rows + r * rows_stride);
-    }
+    for (int i = 0; i < kWords; ++i) x[slot][i] = 0;
+    if (has_row) load_words(x[slot], rows);
     rows += rows_step;
   }
 
-  // d[r][j]: of columns 8 g + 2 j and 2 j + 1, and rows 8 r + 2 t and 2 t + 1.
-  __device__ __forceinline__ void multiply_quarter(int slot, int q, float (&d)[kGroups][4][4]) {
+  // d[j]: of columns 8 g + 2 j and 2 j + 1, and rows 2 t and 2 t + 1.
+  __device__ __forceinline__ void multiply_quarter(int slot, int q, float (&d)[4][4]) {
     const auto& v = w[slot][q];
     const auto add = [&](int j, const uint32_t (&a)[4], int word) {
-#pragma unroll
-      for (int r = 0; r < kGroups; ++r) {
-        mma_16816<T>(d[r][j], a, x[slot][r][word], x[slot][r][word + 1]);
-      }
+      mma_16816<T>(d[j], a, x[slot][word], x[slot][word + 1]);
     };
     if constexpr (kTransposed) {
 #pragma unroll
@@ -128,8 +121,7 @@ struct Ring {
   }
 
   // A quarter is loaded again as soon as it has been multiplied.
-  __device__ __forceinline__ void multiply(int first, int end, int stride,
-                                           float (&d)[kGroups][4][4]) {
+  __device__ __forceinline__ void multiply(int first, int end, int stride, float (&d)[4][4]) {
 #pragma unroll 1
     for (int step = first; step < end;) {
 #pragma unroll
