@@ -1,7 +1,8 @@
 """The fp8 kernel of dense decode: csrc/sm90/dense_decode/fp8/{scores,query,values,load}.cuh.
 
-Two score sides, which take turns at tiles and at the references that both go by; value warps, the
-first of which loads. A warp stands for each side.
+Two score sides, which take turns at tiles and at the references that both go by, and the first of
+which looks up where tiles are; value warps, which load in turn what comes to lie where a tile was.
+A warp stands for each side.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 from protocol import Role, Violation, explore
 
 BUFFERS = 2  # of probabilities
+PLAN_STEP = 2  # tiles from one look at where tiles are to the next
 SIDES = range(2)
 
 
@@ -20,6 +22,7 @@ SIDES = range(2)
 class Model:
     pieces: list[int]  # their tiles; empty ones have no part in the protocol
     stages: int = 3
+    places: int = 12  # tiles of which the places are kept
     value_warps: int = 2
     drop: frozenset = frozenset()
 
@@ -38,10 +41,11 @@ class Model:
             warp.end(("query", side))
             warp.meet(("pair",))
             for number in range(tiles):
-                stage, buffer = tile % self.stages, tile % BUFFERS
+                buffer = tile % BUFFERS
                 if buffer == side:
-                    warp.wait(("full", stage), tile // self.stages)
-                    warp.read(tile // self.stages + 1, ("ring", stage))
+                    stage, round = tile % self.stages, tile // self.stages
+                    warp.wait(("full", stage), round)
+                    warp.read(round + 1, ("ring", stage))
                     warp.read(n + 1, *queries)
                     warp.end(*queries)
                     warp.wait(("probabilities_empty", buffer), tile // BUFFERS - 1)
@@ -57,6 +61,9 @@ class Model:
                     warp.write(("p", buffer))
                     warp.end(("p", buffer), ("ring", stage))
                     warp.arrive(("probabilities_full", buffer))
+                    if side == 0 and tile % PLAN_STEP == 0 and tile > 0:
+                        warp.end(*self.planned(tile - PLAN_STEP) if tile > PLAN_STEP else ())
+                        warp.write(*self.planned(tile))  # on their way until the next call
                 tile += 1
             warp.meet(("pair",))  # no products are under way
             if n + 1 < len(self.pieces):
@@ -80,15 +87,23 @@ class Model:
             warp.meet(("turn", side))
         return warp
 
-    def value_warp(self, name: str, loads: bool) -> Role:
-        warp = Role(name, self.drop)
+    def planned(self, tile: int) -> list[tuple[str, int]]:
+        """Places that are looked up after a tile."""
+        ahead = 2 * PLAN_STEP + 2 + self.stages
+        found = range(tile - PLAN_STEP + ahead if tile > 0 else 0, tile + ahead)
+        return [("place", n % self.places) for n in found if n < sum(self.pieces)]
+
+    def value_warp(self, number: int) -> Role:
+        warp = Role(f"value{number}", self.drop)
         tile, total = 0, sum(self.pieces)
-        for stage in range(min(self.stages, total) if loads else 0):
-            warp.arrive(("issued", stage))
+        if number == 0:
+            warp.write(*self.planned(0))
+            warp.end(*self.planned(0))
+            for stage in range(min(self.stages, total)):
+                warp.arrive(("issued", stage))
         for n, tiles in enumerate(self.pieces):
             for _ in range(tiles):
                 stage, buffer = tile % self.stages, tile % BUFFERS
-                warp.wait(("full", stage), tile // self.stages)
                 warp.wait(("probabilities_full", buffer), tile // BUFFERS)
                 warp.read(tile // self.stages + 1, ("ring", stage))
                 warp.read(tile // BUFFERS + 1, ("p", buffer), ("raised", buffer))
@@ -96,8 +111,11 @@ class Model:
                 warp.arrive(("empty", stage))
                 warp.end(("p", buffer), ("raised", buffer))
                 warp.arrive(("probabilities_empty", buffer))
-                if loads and tile + self.stages < total:  # the tile that comes to lie here
+                again = tile + self.stages
+                if tile % self.value_warps == number and again < total:
                     warp.wait(("empty", stage), tile // self.stages)
+                    warp.read(again // self.places + 1, ("place", again % self.places))
+                    warp.end(("place", again % self.places))
                     warp.arrive(("issued", stage))
                 tile += 1
             warp.wait(("sums_full",), n)
@@ -125,7 +143,7 @@ class Model:
         }
         roles = [
             *map(self.side, SIDES),
-            *(self.value_warp(f"value{n}", n == 0) for n in range(self.value_warps)),
+            *map(self.value_warp, range(self.value_warps)),
             *map(self.engine, range(self.stages)),
         ]
         return explore(roles, lambda name: arrivals.get(name[0], 1))
@@ -137,7 +155,7 @@ class Model:
         Model([1]),
         Model([5]),
         Model([2, 1, 1]),
-        Model([6], stages=4, value_warps=1),
+        Model([14], stages=4, value_warps=1),
     ],
     ids=str,
 )

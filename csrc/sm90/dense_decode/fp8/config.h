@@ -15,7 +15,7 @@ constexpr int kTileTokens = kSplitTile;
 constexpr int kWarpTokens = 16;      // of a tile, that a score warp has
 constexpr int kChunkRowBytes = 128;  // 64 16-bit columns
 constexpr int kSharedBase = 1024;    // where dynamic shared memory starts: Hopper reserves 1 KB
-constexpr int kLeastPiece = 8;       // rows that one copy takes at least
+constexpr int kLeastPiece = 8;       // tokens of a piece at least
 constexpr int kMaxPieces = kTileTokens / kLeastPiece;  // of a tile
 
 // Two warpgroups for the scores, which take turns at tiles, then two for the values.
@@ -47,7 +47,7 @@ struct KernelArgs {
   int block_size, max_blocks, max_tokens;
   int num_blocks;
   int64_t block_bytes;  // from one block to the next
-  int piece, pieces;    // tokens that one copy takes, what divides a block; of a tile
+  int piece, pieces;    // tokens that lie together, what divides a block; of a tile
   float scale_log2;     // sm_scale * log2(e)
   uint64_t cache_hint;  // L2 policy of cache tiles
   bool causal;

@@ -16,8 +16,9 @@ namespace flashmla::sm90::dense_decode::fp8 {
 // group of columns has a range of its own.
 struct V32 {
   static constexpr int kRowBytes = 656;  // an odd number of 16 bytes: tokens in their order
-  static constexpr int kCopyTokens = 64;
-  static constexpr int kTileBytes = kTileTokens * kRowBytes;
+  static constexpr int kCopyTokens = kTileTokens;
+  static constexpr int kCopyStride = kCopyTokens * kRowBytes;
+  static constexpr int kTileBytes = kCopyStride;
   static constexpr bool kScales = true;
   static constexpr int kScaleGroups = 4, kScaleOffset = 512, kRopeOffset = 528;
   using Value = __nv_bfloat16;

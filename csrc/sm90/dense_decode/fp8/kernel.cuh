@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(smem_address(&smem.full[i]), 1);
       mbarrier_init(smem_address(&smem.empty[i]), kRoleWarps);
     }
+    for (int i = 0; i < kPlaces; ++i) smem.places[i].z = 1u << 31;  // of no tile
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem_address(&smem.probabilities_full[i]), kWarps);
       mbarrier_init(smem_address(&smem.probabilities_empty[i]), kRoleWarps);

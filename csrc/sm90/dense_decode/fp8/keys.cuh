@@ -89,11 +89,13 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
       tile + Format::offset_at(thread / 32 % kWarps * kWarpTokens + lane % 16) + lane / 16 * 16;
   uint32_t a[kBuffers][4], raw[2][2];  // raw: of two units
   const uint32_t query = operand_at(smem.query[0]);
-  const auto load_units = [&](int unit) {
-    if (unit >= (Format::kScales ? kLatentUnits : kUnits)) return;
-    load_matrix_x4(*reinterpret_cast<uint32_t (*)[4]>(raw),
-                   rows + (unit < kLatentUnits ? unit * 16
-                                               : Format::kRopeOffset + (unit - kLatentUnits) * 16));
+  const auto load_units = [&](int unit) {  // or one of 16-bit columns
+    constexpr int kRopeUnit = Format::kScales ? 32 : 16;
+    if (unit >= kUnits) return;
+    load_matrix_x4(
+        *reinterpret_cast<uint32_t (*)[4]>(raw),
+        rows + (unit < kLatentUnits ? unit * 16
+                                    : Format::kRopeOffset + (unit - kLatentUnits) * kRopeUnit));
   };
   uint32_t factor[2];
   load_units(0);
@@ -111,17 +113,16 @@ __device__ __forceinline__ void compute_scores(float (&s)[kRows / 2],
       if (unit < kLatentUnits) {
         convert_keys(keys, raw[unit % 2], factor);
       } else {
-        const int k = unit - kLatentUnits;
-        load_matrix_x4(keys, rows + Format::kRopeOffset + k * 32);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          keys[i] = multiply_bf16x2(keys[i], bf16_twice(power_of_two(-exponents.of[i % 2])));
+          keys[i] =
+              multiply_bf16x2(raw[i / 2][i % 2], bf16_twice(power_of_two(-exponents.of[i % 2])));
         }
       }
     } else {
       convert_keys(keys, raw[unit % 2]);
     }
-    if (unit % 2 == 1) load_units(unit + 1);
+    if (unit % 2 == 1 || (Format::kScales && unit >= kLatentUnits)) load_units(unit + 1);
     wgmma_fence();
     const uint64_t queries = descriptor(query + unit / 4 * kStep + unit % 4 * 2);
     if (unit < kLatentUnits) {

@@ -29,7 +29,10 @@ Status check_supported(const DenseDecodeParams& params) {
 Status launch(const DenseDecodeParams& params, int tile_rows, int row_tiles, cudaStream_t stream) {
   const bool v32 = params.format == Format::kV32;
   KernelArgs args;
-  args.piece = std::gcd(params.block_size, v32 ? V32::kCopyTokens : Fp8Row::kCopyTokens);
+  args.piece = kTileTokens;
+  if (params.block_size % kTileTokens != 0) {
+    args.piece = std::gcd(params.block_size, v32 ? V32::kCopyTokens : Fp8Row::kCopyTokens);
+  }
   args.pieces = kTileTokens / args.piece;
   args.blocks = static_cast<const uint8_t*>(params.blocks);
   args.num_blocks = static_cast<int>(std::min<int64_t>(params.num_blocks, INT32_MAX));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "sm90/dense_decode/fp8/keys.cuh"
+#include "sm90/dense_decode/fp8/load.cuh"
 #include "sm90/dense_decode/fp8/query.cuh"
 #include "sm90/dense_decode/fp8/softmax.cuh"
 
@@ -70,28 +71,38 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
   }
   // Of the buffer's last round; passes at once in the first.
   mbarrier_wait(smem_address(&smem.probabilities_empty[slot]), at.buffer_parity() ^ 1);
+  bool large = false;
+  if constexpr (Format::kScales) {
+    large = store_scales<Format>(smem, at.stage(), slot, left);
+  }
   named_barrier_sync(kTurnBarrier + side, kRoleThreads);
-  if (!first) follow_references(smem, sum, slot ^ 1);
-  float peak[kMine<kRows>], highest = -INFINITY;
+  float offset[kMine<kRows>], highest = -INFINITY;
+  load_rows<kRows>(offset, smem.offset);
 #pragma unroll
   for (int i = 0; i < kMine<kRows>; ++i) {
-    peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
-    highest = fmaxf(highest, peak[i] - smem.offset[query_row(thread, i)]);
+    highest = fmaxf(highest, fmaxf(s[element(i, 0)], s[element(i, 1)]) - offset[i]);
   }
   const bool raise =
       named_barrier_any(kScoreBarrier + side, kWarpgroupThreads, first || highest > kLazyRescale);
+  if (!first) follow_references(smem, sum, slot ^ 1);
   if (raise) {
+    float peak[kMine<kRows>];
+#pragma unroll
+    for (int i = 0; i < kMine<kRows>; ++i) peak[i] = fmaxf(s[element(i, 0)], s[element(i, 1)]);
     raise_references<kRows>(smem.warp_rows + side * kWarps, smem.reference, smem.offset, peak,
                             smem.rescale[slot]);
     rescale_sums<kRows>(sum, smem.rescale[slot]);
   }
   if (thread % kWarpgroupThreads == 0) smem.raised[slot] = raise && !first;
-  make_probabilities<kRows>(smem.offset, s, sum);
-  named_barrier_arrive(kTurnBarrier + (side ^ 1), kRoleThreads);
-  bool large = false;
-  if constexpr (Format::kScales) {
-    large = store_scales<Format>(smem, at.stage(), slot, left);
+  load_rows<kRows>(offset, smem.offset);  // again: registers are few
+#pragma unroll
+  for (int i = 0; i < kMine<kRows>; ++i) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) s[element(i, m)] = __fsub_rn(s[element(i, m)], offset[i]);
   }
+  pin_registers(s);  // offsets have been read
+  named_barrier_arrive(kTurnBarrier + (side ^ 1), kRoleThreads);
+  make_probabilities<kRows>(s);
   if (thread % 32 == 0) {
     smem.flags[slot][thread / 32 % kWarps] =
         (raise && !first ? kRescaled : 0) | (large ? kHasLargeScales : 0);
@@ -100,6 +111,7 @@ __device__ __forceinline__ void finish_tile(const KernelArgs& args,
   fence_async_proxy();
   __syncwarp();
   if (thread % 32 == 0) mbarrier_arrive(smem_address(&smem.probabilities_full[slot]));
+  add_to_sums<kRows>(sum, s);
 }
 
 template <typename Format, int kRows>
@@ -145,6 +157,8 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage<Format, kRows>&
         float s[kRows / 2];
         compute_scores<Format, kRows>(s, smem, at.stage(), exponents);
         finish_tile(args, smem, at, s, sum, exponents, smem.last_left + (tiles - 1) * kTileTokens);
+        const uint32_t tile = at.tile();
+        if (tile % kPlanStep == 0 && tile > 0 && is_planner()) plan_tiles(args, smem, tile);
       }
       at.next_tile();
     }

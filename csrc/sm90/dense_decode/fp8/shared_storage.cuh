@@ -15,9 +15,10 @@ constexpr int kStages = kRows == 64 ? 3 : 4;
 // Where the loading warp is (load.cuh). Kept here as its registers are few.
 struct LoadState {
   int sequence, tile, tile_end;  // the next tile to look up, if it is before the end
-  int looked_up, loaded;         // tiles so far
+  int looked_up, placed;         // tiles so far, and those whose places are there
 };
-constexpr int kPlannedPieces = 64;  // of tiles that are looked up
+constexpr int kPlannedPieces = 256;  // of tiles that are looked up
+constexpr int kPlaces = 64;          // of tiles
 
 // kRows: query rows of a tile. A side is a score warpgroup: it has every other tile, whose
 // probabilities it leaves in a buffer of its own.
@@ -43,7 +44,7 @@ struct alignas(1024) SharedStorage {
   uint8_t rescale[2][kRows];            // the output so far is to be divided by 2 to this power
   uint32_t raised[2];                   // whether it is, for the side that follows
   alignas(4) uint8_t flags[2][kWarps];  // of a tile, by score warp: kRescaled, kHasLargeScales
-  uint64_t full[kStages<kRows>];        // tile loaded
+  uint64_t full[kStages<kRows>];        // loaded
   uint64_t empty[kStages<kRows>];       // all value warps are through with it
   uint64_t probabilities_full[2], probabilities_empty[2];
   uint64_t sums_full, sums_empty;  // inverse_sum
@@ -52,12 +53,15 @@ struct alignas(1024) SharedStorage {
   LoadState loads;
   int32_t next_length;                         // of the sequence after loads.sequence
   alignas(8) int32_t plan[kPlannedPieces][2];  // by tile and piece: token of the block, block
+  alignas(
+      16) uint4 places[kPlaces];  // of tiles: source; number, ~ if the tile is not one run of bytes
 };
 
 constexpr uint8_t kRescaled = 1, kHasLargeScales = 2;
 
 // Where a role is, in one register: two bits of its turn at the buffers of two, the ring's parity,
-// the sums' parity, its stage of the ring, whether the tile is its piece's first.
+// the sums' parity, its stage of the ring, whether the tile is its piece's first, and how many
+// tiles were before.
 template <int kRows>
 class Position {
  public:
@@ -68,24 +72,26 @@ class Position {
   __device__ __forceinline__ uint32_t sums_parity() const { return bits_ >> 3 & 1; }
 
   __device__ __forceinline__ bool first() const { return bits_ & kFirst; }
+  __device__ __forceinline__ uint32_t tile() const { return bits_ / kTile; }
 
   __device__ __forceinline__ void next_tile() {
     bits_ = (bits_ & ~(3u | kFirst)) | ((bits_ + 1) & 3);
-    bits_ += 16;
-    if (stage() == kStages<kRows>) bits_ = (bits_ & 15) ^ 4;
+    bits_ += kTile + 16;
+    if (stage() == kStages<kRows>) bits_ = (bits_ - kStages<kRows> * 16) ^ 4;
   }
   __device__ __forceinline__ void next_piece() { bits_ = (bits_ ^ 8) | kFirst; }
 
  private:
-  static constexpr uint32_t kFirst = 128;
+  static constexpr uint32_t kFirst = 128, kTile = 256;
   uint32_t bits_ = kFirst;
 };
 
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
+// threadIdx.x, read where it stands: what is derived from it is not computed early and kept. Known
+// to be small, so that quotients and remainders are shifts and masks.
 __device__ __forceinline__ int reread_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+  return thread & (kThreads - 1);
 }
 
 // Keeps the compiler from carrying addresses that follow from x, instead of x, through a loop.

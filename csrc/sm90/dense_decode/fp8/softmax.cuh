@@ -25,10 +25,14 @@ __device__ __forceinline__ int sum_row(int thread, int j) {
   return query_row(thread, thread % 32 / 4 * kMine<kRows> / 8 + j);
 }
 
-// Adds to the sums what each of the warp's lanes has in x, of all of its rows.
+// Adds a tile's probabilities to the sums.
 template <int kRows>
-__device__ __forceinline__ void add_to_sums(float (&sum)[kSums<kRows>], float (&x)[kMine<kRows>]) {
+__device__ __forceinline__ void add_to_sums(float (&sum)[kSums<kRows>],
+                                            const float (&p)[kRows / 2]) {
   const int thread = reread_thread();
+  float x[kMine<kRows>];
+#pragma unroll
+  for (int i = 0; i < kMine<kRows>; ++i) x[i] = p[element(i, 0)] + p[element(i, 1)];
   int count = kMine<kRows>;  // of x, that are left: known to the compiler, as loops are unrolled
 #pragma unroll
   for (int lane = 16; lane >= 4; lane /= 2) {
@@ -127,21 +131,24 @@ __device__ __forceinline__ void rescale_sums(float (&sum)[kSums<kRows>], const u
   }
 }
 
-// Turns scores into probabilities and adds them to the sums.
+// What a thread's rows have in shared memory.
 template <int kRows>
-__device__ __forceinline__ void make_probabilities(const float* offsets, float (&s)[kRows / 2],
-                                                   float (&sum)[kSums<kRows>]) {
+__device__ __forceinline__ void load_rows(float (&x)[kMine<kRows>], const float* rows) {
   const int thread = reread_thread();
-  float both[kMine<kRows>];
 #pragma unroll
-  for (int i = 0; i < kMine<kRows>; ++i) {
-    const float offset = offsets[query_row(thread, i)];
-    float(&low) = s[element(i, 0)], (&high) = s[element(i, 1)];
-    low = exp2_approx(__fsub_rn(low, offset));
-    high = exp2_approx(__fsub_rn(high, offset));
-    both[i] = low + high;
+  for (int i = 0; i < kMine<kRows>; i += 2) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x[i]), "=f"(x[i + 1])
+                 : "r"(smem_address(rows + query_row(thread, i)))
+                 : "memory");
   }
-  add_to_sums<kRows>(sum, both);
+}
+
+// Turns scores, less their offsets, into probabilities.
+template <int kRows>
+__device__ __forceinline__ void make_probabilities(float (&s)[kRows / 2]) {
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) s[i] = exp2_approx(s[i]);
 }
 
 // Stores probabilities as wgmma's B operand: K-major rows of 64 tokens in the 128-byte swizzle.

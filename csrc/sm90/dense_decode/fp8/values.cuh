@@ -71,24 +71,38 @@ constexpr int kValueGroup = kRows == 64 ? 1 : 2;
 template <int kRows>
 constexpr int kValueBuffers = kRows == 64 ? 2 : 3;  // of such groups
 
-// Adds a tile's products. rows: where the lane's token and the warp's first columns are. Frees the
-// ring's stage as soon as its bytes are in registers.
+// Raw bytes that a thread has at once, 32 tokens each.
+template <typename Format, int kRows>
+constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
+
+// Where the lane's token and the warp's first columns are.
+template <typename Format, int kRows>
+__device__ __forceinline__ uint32_t value_rows(SharedStorage<Format, kRows>& smem,
+                                               Position<kRows> at) {
+  const int thread = reread_thread();
+  return smem_address(smem.ring[at.stage()]) + Format::offset_at(thread % 32) +
+         thread / 32 % kRoleWarps * 64;
+}
+
+// Adds a tile's products, of which the first raw bytes are loaded. Frees the ring's stage as soon
+// as all bytes are in registers.
 template <typename Format, int kRows, bool kLargeScales>
-__device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, int stage,
-                                             int slot, uint32_t rows, Output<kRows>& o) {
+__device__ __forceinline__ void add_products(const KernelArgs& args,
+                                             SharedStorage<Format, kRows>& smem, Position<kRows> at,
+                                             uint32_t rows, uint32_t (&raw)[kRaw<Format, kRows>][4],
+                                             Output<kRows>& o) {
   using T = typename Format::Value;
   constexpr int kGroup = kValueGroup<kRows>, kBuffers = kValueBuffers<kRows>;
   const int thread = reread_thread(), lane = thread % 32, half = reread_side();
+  const int slot = at.buffer();
   const uint32_t probabilities = operand_at(smem.probabilities[slot]);
   const int group = half * 2 + thread / 64 % 2;  // of the warp's columns
   const uint32_t scales =
       smem_address(smem.scales[slot][Format::kScales ? group : 0]) + lane % 4 * 16;
   constexpr int kSteps = 4 * kValueTiles / kGroup;
   uint32_t a[kBuffers][4 * kGroup];
-  constexpr int kRaw = Format::kScales && kRows == 64 ? 1 : 2;
-  uint32_t raw[kRaw][4];  // of 32 tokens
-  uint32_t factors[4];    // of 32 tokens
-  load_values(raw[0], rows);
+  constexpr int kRaw = fp8::kRaw<Format, kRows>;
+  uint32_t factors[4];  // of 32 tokens
 #pragma unroll
   for (int m = 0; m < kValueTiles; ++m) pin_registers(o[m]);
 #pragma unroll
@@ -116,9 +130,10 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
         convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, factors + k % 2 * 2, after);
         if constexpr (kLargeScales) {
           const int again = reread_thread();
-          multiply_excess<Format>(
-              value, smem_address(smem.ring[stage]) + (tokens + again % 4 * 2) * Format::kRowBytes +
-                         Format::kScaleOffset + (reread_side() * 2 + again / 64 % 2) * 4);
+          multiply_excess<Format>(value, smem_address(smem.ring[at.stage()]) +
+                                             (tokens + again % 4 * 2) * Format::kRowBytes +
+                                             Format::kScaleOffset +
+                                             (reread_side() * 2 + again / 64 % 2) * 4);
         }
       } else {
         convert_values(value, raw[k / 2 % kRaw] + k % 2 * 2, after);
@@ -128,10 +143,6 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
       load_half_values(raw[0] + fragment % 2 * 2,
                        rows_ahead + fragment % 2 * Format::offset_at(16));
     }
-    if (fragment + kGroup == 4 * kValueTiles) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
-    }
     wgmma_fence();
 #pragma unroll
     for (int k = fragment; k < fragment + kGroup; ++k) {
@@ -139,6 +150,10 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
                   descriptor(probabilities + 4 * (k / 2 / kValueTiles) + 2 * (k % 2)), 1);
     }
     wgmma_commit();
+    if (step + 1 == kSteps) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[at.stage()]));
+    }
   }
   wgmma_wait<0>();
 #pragma unroll
@@ -147,52 +162,59 @@ __device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem,
 
 // A tile's share of the output. valid_tokens: of the tile.
 template <typename Format, int kRows>
-__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
-                                         int valid_tokens, Output<kRows>& o) {
-  const int thread = reread_thread(), lane = thread % 32, slot = at.buffer();
-  const uint32_t tile = smem_address(smem.ring[at.stage()]);
-  const uint32_t rows =
-      tile + Format::offset_at(lane) + (reread_side() * kWarps + thread / 32 % kWarps) * 64;
-  mbarrier_wait(smem_address(&smem.full[at.stage()]), at.ring_parity());
+__device__ __forceinline__ void add_tile(const KernelArgs& args, SharedStorage<Format, kRows>& smem,
+                                         Position<kRows> at, int valid_tokens, Output<kRows>& o) {
+  const int slot = at.buffer();
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
-  if (valid_tokens < kTileTokens) zero_tail<Format>(tile, valid_tokens);
+  if (valid_tokens < kTileTokens)
+    zero_tail<Format>(smem_address(smem.ring[at.stage()]), valid_tokens);
+  const uint32_t rows = value_rows(smem, at);
+  uint32_t raw[kRaw<Format, kRows>][4];
+  load_values(raw[0], rows);
   const uint32_t flags = *reinterpret_cast<const uint32_t*>(smem.flags[slot]);
   if (flags & (kRescaled * 0x01010101u)) rescale_output<kRows>(o, smem.rescale[slot]);
   if (flags & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
-      add_products<Format, kRows, true>(smem, at.stage(), slot, rows, o);
+      add_products<Format, kRows, true>(args, smem, at, rows, raw, o);
     }
   } else {
-    add_products<Format, kRows, false>(smem, at.stage(), slot, rows, o);
+    add_products<Format, kRows, false>(args, smem, at, rows, raw, o);
   }
-  if (lane == 0) mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
+  if (reread_thread() % 32 == 0) {
+    mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
+  }
   __syncwarp();
 }
 
 template <typename T, typename Format, int kRows>
 __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>& smem) {
   Position<kRows> at;
-  if (is_loader()) start_loads(args, smem);
+  if (is_first_loader()) start_loads(args, smem);
 
   for (int sequence = smem.begin.sequence; owns_work(smem.begin, smem.end, sequence); ++sequence) {
     const int seqlen = args.clamp_seqlen(args.cache_seqlens[opaque(sequence)]);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
-    const bool empty = piece.tile_begin >= piece.tile_end;
+    int tiles = piece.tile_end - piece.tile_begin;
     Output<kRows> o = {};
-    // Not in registers while products are under way: the sequence, and the tokens of the last tile.
-    volatile int2& kept = smem.kept[reread_thread() / 32 - kRoleWarps];
+    // Not in registers while products are under way: the sequence, ~ if the piece is empty, and the
+    // tokens of the last tile.
+    const auto kept = [&]()->volatile int2& {
+      return smem.kept[reread_thread() / 32 - kRoleWarps];
+    };
     __syncwarp();
     if (reread_thread() % 32 == 0) {
-      kept.x = sequence;
-      kept.y = seqlen - (piece.tile_end - 1) * kTileTokens;
+      kept().x = tiles > 0 ? sequence : ~sequence;
+      kept().y = seqlen - (piece.tile_end - 1) * kTileTokens;
     }
     __syncwarp();
-    for (int tiles = piece.tile_end - piece.tile_begin; tiles > 0; --tiles) {
-      add_tile(smem, at, tiles > 1 ? int{kTileTokens} : kept.y, o);
-      if (is_loader()) load_tile(args, smem, at.stage(), at.ring_parity());
+    for (; tiles > 0; --tiles) {
+      add_tile(args, smem, at, tiles > 1 ? int{kTileTokens} : kept().y, o);
+      load_again(args, smem, at);
       at.next_tile();
     }
-    sequence = kept.x;
+    sequence = kept().x;
+    const bool empty = sequence < 0;
+    if (empty) sequence = ~sequence;
     if (!empty) {
       mbarrier_wait(smem_address(&smem.sums_full), at.sums_parity());
       at.next_piece();
