@@ -5,9 +5,9 @@
 // rows are its N. So the cache is the operand that may come from registers: raw rows are loaded
 // into a ring, and converted on their way from there into fragments. Four warpgroups:
 //
-//   scores 2x | S^T = K Q^T (t), half of the columns each | exchange | softmax (t) -> P^T | ...
-//   values 2x |                                           | O^T += V^T P^T, half of the columns
-//   each
+//   scores, side 0 | S^T = K Q^T (t)        | softmax (t) -> P^T | ...
+//   scores, side 1 | softmax (t-1) -> P^T   | S^T (t+1)          | ...
+//   values 2x      |                        | O^T += V^T P^T, half of the columns each
 //
 // docs/kernels/dense_fp8.md tells the whole story.
 #pragma once
