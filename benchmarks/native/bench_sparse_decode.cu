@@ -222,6 +222,20 @@ struct Bench : DeviceArrays {
   }
 };
 
+// Tiles of 64 heads, for each way in which their rows come: more tiles than are on their way at
+// once, whole query tokens and shares.
+bool run_tile_checks(Bench& bench, const Hostility& all) {
+  bool ok = true;
+  for (const char* name : {"v32", "v32_nope", "v4", "dense_576"})
+    for (int parts : {1, 3}) {
+      Shape x{std::string(name) + " b3 h64 topk 300", 3, 1, 64, 300, parts};
+      find_format(name, &x);
+      if (x.format == Format::kV4) x.extra_topk = 130;
+      ok &= bench.check(x, all);
+    }
+  return ok;
+}
+
 bool run_checks(Bench& bench, bool small) {
   bool ok = true;
   const Hostility plain{}, all{61, true, true, true, true, 0, false};
@@ -231,7 +245,7 @@ bool run_checks(Bench& bench, bool small) {
   Shape pair{"v4 b2 h128 topk 130 and 65", 2, 1, 128, 130};
   find_format("v4", &pair), pair.extra_topk = 65;
   ok &= bench.check(pair, all);
-  if (small) return ok;
+  if (small) return ok & run_tile_checks(bench, all);
   for (int h_q : {1, 8, 16, 20, 32, 64, 96, 128}) {
     const std::string h = " h" + std::to_string(h_q);
     ok &= bench.check({"b4 s3" + h + " topk 576", 4, 3, h_q, 576}, all);
@@ -264,7 +278,7 @@ bool run_checks(Bench& bench, bool small) {
       }
   ok &= bench.check({"b321 h64 topk 64", 321, 1, 64, 64}, all);
   ok &= bench.check({"b321 s3 h128 topk 64", 321, 3, 128, 64}, {69, true, true});
-  return ok;
+  return ok & run_tile_checks(bench, all);
 }
 
 int main(int argc, char** argv) {
