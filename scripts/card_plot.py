@@ -1,6 +1,6 @@
 """Draws how many times as fast as the peer in the same run each operation is on a card.
 
-python scripts/card_plot.py h100     # rewrites benchmarks/results/h100/speed.png
+python scripts/card_plot.py h100     # rewrites benchmarks/results/h100/operations.png
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     folder = RESULTS / argv[0]
     figure = draw(folder)
     FigureCanvasAgg(figure)
-    figure.savefig(folder / "speed.png")
+    figure.savefig(folder / "operations.png")
     return 0
 
 

@@ -122,7 +122,7 @@ def compact(folder: Path) -> str:
             ]
         )
     header = ["Operation", "shapes", "peer", "times the peer", "times plain XLA", "of the limit"]
-    plot = folder / "speed.png"
+    plot = folder / "operations.png"
     place = f"benchmarks/results/{folder.name}/{plot.name}"
     picture = f"![Speed against the peer in the same run]({place})\n\n" if plot.is_file() else ""
     return picture + markdown(header, lines) if lines else ""

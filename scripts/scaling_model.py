@@ -81,13 +81,13 @@ class Layout:
         return f"{self.heads} x {self.batch} x {self.context}"
 
 
-# What XLA's products lose below the bandwidth, and the small operations between the kernels.
-REST, REST_OF_SEQUENCE = 40.0, 0.1
+# What products lose below the bandwidth, and the small operations between the kernels.
+REST, REST_OF_SEQUENCE = 32.0, 0.3
 KERNEL = 6.0  # an attention kernel with its merge, besides bytes or operations
 SELECT, SELECT_OF_TOKEN = 10.0, 6.7e-6
 # A sum over devices of one host: over peer memory, or XLA's.
 PEERS, PEERS_OF_DEVICE, SECOND_ROUND, PEERS_RATE = 1.3, 0.65, 1.6, 270e3
-SKEW = 2.0  # and how far apart devices come to it, within a step
+SKEW = 3.0  # and how far apart devices come to it, within a step
 PEERS_MOST = 2 * 1024 * 1024  # bytes; MAX_SUM_BYTES in jax_flashmla/_limits.py
 ONE_ROUND_BYTES = 448 * 1024  # kSecondRoundBytes in csrc/sm90/all_reduce_sum/config.h
 PSUM, PSUM_RATE = 21.0, 115e3
@@ -118,7 +118,7 @@ def exchange_time(bytes: float, devices: int, kind: str) -> float:
 def send_time(bytes: float, devices: int, kind: str) -> float:
     """So many bytes from each device to each other one, in one kernel over peers or by XLA."""
     if kind == "peers" and devices * bytes <= EXCHANGE_MOST:
-        return PEERS + PEERS_OF_DEVICE * devices + (devices - 1) * bytes / PEERS_RATE + SKEW
+        return PEERS + PEERS_OF_DEVICE * devices + (devices - 1) * bytes / PEERS_RATE
     return PSUM + (devices - 1) * bytes / PSUM_RATE
 
 
@@ -134,14 +134,15 @@ def context_time(b: float, heads: int, devices: int, kind: str, heads_split: boo
         return 0.0
     results = b * heads * (512 * ITEMSIZE + 4)  # and their lse
     few = devices * results <= EXCHANGE_MOST
+    over_peers = few and kind == "peers"
+    behind = MERGE + SKEW if over_peers else MERGE
     if heads_split:
         queries = b * heads / devices * 576 * ITEMSIZE
-        over_peers = few and kind == "peers"
         sent = results / devices if over_peers or not few else results
         calls = 1 if few else 2  # XLA exchanges results and lse by themselves, but gathers both
-        return send_time(queries, devices, kind) + calls * send_time(sent, devices, kind) + MERGE
+        return send_time(queries, devices, kind) + calls * send_time(sent, devices, kind) + behind
     if few or devices <= 4:
-        return send_time(results, devices, kind) + MERGE
+        return send_time(results, devices, kind) + behind
     summed = 4 * b * heads * 512  # in float32, weighted by the lse of all
     lses = exchange_time(4 * b * heads * devices, devices, kind)
     return lses + exchange_time(summed, devices, kind) + MERGE

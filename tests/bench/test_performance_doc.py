@@ -71,7 +71,7 @@ def card(tmp_path):
     folder.mkdir()
     (folder / "sparse_decode.json").write_text(json.dumps(document))
     (folder / "other.json").write_text(json.dumps({"steps": []}))
-    for name in ("sparse_decode.png", "speed.png"):
+    for name in ("sparse_decode.png", "operations.png"):
         (folder / name).touch()
     return folder
 

@@ -35,9 +35,10 @@ from jax_flashmla.layers import (
     decode,
 )
 
-# Of a token's y in the 2-norm, both sides in bfloat16: 4e-3 to 7e-3. With an indexer, a few of the
-# 2,048 tokens are others where scores round differently: each counts with the root of 2 / 2048.
-MAX_RELATIVE_ERROR = 0.15
+# Of a token's y in the 2-norm, both sides in bfloat16: 4e-3 to 7e-3. With an indexer, up to 20 of
+# the 2,048 tokens are others where float32 sums of another order round otherwise, and e4m3 codes
+# after them (docs/notebook/decoding_step.md): k of them count with the root of 2 k / 2048.
+MAX_RELATIVE_ERROR = 0.25
 Blocks = Callable[[CacheFormat, int], jax.Array]  # format, num_blocks -> random blocks
 TARGET = "flashmla_latent_append_v1"
 YARN = YarnConfig(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
