@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from deepseek.config import ModelConfig
 from deepseek.moe import MLP, MoE
-from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, all_reduce_sum, make_schedule
+from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule, all_reduce_sum
 from jax_flashmla.layers import Selection
 from jax_flashmla.layers.nnx import MLAttention
 
@@ -137,9 +137,7 @@ class DeepSeek(nnx.Module):
         """
         schedule = None
         if not prefill:  # once for all layers
-            schedule = make_schedule(
-                cache.table.cache_seqlens, h_q=self.heads, max_seqlen=cache.table.max_seqlen
-            )
+            schedule = cache.table.schedule(h_q=self.heads, format=cache.format)
         x, selection, prefix = self.embed_tokens(tokens), None, prefix or not prefill
         for layer in self.layers:
             cache, x, selection = layer(x, cache, slots, schedule, prefix, selection)

@@ -47,9 +47,9 @@ def decode(
         slots: what `advance` gave. Of sequence i, the first slots.num_new[i] tokens count: rows of
             y past them are finite, and mean nothing.
         layer: which layer of the cache; may be traced. May be left out if there is one.
-        schedule: the step's schedule, of `make_schedule(cache.table.cache_seqlens, h_q=heads,
-            s_q=s_q, max_seqlen=cache.table.max_seqlen)`; made here by default. It is of dense
-            attention, and not used where tokens are selected. With context_axis it is given
+        schedule: the step's schedule, of `cache.table.schedule(h_q=heads, s_q=s_q,
+            format=cache.format)`; made here by default. It is of dense attention, and not used
+            where tokens are selected. With context_axis it is given
             context, and the heads of all its devices where heads_axis is the same.
         absorbed: precomputed products of weights, from `absorb`, to be used in place of params'.
         selection: what this layer or an earlier one has selected for these tokens, from `select`.
