@@ -307,13 +307,15 @@ def test_parts_are_as_many_as_the_kernel_takes_at_once(b: int, h_q: int, num_par
     assert parts(functools.partial(sparse_decode, format=format), shapes) == [str(num_parts)]
 
 
-def test_other_formats_have_tiles_of_64_heads_alone() -> None:
+@pytest.mark.parametrize(("b", "num_parts"), [(1, 33), (3, 66)])
+def test_other_formats_have_tiles_of_64_heads_alone(b: int, num_parts: int) -> None:
+    """And no more parts than one behind their 32 tiles of tokens for each sequence."""
     shapes = (
-        jax.ShapeDtypeStruct((1, 1, 128, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((b, 1, 128, 576), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 4, 1, 576), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, 1, 2048), jnp.int32),
+        jax.ShapeDtypeStruct((b, 1, 2048), jnp.int32),
     )
-    assert parts(sparse_decode, shapes) == ["66"]
+    assert parts(sparse_decode, shapes) == [str(num_parts)]
 
 
 def parts(function: Callable, shapes: tuple) -> list[str]:
