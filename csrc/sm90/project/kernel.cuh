@@ -15,7 +15,7 @@
 #include "sm90/ptx/smem_desc.cuh"
 #include "sm90/ptx/tma.cuh"
 #include "sm90/ptx/warpgroup.h"
-#include "sm90/ptx/wgmma_ss_wide.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::project {
 

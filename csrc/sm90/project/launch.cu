@@ -131,6 +131,12 @@ Status run_project(const ProjectParams& params, cudaStream_t stream, bool depend
     return Status::InvalidArgument("project: the sm90 kernel takes 16 bits and at most " +
                                    std::to_string(project::kMaxRows) + " rows");
   }
+  if (params.exact_n % 4 != 0 || (params.exact_n > 0 && params.k % 4 != 0)) {
+    return Status::InvalidArgument(
+        "project: the sm90 kernel takes exact_w of k and exact_n that are "
+        "multiples of 4, got " +
+        std::to_string(params.k) + " and " + std::to_string(params.exact_n));
+  }
   const Status status = project::launch_products(params, dependent, stream);
   if (!status.ok() || params.exact_n == 0) return status;
   return project::exact::launch_exact(params, stream);

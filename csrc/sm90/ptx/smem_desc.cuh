@@ -48,4 +48,13 @@ __device__ __forceinline__ uint64_t mn_major_desc(uint32_t address, uint32_t col
   return fixed | (uint64_t{column_stride >> 4} << 16) | ((address & 0x3FFFF) >> 4);
 }
 
+// The lower half of k_major_desc's descriptor, which steps as that does; the upper half is
+// constant.
+__device__ __forceinline__ uint32_t operand_at(const void* chunk) {
+  return static_cast<uint32_t>(k_major_desc(smem_address(chunk)));
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t operand) {
+  return (k_major_desc(0) & ~uint64_t{0xffffffff}) | operand;
+}
+
 }  // namespace flashmla::sm90

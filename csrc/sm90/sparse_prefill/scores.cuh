@@ -33,11 +33,11 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragment
     for (int k = 0; k < 4; ++k) {
       const int step = c * 4 + k;
       if (step < kQueryStepsInRegisters) {
-        wgmma_n64_rs<T>(s, q[step], keys + 2 * k, step > 0);
+        wgmma_rs<T>(s, q[step], keys + 2 * k, step > 0);
       } else {
         const uint64_t query =
             unswizzled_desc(smem_address(smem.query_step), kTileRows * 16, 8 * 16);
-        wgmma_n64_ss<T>(s, query, keys + 2 * k, 1);
+        wgmma_ss<T>(s, query, keys + 2 * k, 1);
       }
     }
   }
@@ -45,7 +45,7 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragment
     const uint64_t query = k_major_desc(smem_address(smem.query_rope));
     const uint64_t keys = k_major_desc(smem_address(smem.rope[ring.slot]));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_n64_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
+    for (int k = 0; k < 4; ++k) wgmma_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
   }
   wgmma_commit();
 }

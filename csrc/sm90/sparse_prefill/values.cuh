@@ -68,7 +68,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
-        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k, 1);
+        wgmma_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k, 1);
       }
       wgmma_commit();
       if (first) {  // the heads have been taken out of their slot, and the last output is stored

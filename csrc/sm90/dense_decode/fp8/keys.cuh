@@ -7,7 +7,8 @@
 #include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/ptx/wgmma_rs.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
 

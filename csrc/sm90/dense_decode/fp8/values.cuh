@@ -7,7 +7,8 @@
 #include "sm90/dense_decode/fp8/load.cuh"
 #include "sm90/dense_decode/fp8/output.cuh"
 #include "sm90/formats/fragments.cuh"
-#include "sm90/ptx/wgmma_rs.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
@@ -87,8 +88,7 @@ __device__ __forceinline__ uint32_t value_rows(SharedStorage<Format, kRows>& sme
 // Adds a tile's products, of which the first raw bytes are loaded. Frees the ring's stage as soon
 // as all bytes are in registers.
 template <typename Format, int kRows, bool kLargeScales>
-__device__ __forceinline__ void add_products(const KernelArgs& args,
-                                             SharedStorage<Format, kRows>& smem, Position<kRows> at,
+__device__ __forceinline__ void add_products(SharedStorage<Format, kRows>& smem, Position<kRows> at,
                                              uint32_t rows, uint32_t (&raw)[kRaw<Format, kRows>][4],
                                              Output<kRows>& o) {
   using T = typename Format::Value;
@@ -162,8 +162,8 @@ __device__ __forceinline__ void add_products(const KernelArgs& args,
 
 // A tile's share of the output. valid_tokens: of the tile.
 template <typename Format, int kRows>
-__device__ __forceinline__ void add_tile(const KernelArgs& args, SharedStorage<Format, kRows>& smem,
-                                         Position<kRows> at, int valid_tokens, Output<kRows>& o) {
+__device__ __forceinline__ void add_tile(SharedStorage<Format, kRows>& smem, Position<kRows> at,
+                                         int valid_tokens, Output<kRows>& o) {
   const int slot = at.buffer();
   mbarrier_wait(smem_address(&smem.probabilities_full[slot]), at.buffer_parity());
   if (valid_tokens < kTileTokens)
@@ -175,10 +175,10 @@ __device__ __forceinline__ void add_tile(const KernelArgs& args, SharedStorage<F
   if (flags & (kRescaled * 0x01010101u)) rescale_output<kRows>(o, smem.rescale[slot]);
   if (flags & (kHasLargeScales * 0x01010101u)) {
     if constexpr (Format::kScales) {
-      add_products<Format, kRows, true>(args, smem, at, rows, raw, o);
+      add_products<Format, kRows, true>(smem, at, rows, raw, o);
     }
   } else {
-    add_products<Format, kRows, false>(args, smem, at, rows, raw, o);
+    add_products<Format, kRows, false>(smem, at, rows, raw, o);
   }
   if (reread_thread() % 32 == 0) {
     mbarrier_arrive(smem_address(&smem.probabilities_empty[slot]));
@@ -208,7 +208,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage<Format, kRows>&
     }
     __syncwarp();
     for (; tiles > 0; --tiles) {
-      add_tile(args, smem, at, tiles > 1 ? int{kTileTokens} : kept().y, o);
+      add_tile(smem, at, tiles > 1 ? int{kTileTokens} : kept().y, o);
       load_again(args, smem, at);
       at.next_tile();
     }

@@ -108,8 +108,8 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem, int half
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
-        wgmma_n256_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
-                            k > 0 || !fresh);
+        wgmma_ss_mn<T>(o, probabilities + 2 * k, values + kTokenGroupBytes / 8 * k,
+                       k > 0 || !fresh);
       }
       wgmma_commit();
       if (loads) find_item<kBoxes>(args, smem);

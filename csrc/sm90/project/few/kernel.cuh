@@ -7,6 +7,7 @@
 #include "elements.h"
 #include "sm90/project/few/config.h"
 #include "sm90/project/few/ring.cuh"
+#include "sm90/project/sums.cuh"
 #include "sm90/project/tile.cuh"
 #include "sm90/project/turn.cuh"
 #include "sm90/ptx/barrier.cuh"
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 4)
   const Tile tile = find_tile<kColumns>(params, args.tiles_of, blockIdx.y);
   const int first = args.block_steps * rank + threadIdx.x / 32;
   const int end = min(args.block_steps * (rank + 1), args.steps);
-  const int pieces = params.rows * (kColumns / kPiece), share = 1 << args.share;
+  const int pieces = params.rows * kPieces, share = 1 << args.share;
   const int own = min(share, pieces - rank * share);  // not above 0 where others store all
   const uint32_t barrier = smem_address(&received_barrier);
 
@@ -87,18 +88,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 4)
   __syncthreads();
 
   const auto store = [&](int piece, float4 sum) {
-    const int row = piece / (kColumns / kPiece), column = piece % (kColumns / kPiece) * kPiece;
-    if (column >= tile.count) return;
-    const ProjectOutput& out = params.out[tile.weight];
-    const int64_t at = (int64_t{row} * params.groups + group) * out.stride + tile.begin + column;
-    *reinterpret_cast<uint2*>(static_cast<Element*>(out.y) + at) = {pack<T>(sum.x, sum.y),
-                                                                    pack<T>(sum.z, sum.w)};
+    store_piece<T, Element>(params, tile, 0, group, piece, sum);
   };
   const uint32_t received = smem_address(sums) + warps * params.rows * kStride * 4;
   if (splits > 1) cluster_wait();  // for all blocks' barriers
 #pragma unroll 1
   for (int piece = threadIdx.x; piece < pieces; piece += threads) {
-    const int row = piece / (kColumns / kPiece), column = piece % (kColumns / kPiece) * kPiece;
+    const int row = piece / kPieces, column = piece % kPieces * kPiece;
     const float4 sum = add_pieces<kMaxWarps>(smem_address(sums) + (row * kStride + column) * 4,
                                              params.rows * kStride * 4, warps);
     if (splits == 1) {

@@ -5,7 +5,8 @@
 #include "sm90/formats/fragments.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
-#include "sm90/ptx/wgmma_rs.cuh"
+#include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/wgmma.cuh"
 #include "sm90/sparse_decode/narrow/formats.cuh"
 #include "sm90/sparse_decode/narrow/shared_storage.cuh"
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ void start_scores(float (&s)[32], Storage& smem, uint
     const uint64_t rows = query + chunk * (query_box * (kChunkRowBytes / 16));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma_n64_ss<T>(s, rows + 2 * k, columns + 2 * k, accumulate || k > 0);
+      wgmma_ss<T>(s, rows + 2 * k, columns + 2 * k, accumulate || k > 0);
     }
   };
   wgmma_fence();

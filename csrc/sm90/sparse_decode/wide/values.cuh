@@ -125,9 +125,9 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
           for (int k = 0; k < kTileTokens / 16; ++k) {
-            wgmma_n128_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
-                                values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
-                                k > 0 || i > 0);
+            wgmma_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
+                           values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
+                           k > 0 || i > 0);
           }
           wgmma_commit();
         }
@@ -143,9 +143,9 @@ __device__ void run_values(const KernelArgs& kernel_args, SharedStorage<Main, Ex
           // has at the launch.
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            wgmma_n128_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
-                                values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
-                                k > 0 || i > 0);
+            wgmma_ss_mn<T>(reinterpret_cast<float (&)[64]>(o[64 * j]), probabilities + 2 * k,
+                           values + kGroupBytes / 8 * k + j * (2 * kChunkBytes / 16),
+                           k > 0 || i > 0);
           }
           wgmma_commit();
         }
