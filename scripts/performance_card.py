@@ -114,11 +114,11 @@ def compact(folder: Path) -> str:
         lines.append(
             [
                 title,
-                str(limit["shapes"]),
+                str(count := len(document["shapes"])),
                 peer,
-                _mean(live, limit["shapes"]) + f" (least {number(live['least'])})" if live else "",
-                _mean(xla, limit["shapes"]) if xla else "",
-                number(limit["geometric_mean"]),
+                _mean(live, count) + f" (least {number(live['least'])})" if live else "",
+                _mean(xla, count) if xla else "",
+                _mean(limit, count),
             ]
         )
     header = ["Operation", "shapes", "peer", "times the peer", "times plain XLA", "of the limit"]

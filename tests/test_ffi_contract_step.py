@@ -155,6 +155,7 @@ PROJECT = {
     "another k": ({"w1": zeros(groups, k + 1, 8)}, "w must have shape"),
     "w in f32": ({"w": f32(groups, k, n)}, "w must have the element type of x"),
     "short y": ({"y": result(rows, groups, n, dtype=jnp.bfloat16)}, "y must have shape"),
+    "no columns": ({"w": zeros(groups, k, 0)}, "w must have shape"),
     "exact of another k": ({"exact_w": f32(groups, k + 1, 5)}, "exact_w must have shape"),
     "short exact_y": ({"exact_y": result(rows, groups, 4)}, "exact_y must have shape"),
     "cos of others": ({"cos": f32(rows + 1, pairs)}, "cos must have shape"),

@@ -72,7 +72,9 @@ def decode(
     """
     num_heads = check_call(config, params, x, cache, slots, heads_axis, context_axis)
     x = jnp.asarray(x)
-    cache, down = project_down(config, params, x, cache, slots, layer, implementation)
+    cache, down = project_down(
+        config, params, x, cache, slots, layer, implementation, indexed=selection is None
+    )
     if absorbed is None:
         q, index_q = latent_queries(config, params, down, implementation)
         down = dataclasses.replace(down, index_q=index_q)

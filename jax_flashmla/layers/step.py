@@ -26,7 +26,7 @@ class Projected:
     Attributes:
         inputs: what queries are projected from [b, s, q_lora_rank or hidden].
         index_key: what ends in the indexer's key before its norm [b, s, at least head_dim]; None
-            without an indexer.
+            without an indexer, or with a selection that is given.
         index_weights: the weights of the indexer's heads [b, s, index_heads] float32, without the
             scale of the scores; None where nothing is selected.
         index_q: its queries before their rotation, if they have been made already, or None.
@@ -49,8 +49,15 @@ def project_down(
     slots: Slots,
     layer: int | jax.Array | None,
     implementation: str | None,
+    *,
+    indexed: bool,
 ) -> tuple[PagedCache, Projected]:
-    """All that x [b, s, hidden] itself is multiplied with; the cache has the tokens' rows then."""
+    """All that x [b, s, hidden] itself is multiplied with; the cache has the tokens' rows then.
+
+    Args:
+        indexed: whether the layer selects for itself; with a selection that it is given, nothing is
+            multiplied with its indexer's weights.
+    """
     cos = sin = None
     if config.rope.layout != "none":
         cos, sin = cos_and_sin(config, positions_of(slots))
@@ -59,9 +66,9 @@ def project_down(
         latent, k_rope = project_rows(config, params, x, positions_of(slots))
         cache = write_rows(cache, latent, k_rope, slots, layer, implementation)
         return cache, Projected(query_inputs(config, params, x), None, None, cos, sin)
-    names = ("w_dq", "w_dkv", "index_w_k")
-    weights = [getattr(params, name) for name in names if getattr(params, name) is not None]
-    exact = params.index_w_weights if selects(config, cache) else None
+    index_key = params.index_w_k if indexed else None
+    weights = [w for w in (params.w_dq, params.w_dkv, index_key) if w is not None]
+    exact = params.index_w_weights if indexed and selects(config, cache) else None
     down, index_weights = multiply(x, *weights, exact=exact, implementation=implementation)
     view = cache.layer(layer)
     blocks, inputs = latent_append(
@@ -82,7 +89,7 @@ def project_down(
         implementation=implementation,
     )
     cache = dataclasses.replace(cache, blocks=replace_layer(cache.blocks, layer, blocks))
-    key = None if params.index_w_k is None else down
+    key = None if index_key is None else down
     return cache, Projected(x if inputs is None else inputs, key, index_weights, cos, sin)
 
 

@@ -39,7 +39,8 @@ def project(
         x: [rows, groups, k + rope], bfloat16, float16 or float32.
         w: [groups, k, n] of x's dtype; transposed: [groups, n, k]; or up to three of them.
         exact: one more weight [groups, k, m], float32, whose products are not rounded to x's dtype:
-            what an indexer weighs its heads with.
+            what an indexer weighs its heads with. The Hopper kernel adds products of its bfloat16
+            parts: where an infinity is multiplied, or a weight above 3.38e38, they are NaN.
         transposed: whether the last axis of w is the one that is summed over.
         cos: [rows, rope / 2] float32 of each pair of the columns to rotate, with whatever scale the
             embedding has; None with layout "none".
@@ -128,7 +129,13 @@ def _sizes(x: Any, weights: Sequence[Any], transposed: bool) -> tuple[int, list[
 def _refusal(x: Any, *arrays: Any, transposed: bool, **__: Any) -> str | None:
     """Why the Hopper kernel does not take a product; None where it does."""
     k, n = _sizes(x, arrays[:-3], transposed)
-    return refusal_of_sizes(x, k, [*n, x.shape[2], arrays[-3].shape[2]], groups=x.shape[1])
+    exact_n, groups = arrays[-3].shape[2], x.shape[1]
+    if exact_n and groups * -(-x.shape[0] // _limits.EXACT_ROWS) > _limits.MAX_PROJECT_GROUPS:
+        return (
+            f"the sm90 kernel of project takes with exact at most {_limits.MAX_PROJECT_GROUPS} "
+            f"groups of {_limits.EXACT_ROWS} rows, got {groups} of {x.shape[0]}"
+        )
+    return refusal_of_sizes(x, k, [*n, x.shape[2], exact_n], groups=groups)
 
 
 def refusal_of_sizes(x: Any, k: int, columns: Sequence[int], *, groups: int) -> str | None:

@@ -192,6 +192,19 @@ def test_fp8_keys_of_a_step_with_padding():
     assert "@flashmla_cache_append_v1(" not in text
 
 
+def test_a_given_selection_needs_none_of_the_indexer_s_weights():
+    params, x, cache, slots = make_call()
+    cache, selection = select(FULL, params, x, cache, slots=slots)
+    step = lambda params, **given: decode(FULL, params, x, cache, slots=slots, **given)[1]  # noqa: E731
+    index = {k: v * np.nan for k, v in vars(params).items() if k.startswith("index_")}
+    poisoned = dataclasses.replace(params, **index)
+    given = jax.jit(functools.partial(step, selection=selection))
+    np.testing.assert_array_equal(given(poisoned), given(params))
+    weight = "f32[" + ",".join(map(str, (1, *params.index_w_weights.shape))) + "]"
+    assert weight not in str(jax.make_jaxpr(given)(params))
+    assert weight in str(jax.make_jaxpr(step)(params))
+
+
 def test_hadamard_rotation():
     x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
     matrix = np.array([[(-1) ** bin(i & j).count("1") for j in range(16)] for i in range(16)])

@@ -218,3 +218,17 @@ def test_the_reference_is_differentiable() -> None:
 def test_wrong_arguments_are_named(changes, error, message) -> None:
     with pytest.raises(error, match=message):
         project(**{**make_arrays(FLOAT32), "layout": FLOAT32.layout, **changes})
+
+
+@pytest.mark.parametrize(("groups", "rows", "m", "kernel"), [
+    (16383, 128, 8, True), (16384, 128, 8, False), (16384, 128, 0, True), (65535, 32, 8, True),
+])  # fmt: skip
+def test_a_float32_weight_of_more_groups_than_a_grid_has_goes_to_xla(groups, rows, m, kernel):
+    shapes = [(rows, groups, 8), (groups, 8, 8), (groups, 8, m)]
+    x, w, exact = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in zip(shapes, ("bfloat16", "bfloat16", "float32"), strict=True)
+    )
+    call = lambda x, w, e: project(x, w, exact=e if m else None)  # noqa: E731
+    text = jax.jit(call).trace(x, w, exact).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("@flashmla_project_v1(" in text) == kernel
