@@ -126,7 +126,7 @@ Status run_sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) 
   const int rows = narrow_rows(params, multiprocessors);
   Status status = is_narrow(params, rows)
                       ? sparse::narrow::launch_v32(args, rows, params.num_parts, stream)
-                      : sparse::wide::launch(params, args, stream);
+                      : sparse::wide::launch(params, args, multiprocessors, stream);
   if (!status.ok()) return status;
   return run_merge(merge_params(params), /*shares_sm=*/false, stream);
 }

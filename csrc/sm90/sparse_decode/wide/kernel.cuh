@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T, typename Main, typename Extra>
-Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream) {
+Status launch_kernel(const KernelArgs& args, int num_parts, bool pairs, cudaStream_t stream) {
   const dim3 grid((args.common.h_q + kRows - 1) / kRows, num_parts);
   const auto start = [&](auto kernel, size_t shared_bytes, int cluster) {
     return launch(
@@ -88,7 +88,7 @@ Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream)
   if constexpr (Main::kCodes == Codes::kNone) {
     return start(wide_sparse_decode_kernel<T, Main, Extra, Feed::kCopy>,
                  sizeof(SharedStorage<Main, Extra, Feed::kCopy>), 1);
-  } else if (grid.x % 2 == 0) {
+  } else if (pairs) {
     return start(wide_sparse_decode_kernel<T, Main, Extra, Feed::kPeers>,
                  sizeof(SharedStorage<Main, Extra, Feed::kPeers>), 2);
   } else {
@@ -98,8 +98,9 @@ Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream)
 }
 
 // Instantiates the kernel for both types of queries.
-#define FLASHMLA_WIDE_SPARSE_DECODE(MAIN, EXTRA)                                                   \
-  template Status launch_kernel<__nv_bfloat16, MAIN, EXTRA>(const KernelArgs&, int, cudaStream_t); \
-  template Status launch_kernel<__half, MAIN, EXTRA>(const KernelArgs&, int, cudaStream_t)
+#define FLASHMLA_WIDE_SPARSE_DECODE(MAIN, EXTRA)                                          \
+  template Status launch_kernel<__nv_bfloat16, MAIN, EXTRA>(const KernelArgs&, int, bool, \
+                                                            cudaStream_t);                \
+  template Status launch_kernel<__half, MAIN, EXTRA>(const KernelArgs&, int, bool, cudaStream_t)
 
 }  // namespace flashmla::sm90::sparse::wide

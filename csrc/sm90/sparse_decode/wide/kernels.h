@@ -9,8 +9,9 @@
 
 namespace flashmla::sm90::sparse::wide {
 
-// T: of queries and outputs.
+// T: of queries and outputs. pairs: of an even number of head tiles, two share the conversion of
+// rows of codes.
 template <typename T, typename Main, typename Extra>
-Status launch_kernel(const KernelArgs& args, int num_parts, cudaStream_t stream);
+Status launch_kernel(const KernelArgs& args, int num_parts, bool pairs, cudaStream_t stream);
 
 }  // namespace flashmla::sm90::sparse::wide

@@ -9,7 +9,7 @@
 namespace flashmla::sm90::sparse::wide {
 
 // InvalidArgument for caches that the kernel does not take.
-Status launch(const SparseDecodeParams& params, const sparse::KernelArgs& args,
+Status launch(const SparseDecodeParams& params, const sparse::KernelArgs& args, int multiprocessors,
               cudaStream_t stream);
 
 }  // namespace flashmla::sm90::sparse::wide
