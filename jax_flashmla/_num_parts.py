@@ -10,6 +10,7 @@ from jax_flashmla._xla.dispatch import local_cuda_device
 _HOPPER_SM_COUNT = 132  # H100 and H200
 _SMALL_TILES = 2  # tiles of tokens and SMALL_TILE_ROWS rows for each multiprocessor
 _FP8_TILES = 8  # the same, of FP8_TILE_ROWS rows
+_V32_TILES = 16  # of TILE_ROWS rows
 
 
 class Split(NamedTuple):
@@ -18,12 +19,13 @@ class Split(NamedTuple):
 
 
 def default_split(
-    *, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | None, fp8: bool = False
+    *, b: int, s_q: int, h_q: int, h_kv: int, max_seqlen: int | None, format: str = "dense"
 ) -> Split:
     """Parts that fill the local CUDA device, or an H100 or H200 where there is none.
 
     Smaller tiles of query rows, and so fewer parts, where `max_seqlen` promises a small problem,
-    or one that is not large over fp8 rows.
+    or one that is not large over fp8 rows. Over v32 rows FP8_TILE_ROWS names a kernel of its own,
+    whose tiles have TILE_ROWS.
     """
 
     def row_tiles(rows: int) -> int:
@@ -33,14 +35,16 @@ def default_split(
 
     sm_count = _sm_count()
     tile_rows, tiles = _limits.TILE_ROWS, row_tiles(_limits.TILE_ROWS)
-    smaller = [(_limits.SMALL_TILE_ROWS, _SMALL_TILES)]
-    if fp8 and row_tiles(_limits.FP8_TILE_ROWS) > tiles:
-        smaller.append((_limits.FP8_TILE_ROWS, _FP8_TILES))
+    smaller = [(_limits.SMALL_TILE_ROWS, row_tiles(_limits.SMALL_TILE_ROWS), _SMALL_TILES)]
+    few = row_tiles(_limits.FP8_TILE_ROWS)
+    if format != "dense" and few > tiles:
+        large = (_limits.FP8_TILE_ROWS, tiles, _V32_TILES)
+        smaller.append(large if format == "v32" else (_limits.FP8_TILE_ROWS, few, _FP8_TILES))
     if max_seqlen is not None:
         work = b * max(1, -(-max_seqlen // _limits.SPLIT_TILE))  # tiles of tokens
-        for rows, most in smaller:
-            if row_tiles(rows) <= sm_count and work * row_tiles(rows) <= most * sm_count:
-                tile_rows, tiles = rows, row_tiles(rows)
+        for rows, count, most in smaller:
+            if count <= sm_count and work * count <= most * sm_count:
+                tile_rows, tiles = rows, count
                 break
     return Split(min(max(1, sm_count // tiles), _limits.MAX_PARTS), tile_rows)
 

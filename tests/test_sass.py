@@ -15,7 +15,12 @@ PACKAGE = pathlib.Path(importlib.util.find_spec("jax_flashmla").origin).parent
 MODULES = sorted(PACKAGE.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not MODULES, reason="this build has no CUDA module")
 
-DECODE_KERNELS = ("wide_decode_kernel", "narrow_decode_kernel", "fp8_decode_kernel")
+DECODE_KERNELS = (
+    "wide_decode_kernel",
+    "narrow_decode_kernel",
+    "fp8_decode_kernel",
+    "fp8_wide_kernel",
+)
 SPARSE_KERNELS = ("sparse_decode_kernel", "sparse_decode_small_kernel")
 KERNELS = (
     "make_schedule_kernel",
@@ -230,6 +235,13 @@ def test_dense_decode_over_fp8_multiplies_codes_from_registers(instructions, for
     assert count["UBLKCP"] > 0
     # f16 codes by conversion: of each product's 16 columns of a key, a lane has four pairs.
     assert count["F2FP"] >= 4 * (36 if format == "Fp8Row" else 32)
+
+
+def test_wide_dense_decode_over_fp8_multiplies_what_it_converts_in_place(instructions):
+    (count,) = (count for kernel, count in instructions.items() if "fp8_wide_kernel" in kernel)
+    # 36 steps of 16 key columns, of a piece's first tile and of others; four of 16 tokens.
+    assert count["HGMMA"] == 2 * 36 + 4
+    assert count["UTMALDG"] > 0
 
 
 def test_no_kernel_has_a_stack(instructions, resources):

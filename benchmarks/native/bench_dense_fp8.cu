@@ -29,6 +29,7 @@ struct Hostility {
   bool bad_ids = false;  // block ids outside the cache
   int spread = 0;        // of scales
   float kv_scale = 0.0009765625f, query_scale = 10;
+  bool few = false;  // as a schedule made for few tiles of v32 rows
 };
 
 // As default_split chooses (jax_flashmla/_num_parts.py).
@@ -93,6 +94,7 @@ struct Bench : DeviceArrays {
 
   bool check(Shape x, Format format, const Hostility& h) {
     choose_parts(x);
+    if (h.few) x.tile_rows = 32;
     int64_t blocks = 3;
     for (int n : x.lengths) blocks += std::max(0, n) / h.block_size + 1;
     std::vector<const int32_t*> tables;
@@ -124,11 +126,13 @@ struct Bench : DeviceArrays {
         errors_of(download(p.lse, rows), download(lse, rows), {1e-6, 8.01 / 65536});
     const bool ok = errors.within(bounds) && of_lse.bad == 0 && differing == 0;
     std::printf(
-        "%s %-8s %-26s block %3d%s%s spread %d scale %g: max error %.1e, bad %zu/%zu, cosine %.1e, "
+        "%s %-8s %-26s block %3d%s%s%s spread %d scale %g: max error %.1e, bad %zu/%zu, cosine "
+        "%.1e, "
         "lse %.1e, bad %zu, reruns differing %d\n",
         ok ? "ok  " : "FAIL", format == Format::kV32 ? "v32" : "fp8_row", x.label.c_str(),
-        h.block_size, h.causal ? " causal" : "", h.bad_ids ? " bad ids" : "", h.spread, h.kv_scale,
-        errors.worst, errors.bad, got.size(), errors.cosine, of_lse.worst, of_lse.bad, differing);
+        h.block_size, h.causal ? " causal" : "", h.bad_ids ? " bad ids" : "", h.few ? " few" : "",
+        h.spread, h.kv_scale, errors.worst, errors.bad, got.size(), errors.cosine, of_lse.worst,
+        of_lse.bad, differing);
     if (const size_t at = errors.first_bad; errors.bad)
       std::printf("     first bad: row %zu column %zu, got %g, want %g\n", at / kDv, at % kDv,
                   float(got[at]), want[at]);
@@ -219,19 +223,30 @@ bool run_checks(Bench& bench, bool small) {
       for (const Shape& x : few) {
         ok &= bench.check(x, format, {});
         ok &= bench.check(x, format, {.causal = true, .block_size = 24, .bad_ids = true});
+        if (format == Format::kV32 && x.s_q * x.h_q > 32)
+          ok &= bench.check(x, format,
+                            {.causal = true, .block_size = 24, .bad_ids = true, .few = true});
       }
       continue;
     }
     for (const Shape& x : shapes) {
       ok &= bench.check(x, format, {});
       ok &= bench.check(x, format, {.causal = true, .block_size = 72});
+      if (format == Format::kV32 && x.s_q * x.h_q > 32) {
+        ok &= bench.check(x, format, {.few = true});
+        ok &= bench.check(x, format, {.causal = true, .block_size = 72, .few = true});
+      }
     }
     const Shape& some = shapes[5];
     for (int block : {8, 16, 24, 40, 128, 256, 1000})
       ok &= bench.check(some, format, {.causal = true, .block_size = block, .bad_ids = true});
     const Shape pairs{"b3 s2 h128", 2, 128, {700, 90, 65}, 3};
-    for (int block : {8, 24, 256})
+    for (int block : {8, 24, 256}) {
       ok &= bench.check(pairs, format, {.causal = true, .block_size = block, .bad_ids = true});
+      if (format == Format::kV32)
+        ok &= bench.check(pairs, format,
+                          {.causal = true, .block_size = block, .bad_ids = true, .few = true});
+    }
     ok &= bench.check(pairs, format, {.kv_scale = -0.001f, .query_scale = 30});
     ok &= bench.check(pairs, format, {.kv_scale = 1e20f, .query_scale = 1e-22f});
     ok &= bench.check(some, format, {.kv_scale = 3e-5f, .query_scale = 1e-4f});
@@ -241,15 +256,22 @@ bool run_checks(Bench& bench, bool small) {
   if (small) {  // scales that one factor does not hold
     for (int heads : {16, 64})
       ok &= bench.check({"b2 uncut", 1, heads, {200, 65}, 1}, Format::kV32, {.spread = 100});
+    ok &=
+        bench.check({"b2 uncut", 1, 64, {200, 65}, 1}, Format::kV32, {.spread = 100, .few = true});
   }
   if (!small) {
-    ok &= bench.check({"b4 h64 uncut", 1, 64, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 6});
+    for (bool few : {false, true})
+      for (int spread : {6, 100})
+        ok &= bench.check({"b4 h64 uncut", 1, 64, {300, 0, 65, 130}, 1}, Format::kV32,
+                          {.spread = spread, .few = few});
     ok &= bench.check({"b4 h16 uncut", 1, 16, {300, 0, 65, 130}, 1}, Format::kV32, {.spread = 100});
     // Sequences of a tile each: looked up one by one.
     for (Format format : {Format::kFp8Row, Format::kV32})
       for (int heads : {16, 64})
         ok &= bench.check({"b90 one tile uncut", 1, heads, std::vector<int>(90, 60), 1}, format,
                           {.block_size = 8});
+    ok &= bench.check({"b90 one tile uncut", 1, 64, std::vector<int>(90, 60), 1}, Format::kV32,
+                      {.block_size = 8, .few = true});
   }
   std::printf(ok ? "all checks passed\n" : "CHECKS FAILED\n");
   return ok;

@@ -351,7 +351,7 @@ def _batch(
         h_q=q.shape[2],
         h_kv=format.h_kv,
         max_seqlen=block_table.shape[1] * format.block_size,
-        fp8=format.name != "dense",
+        format=format.name,
     )
     (cuts,) = schedule_op.bind(cache_seqlens, num_parts=num_parts, implementation=implementation)
     out, lse, *workspace = decode_op.bind(

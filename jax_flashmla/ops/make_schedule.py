@@ -175,7 +175,7 @@ def schedule_of_lengths(
         room = None if batch_invariant else max_seqlen
         num_parts, tile_rows = default_split(
             b=b, s_q=s_q, h_q=h_q, h_kv=h_kv, max_seqlen=room,
-            fp8=format is not None and format.name != "dense",
+            format="dense" if format is None else format.name,
         )  # fmt: skip
     if b > _limits.MAX_BATCH:
         cuts = uncut(b, num_parts)

@@ -204,7 +204,7 @@ def test_small_problems_have_few_parts_by_default() -> None:
 
 def test_fp8_rows_have_small_tiles_in_larger_problems() -> None:
     """At most eight tiles of 64 tokens and 32 query rows a multiprocessor, of 132."""
-    split = functools.partial(default_split, s_q=1, h_kv=1, fp8=True)
+    split = functools.partial(default_split, s_q=1, h_kv=1, format="fp8_row")
     most = 8 * 132 // 2 * 64
     assert split(b=1, h_q=64, max_seqlen=2112) == (132 // 4, 16)
     assert split(b=1, h_q=64, max_seqlen=most) == (132 // 2, 32)
@@ -217,6 +217,17 @@ def test_fp8_rows_have_small_tiles_in_larger_problems() -> None:
     assert schedule(format=CacheFormat()).tile_rows == schedule().tile_rows == 64
     with pytest.raises(TypeError, match="format must be a CacheFormat or None, got str"):
         schedule(format="v32")
+
+
+def test_v32_rows_have_parts_for_tiles_of_64_rows_in_larger_problems() -> None:
+    """At most sixteen tiles a multiprocessor: a kernel of its own takes what is called 32 there."""
+    split = functools.partial(default_split, s_q=1, h_kv=1, format="v32")
+    most = 16 * 132 * 64
+    assert split(b=1, h_q=64, max_seqlen=2112) == (132 // 4, 16)
+    assert split(b=1, h_q=64, max_seqlen=most) == (132, 32)
+    assert split(b=1, h_q=64, max_seqlen=most + 1) == (132, 64)
+    assert split(b=2, h_q=128, max_seqlen=most // 4) == (132 // 2, 32)
+    assert split(b=1, h_q=32, max_seqlen=most) == (132, 64)
 
 
 def test_max_seqlen_reaches_the_default() -> None:

@@ -17,7 +17,9 @@ constexpr int kValueDim = 512;  // d_v: the latent columns
 constexpr int kTileRows = 64;
 constexpr int kNarrowRows = 32;
 constexpr int kLeastRows = 16;
-constexpr int kFewRows = 32;  // over fp8 rows, whose kernel is built for 16, 32 and 64
+// Over fp8 rows, where a problem is not large: the fp8 kernel is built for 16, 32 and 64. Over v32
+// the wide one is taken then, with more rows than these.
+constexpr int kFewRows = 32;
 constexpr int kTileTokens = kSplitTile;
 constexpr int kMinBlock = 16, kMaxBlock = 256;      // tokens of a cache block
 constexpr int kMaxBoxes = kTileTokens / kMinBlock;  // of a tile: blocks that it may span

@@ -35,11 +35,12 @@ struct RowTiles {
 };
 
 // The schedule says which tiles it was made for: 16 where the problem is small, since small tiles
-// take less time each but read the cache for each of them; over fp8 rows 32 where it is not large;
-// else as many rows as there are, up to 64.
+// take less time each but read the cache for each of them; 32 where it is not large, which fp8_row
+// alone takes (over v32 there is a kernel for it); else as many rows as there are, up to 64.
 RowTiles choose_row_tiles(const DenseDecodeParams& params) {
   const int together = rows_together(params);
-  const int most = params.tile_rows == kFewRows && !is_fp8(params) ? kTileRows : params.tile_rows;
+  const bool few = params.tile_rows == kFewRows && params.format != Format::kFp8Row;
+  const int most = few ? kTileRows : params.tile_rows;
   const int rows = most == kLeastRows ? kLeastRows : std::min(together, most);
   const int count = (together + rows - 1) / rows;
   return {rows, params.h_kv == 1 ? count : params.s_q * count};

@@ -5,8 +5,10 @@
 #include <numeric>
 #include <string>
 
+#include "sm90/dense_decode/config.h"
 #include "sm90/dense_decode/fp8/formats.cuh"
 #include "sm90/dense_decode/fp8/kernels.h"
+#include "sm90/dense_decode/fp8/wide/launch.h"
 #include "sm90/host/launch.h"
 #include "sm90/ptx/tma.cuh"
 
@@ -58,6 +60,9 @@ Status launch(const DenseDecodeParams& params, int tile_rows, int row_tiles, cud
   // A tile that several blocks read must stay in L2 until the last has read it.
   args.cache_hint = row_tiles > 1 ? kEvictNormal : kEvictFirst;
   const dim3 grid(row_tiles, params.num_parts);
+  if (v32 && params.tile_rows == kFewRows && tile_rows > kFewRows) {
+    return wide::launch(params, args, tile_rows, grid, stream);
+  }
   return (v32 ? launch_v32 : launch_fp8_row)(args, tile_rows, grid, stream);
 }
 
