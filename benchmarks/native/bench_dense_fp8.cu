@@ -141,6 +141,39 @@ struct Bench : DeviceArrays {
     return ok;
   }
 
+  // Whether a NaN code in the last token of a sequence makes NaN of what attends it, and of nothing
+  // else: of two query tokens the first does not.
+  bool check_nan_code(Format format, bool few, int code) {
+    const int h_q = 64, length = 100, tokens = 3 * 64;
+    std::vector<const int32_t*> tables;
+    DenseDecodeParams p =
+        make({"", 2, h_q, {length}, 1, few ? 32 : 64}, format, {.causal = true}, 3, 1, tables);
+    uint8_t* cache = (uint8_t*)alloc(3 * p.block_bytes);
+    fill_rows<<<256, 128>>>(cache, format, tokens, 3, 0);
+    p.blocks = cache;
+    const auto run = [&] {
+      CHECK_STATUS(flashmla::sm90::run_dense_decode(p, 0));
+      CHECK(cudaDeviceSynchronize());
+      return download<T>(p.out, size_t(2) * h_q * kDv);
+    };
+    const auto before = run();
+    std::vector<int32_t> table(p.max_blocks);
+    CHECK(cudaMemcpy(table.data(), p.block_table, table.size() * 4, cudaMemcpyDeviceToHost));
+    const int64_t row = table[(length - 1) / 64] * 64 + (length - 1) % 64;
+    CHECK(cudaMemset(cache + row * row_bytes(format) + code, 0xFF, 1));
+    const auto after = run();
+    size_t bad = 0;
+    for (size_t i = 0; i < before.size(); ++i) {
+      const float x = before[i], y = after[i];
+      bad += i < before.size() / 2 ? x != y : !std::isnan(y);
+    }
+    std::printf("%s %-8s NaN code %d%s: bad %zu/%zu\n", bad ? "FAIL" : "ok  ",
+                format == Format::kV32 ? "v32" : "fp8_row", code, few ? " few" : "", bad,
+                before.size());
+    release();
+    return bad == 0;
+  }
+
   // NaN in every slot past a sequence's length, in its last block.
   void poison(const Shape& x, const DenseDecodeParams& p, uint8_t* cache) {
     std::vector<int32_t> table(size_t(p.b) * p.max_blocks);
@@ -273,6 +306,8 @@ bool run_checks(Bench& bench, bool small) {
     ok &= bench.check({"b90 one tile uncut", 1, 64, std::vector<int>(90, 60), 1}, Format::kV32,
                       {.block_size = 8, .few = true});
   }
+  for (bool few : {false, true})
+    for (int code : {0, 300, 511}) ok &= bench.check_nan_code(Format::kV32, few, code);
   std::printf(ok ? "all checks passed\n" : "CHECKS FAILED\n");
   return ok;
 }
