@@ -53,15 +53,14 @@ def sparse_num_parts(*, tiles: int, h_q: int, small_tiles: bool) -> int:
     """Parts of sparse_decode's query tokens, which have so many tiles of indices together.
 
     With small_tiles, in a small problem so few that the Hopper kernel takes tiles of 16 heads: it
-    reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu). Else one more
-    than there are tiles is enough for pieces of one tile (least_stride in csrc/schedule/plan.h):
-    parts without work would take thread blocks of the merge.
+    reads that off their number (narrow_rows in csrc/sm90/sparse_decode/launch.cu). Else no more
+    than there are tiles: parts without work would take thread blocks of the merge.
     """
     sm_count, small = _sm_count(), -(-h_q // _limits.SMALL_TILE_ROWS)
     few = small_tiles and tiles * small <= _SMALL_TILES * sm_count
     row_tiles = small if few else -(-h_q // _limits.TILE_ROWS)
-    most = tiles + 1 if not few else _limits.MAX_PARTS
-    return min(max(1, sm_count // row_tiles), most, _limits.MAX_PARTS)
+    most = tiles if not few else _limits.MAX_PARTS
+    return max(1, min(sm_count // row_tiles, most, _limits.MAX_PARTS))
 
 
 def _sm_count() -> int:

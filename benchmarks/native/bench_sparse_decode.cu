@@ -56,13 +56,13 @@ struct Hostility {
 };
 
 // Parts for which the launch takes tiles of 16 heads where the problem is small; else as many as
-// fill the multiprocessors with tiles of 64, or one more than there are tiles.
+// fill the multiprocessors with tiles of 64, but no more than there are tiles.
 int choose_parts(const Shape& x) {
   if (x.num_parts > 0) return x.num_parts;
   const auto tiles = [&](int rows) { return (x.h_q + rows - 1) / rows; };
   const bool has_small = x.format == Format::kV32 && x.extra_topk == 0;
   const bool few = has_small && x.tiles() * tiles(16) <= 2 * 132;
-  return std::max(1, std::min(132 / tiles(few ? 16 : 64), few ? 132 : x.tiles() + 1));
+  return std::max(1, std::min(132 / tiles(few ? 16 : 64), few ? 132 : x.tiles()));
 }
 
 struct Bench : DeviceArrays {

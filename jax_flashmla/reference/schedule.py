@@ -100,5 +100,5 @@ def _least_stride(total_tiles: Int32[Array, ""], num_parts: int) -> Int32[Array,
     root = jnp.int32(0)
     for bit in reversed(range(16)):
         larger = root + (1 << bit)
-        root = jnp.where(larger <= square // larger, larger, root)
+        root = jnp.where(larger <= (square - 1) // larger, larger, root)
     return jnp.maximum(root, 1)

@@ -39,7 +39,7 @@ def naive_cuts(lengths: list[int] | np.ndarray, num_parts: int) -> list[list[int
     """The three plans of csrc/schedule/plan.h, one unit after another."""
     tiles, b = count_tiles(lengths), len(lengths)
     stride = max(1, -(-(int(tiles.sum()) + OVERHEAD * (b - 1)) // num_parts))
-    least = max(1, math.isqrt(MERGE_COST * int(tiles.sum()) // num_parts))
+    least = max(1, math.isqrt(max(MERGE_COST * int(tiles.sum()) // num_parts - 1, 0)))
     uniform = next(
         (
             k
