@@ -45,8 +45,9 @@ class Torch:
             cuda.synchronize()
             return float(start.elapsed_time(end)) / 1e3
 
-        # Events are the device's own: a sample has no beginning or end to take away.
-        method = replace(method, lead_seconds=0.0, sustained_seconds=0.0)
+        # With the lead, though events have no beginning or end to take away: a hot GPU's clock
+        # falls within a sample, so both are to have run as long before it.
+        method = replace(method, sustained_seconds=0.0)
         with cuda.stream(stream):
             calls[0]()
             cuda.synchronize()

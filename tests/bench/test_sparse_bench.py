@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -15,7 +16,7 @@ import fake_flashmla
 from jax_flashmla import CacheFormat
 from jax_flashmla.bench import document, live, run
 from jax_flashmla.bench.limits import H100_READ_GBS, limits_of
-from jax_flashmla.bench.measure import METHODS, Ceilings
+from jax_flashmla.bench.measure import METHODS, Ceilings, take_samples
 from jax_flashmla.bench.setup import Setup
 from jax_flashmla.bench.sparse_decode import calls, peers
 from jax_flashmla.bench.sparse_decode.grids import GRIDS
@@ -58,6 +59,21 @@ def test_tiny_grid_is_measured_and_drawn(tmp_path, capsys, monkeypatch):
     assert min(measured.values()) > 0
     assert main(["bench", "--from", str(file), "--plots", str(plots)]) == 0
     assert {path.name for path in plots.iterdir()} == {"tiny_latency.png", "tiny_roofline.png"}
+
+
+def test_a_peer_runs_as_much_before_its_samples_as_our_kernel():
+    """A hot GPU's clock falls: what ran before a sample is in its time."""
+    asked, graph = [], fake_flashmla.Graph()
+    method = dataclasses.replace(METHODS["gpu"], rest_seconds=0.0, sustained_seconds=0.0)
+
+    def seconds_of(runs: int) -> float:
+        asked.append(runs)
+        return runs * fake_flashmla.REPLAY_MS / 1e3
+
+    ours = take_samples(seconds_of, 2, method)
+    us = fake_flashmla.make(graph).time_us([lambda: None] * 2, method)
+    assert (us, ours.us) == pytest.approx((fake_flashmla.REPLAY_MS * 1e3 / 2,) * 2)
+    assert graph.replays == sum(asked)
 
 
 @pytest.mark.usefixtures("quick_ceilings")

@@ -113,19 +113,36 @@ def fwd_kvcache_mla_fp8(q, kv, d_v, seqlens, table, sm_scale, causal, metadata, 
     )[:2]
 
 
-class Event:
-    def __init__(self, *, enable_timing: bool) -> None:
-        assert enable_timing
+class Graph:
+    """Takes REPLAY_MS a replay, on a clock that its events share."""
 
-    def record(self, stream: Any) -> None: ...
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def reset(self) -> None: ...
+
+    def event(self, *, enable_timing: bool) -> Event:
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def record(self, stream: Any) -> None:
+        self.at = self.graph.replays
 
     def elapsed_time(self, end: Event) -> float:
-        return REPLAY_MS
+        return REPLAY_MS * (end.at - self.at)
 
 
-def make(**ops: Any) -> FlashMLA:
-    """ops: those to replace."""
-    graph = types.SimpleNamespace(replay=lambda: None, reset=lambda: None)
+def make(graph: Graph | None = None, **ops: Any) -> FlashMLA:
+    """graph: the one that all calls are captured in; ops: those to replace."""
+    graph = graph or Graph()
     cuda = types.SimpleNamespace(
         Stream=object,
         stream=contextlib.nullcontext,
@@ -133,7 +150,7 @@ def make(**ops: Any) -> FlashMLA:
         empty_cache=lambda: None,
         CUDAGraph=lambda: graph,
         graph=lambda graph, stream: contextlib.nullcontext(),
-        Event=Event,
+        Event=graph.event,
     )
     torch = types.SimpleNamespace(
         cuda=cuda,
