@@ -32,8 +32,6 @@ constexpr int kGatherWarps = 2 * kWarpgroupWarps;
 static_assert(kGatherWarps == kTokenGroups);
 constexpr int kLoadingThread = kWarpgroupThreads;  // of heads
 constexpr int kScoreBarrier = 1;                   // named barrier of the score warpgroup
-// Steps of 16 latent columns, of 32 in all, whose queries stay in the score warpgroup's registers.
-constexpr int kQueryStepsInRegisters = 31;
 // Registers a thread: together the whole file.
 constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores
 constexpr int kValueRegisters = 160;  // 128 of the output

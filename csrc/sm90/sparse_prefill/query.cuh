@@ -2,13 +2,12 @@
 // the last 16 and the rope columns in shared memory.
 #pragma once
 
+#include "sm90/attention/query_products.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/sparse_prefill/shared_storage.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
-
-using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
 // Takes the heads out of the ring: chunks of `box` rows. Rows past the box are
 // whatever is there; their results are not stored. Called by the score

@@ -22,20 +22,8 @@ __device__ __forceinline__ void score_latent(float (&s)[32], const QueryFragment
       mbarrier_wait(smem_address(&smem.half_full[c / kHalfChunks][ring.slot]), ring.parity);
       wgmma_fence();
     }
-    const uint64_t keys = k_major_desc(
-        smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
-        kTokenGroupBytes);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int step = c * 4 + k;
-      if (step < kQueryStepsInRegisters) {
-        wgmma_rs<T>(s, q[step], keys + 2 * k, step > 0);
-      } else {
-        const uint64_t query =
-            unswizzled_desc(smem_address(smem.query_step), kTileRows * 16, 8 * 16);
-        wgmma_ss<T>(s, query, keys + 2 * k, 1);
-      }
-    }
+    multiply_latent_chunk<T>(s, q, smem.query_step,
+                             smem_address(smem.latent[ring.slot][c / kHalfChunks]), c);
   }
 }
 
@@ -43,10 +31,7 @@ template <typename T>
 __device__ __forceinline__ void score_rope(float (&s)[32], const SharedStorage& smem, Ring ring) {
   mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
   wgmma_fence();
-  const uint64_t query = k_major_desc(smem_address(smem.query_rope));
-  const uint64_t keys = k_major_desc(smem_address(smem.rope[ring.slot]));
-#pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma_ss<T>(s, query + 2 * k, keys + 2 * k, 1);
+  multiply_rope<T>(s, smem_address(smem.query_rope), smem_address(smem.rope[ring.slot]));
   wgmma_commit();
 }
 

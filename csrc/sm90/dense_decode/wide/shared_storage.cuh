@@ -8,10 +8,7 @@
 namespace flashmla::sm90::dense_decode::wide {
 
 constexpr int kThreads = kComputeThreads;
-constexpr int kStages = 3;  // tiles in shared memory
-// Steps of 16 latent columns, of 32 in all, whose queries stay in the score warpgroup's registers;
-// one more would not fit.
-constexpr int kQueryStepsInRegisters = 31;
+constexpr int kStages = 3;                                  // tiles in shared memory
 constexpr int kLoadingThread = 2 * kWarpgroupThreads + 32;  // in the right value warpgroup
 // Registers a thread: together the whole file.
 constexpr int kScoreRegisters = 184;  // 124 of the query, 32 of the scores

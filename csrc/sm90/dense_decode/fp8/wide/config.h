@@ -24,8 +24,6 @@ constexpr int kWideThreads = 3 * kWarpgroupThreads;
 constexpr int kValueWarps = 2 * kWarps;
 static_assert(kValueWarps == kTokenGroups);
 constexpr int kTakeBarrier = 1;  // named barrier of the score warpgroup
-// Steps of 16 latent columns, of 32 in all, whose queries stay in the score warpgroup's registers.
-constexpr int kQueryStepsInRegisters = 31;
 // Registers a thread: together the whole file.
 constexpr int kWideScoreRegisters = 184;  // 124 of the query, 32 of the scores
 constexpr int kWideValueRegisters = 160;  // 128 of the output

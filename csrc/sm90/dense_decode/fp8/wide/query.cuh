@@ -2,13 +2,12 @@
 // columns in shared memory.
 #pragma once
 
+#include "sm90/attention/query_products.cuh"
 #include "sm90/dense_decode/fp8/wide/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8::wide {
-
-using QueryFragments = uint32_t[kQueryStepsInRegisters][4];  // k16 step, A fragment
 
 // Takes the queries out of the ring: chunks of `box` rows. Rows past the box are whatever is there;
 // their results are not stored. Called by the score warpgroup with no wgmma in flight.

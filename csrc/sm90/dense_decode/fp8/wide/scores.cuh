@@ -15,25 +15,10 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragment
   wgmma_fence();
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
-    const uint64_t keys = k_major_desc(
-        smem_address(smem.latent[ring.slot][c / kHalfChunks]) + c % kHalfChunks * kGroupBytes,
-        kTokenGroupBytes);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int step = c * 4 + k;
-      if (step < kQueryStepsInRegisters) {
-        wgmma_rs<Value>(s, q[step], keys + 2 * k, step > 0);
-      } else {
-        const uint64_t query =
-            unswizzled_desc(smem_address(smem.query_step), kTileRows * 16, 8 * 16);
-        wgmma_ss<Value>(s, query, keys + 2 * k, 1);
-      }
-    }
+    multiply_latent_chunk<Value>(s, q, smem.query_step,
+                                 smem_address(smem.latent[ring.slot][c / kHalfChunks]), c);
   }
-  const uint64_t query = k_major_desc(smem_address(smem.query_rope));
-  const uint64_t keys = k_major_desc(smem_address(smem.rope[ring.slot]));
-#pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma_ss<Value>(s, query + 2 * k, keys + 2 * k, 1);
+  multiply_rope<Value>(s, smem_address(smem.query_rope), smem_address(smem.rope[ring.slot]));
   wgmma_commit();
 }
 
