@@ -15,7 +15,7 @@ namespace {
 int64_t find_uniform_stride(const std::vector<int64_t>& tiles, int num_parts) {
   const int64_t total = std::accumulate(tiles.begin(), tiles.end(), int64_t{0});
   int64_t high = std::max<int64_t>(1, *std::max_element(tiles.begin(), tiles.end()));
-  int64_t low = std::min(least_stride(total, num_parts), high);
+  int64_t low = std::max(ceil_div(total, num_parts), int64_t{1});
   while (low < high) {
     const int64_t mid = (low + high) / 2;
     int64_t pieces = 0;

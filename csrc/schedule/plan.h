@@ -35,27 +35,13 @@ FLASHMLA_HOST_DEVICE constexpr int64_t num_pieces(int64_t tiles, int64_t stride)
   return tiles > stride ? ceil_div(tiles, stride) : 1;
 }
 
-// Pieces so short that merging them would cost more than computing them: the least stride of the
-// uniform plan. One tile takes a block about as long as writing and merging kMergeCost / num_parts
-// pieces of each part's rows, so the sum of both is least at the root. Below it, so that as many
-// tiles as parts are a tile each.
-FLASHMLA_HOST_DEVICE constexpr int64_t least_stride(int64_t total_tiles, int num_parts) {
-  constexpr int64_t kMergeCost = 4;
-  const int64_t square = kMergeCost * total_tiles / num_parts;
-  int64_t root = 0;  // the largest number below its square root, bit by bit
-  for (int64_t bit = int64_t{1} << 16; bit > 0; bit /= 2) {
-    if ((root + bit) * (root + bit) < square) root += bit;
-  }
-  return root > 1 ? root : 1;
-}
-
 struct SplitPlan {
   enum Kind { kUniform, kPacked, kWhole } kind;
   int64_t stride;  // tiles of a piece, or units of cost between two cuts
 };
 
-// uniform_stride: the least stride, from least_stride() on, whose pieces are at most num_parts, or
-// 0 where b > num_parts. A packed plan is still to be compared with the whole one.
+// uniform_stride: the least stride whose pieces are at most num_parts, or 0 where b > num_parts. A
+// packed plan is still to be compared with the whole one.
 FLASHMLA_HOST_DEVICE constexpr SplitPlan choose_plan(int b, int num_parts, int64_t total_tiles,
                                                      int64_t uniform_stride) {
   // The first sequence's overhead is not counted: then each part pays for starting, and for its

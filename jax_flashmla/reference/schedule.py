@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla._limits import CUT_COST, INT32_MAX, MERGE_COST, SEQUENCE_OVERHEAD, SPLIT_TILE
+from jax_flashmla._limits import CUT_COST, INT32_MAX, SEQUENCE_OVERHEAD, SPLIT_TILE
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
@@ -88,17 +88,5 @@ def _least_uniform_stride(tiles: Int32[Array, " b"], num_parts: int) -> Int32[Ar
         return jnp.where(fits, low, jnp.minimum(middle + 1, high)), jnp.where(fits, middle, high)
 
     high = jnp.maximum(jnp.max(tiles), 1)
-    low = jnp.minimum(_least_stride(jnp.sum(tiles, dtype=jnp.int32), num_parts), high)
+    low = jnp.maximum((jnp.sum(tiles, dtype=jnp.int32) + num_parts - 1) // num_parts, 1)
     return jax.lax.fori_loop(0, 32, narrow, (low, high))[1]
-
-
-def _least_stride(total_tiles: Int32[Array, ""], num_parts: int) -> Int32[Array, ""]:
-    """Shorter pieces would cost more to merge than to compute: see csrc/schedule/plan.h."""
-    whole, rest = jnp.divmod(total_tiles, num_parts)
-    most = INT32_MAX // MERGE_COST - MERGE_COST
-    square = jnp.minimum(whole, most) * MERGE_COST + rest * MERGE_COST // num_parts
-    root = jnp.int32(0)
-    for bit in reversed(range(16)):
-        larger = root + (1 << bit)
-        root = jnp.where(larger <= (square - 1) // larger, larger, root)
-    return jnp.maximum(root, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from jax_flashmla._num_parts import default_split
 
 TILE = 64
 OVERHEAD = 2  # tiles
-MERGE_COST = 4
 CUT_COST = 8  # tiles
 
 
@@ -39,11 +37,10 @@ def naive_cuts(lengths: list[int] | np.ndarray, num_parts: int) -> list[list[int
     """The three plans of csrc/schedule/plan.h, one unit after another."""
     tiles, b = count_tiles(lengths), len(lengths)
     stride = max(1, -(-(int(tiles.sum()) + OVERHEAD * (b - 1)) // num_parts))
-    least = max(1, math.isqrt(max(MERGE_COST * int(tiles.sum()) // num_parts - 1, 0)))
     uniform = next(
         (
             k
-            for k in range(min(least, max(1, tiles.max())), stride + OVERHEAD + 1)
+            for k in range(1, stride + OVERHEAD + 1)
             if np.maximum(1, -(-tiles // k)).sum() <= num_parts
         ),
         None,
@@ -148,6 +145,13 @@ def test_large_and_lopsided_batches(
     assert_balanced(lengths, cuts)
     with jax.default_device(jax.devices("cpu")[0]):
         np.testing.assert_array_equal(cuts, make_cuts(lengths, num_parts, "xla"))
+
+
+@pytest.mark.parametrize(("b", "tiles"), [(1, 132), (2, 66), (4, 33), (12, 11), (132, 1)])
+def test_as_many_tiles_as_parts_are_a_tile_each(b: int, tiles: int, implementation: str) -> None:
+    cuts = make_cuts(np.full(b, tiles * TILE), b * tiles, implementation)
+    expected = [(i, tile) for i in range(b) for tile in range(tiles)] + [(b, 0)]
+    np.testing.assert_array_equal(cuts, expected)
 
 
 def test_longer_than_32_bits_can_count_still_covers_everything(implementation: str) -> None:

@@ -20,7 +20,7 @@ __device__ int64_t find_uniform_stride(const MakeScheduleParams& params, int64_t
                                        int64_t most_tiles) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t high = max(most_tiles, int64_t{1});
-  int64_t low = min(least_stride(total_tiles, params.num_parts), high);
+  int64_t low = max(ceil_div(total_tiles, params.num_parts), int64_t{1});
   while (low < high) {
     const int64_t step = ceil_div(high - low, kWarps + 1);
     const int64_t stride = min(low + step * (warp + 1), high) - 1;  // in [low, high)
