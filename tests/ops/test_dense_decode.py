@@ -93,6 +93,19 @@ def test_any_number_of_parts_gives_the_same_result(num_parts: int, kernel: str) 
     tolerances.assert_decoded((out, lse), expected)
 
 
+@pytest.mark.parametrize("pieces", [33, 64, 65])
+def test_many_pieces_of_many_rows_merge_to_the_whole(pieces: int, kernel: str) -> None:
+    """On both sides of what a warp of the Hopper merge can weigh (kWarpPieces in csrc/sm90)."""
+    case = DecodeCase(2, 1, 64 * pieces, 128, ragged=False)
+    inputs = cases.make_inputs(case)
+    schedule = make_schedule(
+        inputs.cache_seqlens, h_q=128, num_parts=2 * pieces, implementation=kernel
+    )
+    assert (np.diff(np.asarray(schedule.cuts[:-1, 1])) != 0).all()  # one tile a part
+    got = dense_decode(*inputs.arguments, schedule=schedule, implementation=kernel)
+    tolerances.assert_decoded(got, cases.naive_decode(case, inputs))
+
+
 @pytest.mark.parametrize("power", [-80, 0, 100])
 def test_values_of_any_size_survive_the_merge(power: int, kernel: str) -> None:
     """Scaling the cache by a power of two, and the queries by its inverse, scales the result."""

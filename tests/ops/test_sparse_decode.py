@@ -92,6 +92,14 @@ def test_any_schedule_gives_the_same_result(
     check(run(v32().arguments, kernel, schedule=schedule), V32, v32().expected)
 
 
+def test_many_pieces_and_a_sink_merge_to_the_whole(kernel: str) -> None:
+    """More pieces than a warp of the Hopper merge has lanes."""
+    case = SparseCase(Cache("v32", 64 * 40, 64 * 40, 64), b=2, h_q=64, sink=True)
+    made = sparse_cases.make_problem(case)
+    schedule = make_schedule(np.full(2, 64 * 40), h_q=64, num_parts=80)
+    check(run(made.arguments, kernel, schedule=schedule), case, made.expected)
+
+
 def test_schedule_of_other_lengths_gives_the_same_result(kernel: str) -> None:
     schedule = make_schedule(np.array([900, 0, 1, 64] * 2), h_q=20, num_parts=9)
     check(run(v32().arguments, kernel, schedule=schedule), V32, v32().expected)

@@ -177,24 +177,33 @@ struct TeamPlace {
   }
 };
 
-// One warp merges a share of a row of at most 32 pieces.
+// One warp merges a share of a row of at most kWarpPieces pieces. A lane weighs its own, and the
+// 32nd after it.
 template <typename T, int kColumns, bool kSink>
 __device__ __forceinline__ void merge_by_warp(const RowPieces<kColumns>& pieces,
                                               const ResultRow<T, kColumns, kSink>& result,
                                               int share, int split, Prerequisites& prerequisites) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, next = lane + 32;
   const TeamPlace place(pieces, lane, 32, share, split);
   PieceLoads loads(pieces, place.first, place.turns, place.column);
   prerequisites.await();
-  float lse = -INFINITY, factor = 0.0f;
+  float lse = -INFINITY, factor = 0.0f, next_lse = -INFINITY, next_factor = 0.0f;
   if (lane < pieces.count) {
     lse = *place.lse;
     factor = *place.scale;
   }
   uint4 v[8];
   loads.load(v);
-  const float peak = warp_max(lse), w = relative_weight(lse, peak), total = warp_sum(w);
-  factor *= w * result.scale(peak, total);
+  if (next < pieces.count) {
+    next_lse = pieces.lse[pieces.offset(next)];
+    next_factor = pieces.row(next)[partial_scale(kColumns) + (share >> (split - 1))];
+  }
+  const float peak = warp_max(fmaxf(lse, next_lse));
+  const float w = relative_weight(lse, peak), next_w = relative_weight(next_lse, peak);
+  const float total = warp_sum(w + next_w), scale = result.scale(peak, total);
+  factor *= w * scale;
+  next_factor *= next_w * scale;
+  if (share == 0 && lane == 0) result.store_lse(peak, total);  // here, as registers are short
   Columns sum = {};
   for (int piece = place.first;;) {
 #pragma unroll
@@ -203,10 +212,10 @@ __device__ __forceinline__ void merge_by_warp(const RowPieces<kColumns>& pieces,
     }
     if (piece - place.first >= pieces.count) break;
     loads.load(v);
+    if (piece - place.first == 32) factor = next_factor;
   }
   sum.add_teams(place.lanes);
   if (lane < place.lanes) sum.store(result, place.column);
-  if (share == 0 && lane == 0) result.store_lse(peak, total);
 }
 
 // One block merges a share of a row of any number of pieces.

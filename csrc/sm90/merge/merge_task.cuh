@@ -11,7 +11,8 @@ namespace flashmla::sm90::merge {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kFewPieces = 4;  // a lane can load its share of all of them at once
+constexpr int kFewPieces = 4;    // a lane can load its share of all of them at once
+constexpr int kWarpPieces = 64;  // a warp can weigh
 static_assert(kThreads == kMaxParts, "a thread looks at one part");
 
 // A sequence that was cut: it begins in part `owner` and goes on in the next ones.
@@ -59,7 +60,7 @@ struct Team {
   __device__ __forceinline__ Team(int pieces, int rows, int blocks) {
     // A block takes more pieces than a warp can weigh; or so few rows that each can have eight
     // blocks, with more than 16 pieces two.
-    block = pieces > 32 || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 8) <= blocks);
+    block = pieces > kWarpPieces || (pieces > kFewPieces && rows * (pieces > 16 ? 2 : 8) <= blocks);
     const int teams = blocks * (block ? 1 : kWarps);
     const bool many = pieces > (block ? 64 : 16);  // more than one round of quarters
     split = pieces <= kFewPieces ? 0 : many && 8 * rows <= teams ? 3 : 4 * rows <= teams ? 2 : 1;
