@@ -1,8 +1,7 @@
 """The sparse prefill kernel's ring: csrc/sm90/sparse_prefill/{scores,values,gather}.cuh.
 
 Two of the score warps and one of each value warpgroup stand for all; where one lane arrives for its
-warp, the warp does. Each value warp copies its half of a load. The two barriers of a load's columns
-are used alike; one stands for them.
+warp, the warp does. Each value warp copies its half of a load.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 #include "sm90/dense_decode/config.h"
 #include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/thread.cuh"
 
 namespace flashmla::sm90::dense_decode {
 
@@ -25,13 +26,6 @@ __device__ __forceinline__ void zero_tail(uint8_t* half, int valid_tokens) {
 __device__ __forceinline__ uint64_t output_offset(const KernelArgs& args, int index, int row,
                                                   int column) {
   return uint64_t{static_cast<uint32_t>(index * args.rows + row)} * kValueDim + column;
-}
-
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ uint32_t reread_thread() {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
 }
 
 }  // namespace flashmla::sm90::dense_decode

@@ -24,7 +24,7 @@ constexpr float kLargestScale = 128.0f;  // that takes one multiplication
 constexpr float kPlaced = 0x1p120f;      // what placed codes are to be multiplied with
 
 // Selectors of two bytes of four: each to the low byte of a half, its sign to the high byte.
-constexpr uint32_t kBytes02 = 0xA280, kBytes13 = 0xB391;
+constexpr uint32_t kBytes02 = 0xA280, kBytes13 = 0xB391, kBytes01 = 0x9180, kBytes23 = 0xB3A2;
 
 template <uint32_t kBytes>
 __device__ __forceinline__ uint32_t place_codes(uint32_t codes, uint32_t after = 0) {
@@ -37,6 +37,24 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
+}
+
+// Sixteen codes to bf16, times a factor.
+__device__ __forceinline__ void place_piece(uint32_t (&columns)[8], const uint4& codes,
+                                            uint32_t factor) {
+  const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    columns[2 * i] = multiply_bf16x2(place_codes<kBytes01>(v[i]), factor);
+    columns[2 * i + 1] = multiply_bf16x2(place_codes<kBytes23>(v[i]), factor);
+  }
+}
+
+// An upper bit of a byte says that one of sixteen codes is NaN: adding 1 changes it of 0x7f and
+// 0xff, and what these carry changes others' besides.
+__device__ __forceinline__ uint32_t any_nan(const uint4& codes) {
+  const auto changed = [](uint32_t v) { return v ^ (v + 0x01010101); };
+  return changed(codes.x) | changed(codes.y) | changed(codes.z) | changed(codes.w);
 }
 
 // Two codes, the lower or the upper half of four, to f16.

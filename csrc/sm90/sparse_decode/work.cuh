@@ -1,16 +1,10 @@
 // What a thread block has to do: its heads, and its part's pieces.
 #pragma once
 
+#include "sm90/ptx/thread.cuh"
 #include "sm90/sparse_decode/config.h"
 
 namespace flashmla::sm90::sparse {
-
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
 
 // The up to kRows heads that this block computes.
 struct HeadTile {

@@ -66,26 +66,22 @@ class LoadStream {
 
   __device__ __forceinline__ void load_heads(const KernelArgs& args, SharedStorage& smem, int slot,
                                              int thread) const {
-    const uint32_t left = smem_address(&smem.left_full[slot]);
-    const uint32_t right = smem_address(&smem.right_full[slot]);
+    const uint32_t full = smem_address(&smem.full[slot]);
     if (thread == kLoadingThread) {
       fence_async_proxy();  // the slot held what cp.async and stmatrix wrote
       const int first_row = query_ * args.h_q + first_head();
       const uint32_t target = smem_address(smem.latent[slot]);
-      const uint32_t bytes = args.query_box * kChunkRowBytes;
-      mbarrier_expect(left, bytes * kHalfChunks);
-      tma_load_3d(target, &args.query_half_map, left, 0, first_row, 0);
-      mbarrier_expect(right, bytes * (kHalfChunks + kRope));
-      tma_load_3d(target + kHalfBytes, &args.query_half_map, right, 0, first_row, kHalfChunks);
+      mbarrier_expect(full, args.query_box * kChunkRowBytes * (kLatentChunks + kRope));
+      tma_load_3d(target, &args.query_half_map, full, 0, first_row, 0);
+      tma_load_3d(target + kHalfBytes, &args.query_half_map, full, 0, first_row, kHalfChunks);
       if constexpr (kRope) {
-        tma_load_3d(smem_address(smem.rope[slot]), &args.query_rope_map, right, 0, first_row,
+        tma_load_3d(smem_address(smem.rope[slot]), &args.query_rope_map, full, 0, first_row,
                     kLatentChunks);
       }
     }
     __syncwarp();
-    if (thread % 32 == 0) mbarrier_arrive(left);
-    mbarrier_arrive(left);
-    mbarrier_arrive(right);
+    if (thread % 32 == 0) mbarrier_arrive(full);
+    mbarrier_arrive(full);
   }
 
   // Where the lane's other token lies: the swizzle has another bit there.
@@ -93,47 +89,34 @@ class LoadStream {
     return (target ^ j * 64) + j * 4 * kChunkRowBytes;
   }
 
-  // Copies some chunks of one of the lane's tokens.
-  template <int kFirst, int kLast>
-  static __device__ __forceinline__ void copy_chunks(uint32_t target, const uint8_t* source,
-                                                     bool valid) {
-#pragma unroll
-    for (int c = kFirst; c < kLast; ++c) {
-      const uint32_t chunk = c / kHalfChunks * kHalfBytes + c % kHalfChunks * kGroupBytes;
-      copy_16_or_zero(target + chunk, source + c * kChunkRowBytes, valid);
-    }
-  }
-
   __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedStorage& smem, int slot,
                                             int thread) const {
     const int group = thread / 32 - kWarpgroupWarps;
-    const uint32_t left = smem_address(&smem.left_full[slot]);
-    const uint32_t right = smem_address(&smem.right_full[slot]);
+    const uint32_t full = smem_address(&smem.full[slot]);
     const uint32_t offset = swizzled_offset(thread % 32 / 8, thread % 8);
-    const uint32_t target = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + offset;
-    const uint8_t* source[2];
-    bool valid[2];
+    const uint32_t latent = smem_address(smem.latent[slot]) + group * kTokenGroupBytes + offset;
+    const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + offset;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      valid[j] = source_row_[j] < args.s_kv;
-      source[j] = args.kv + uint64_t{valid[j] ? source_row_[j] : 0} * kRowBytes + thread % 8 * 16;
-      copy_chunks<0, kHalfChunks>(skip_four(target, j), source[j], valid[j]);
+      const bool valid = source_row_[j] < args.s_kv;
+      const uint8_t* source =
+          args.kv + uint64_t{valid ? source_row_[j] : 0} * kRowBytes + thread % 8 * 16;
+      const uint32_t target = skip_four(latent, j);
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c) {
+        copy_16_or_zero(target + c / kHalfChunks * kHalfBytes + c % kHalfChunks * kGroupBytes,
+                        source + c * kChunkRowBytes, valid);
+      }
+      if constexpr (kRope) {
+        copy_16_or_zero(skip_four(rope, j), source + kLatentChunks * kChunkRowBytes, valid);
+      }
     }
     const uint32_t attended = __ballot_sync(~0u, static_cast<uint32_t>(row_) < args.s_kv);
     if (thread % 32 == 0) {
       smem.attended[slot][group] = attended;
-      mbarrier_arrive(left);
+      mbarrier_arrive(full);
     }
-    mbarrier_arrive_after_copies(left);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      copy_chunks<kHalfChunks, kLatentChunks>(skip_four(target, j), source[j], valid[j]);
-      if constexpr (kRope) {
-        const uint32_t rope = smem_address(smem.rope[slot]) + group * kGroupBytes + offset;
-        copy_16_or_zero(skip_four(rope, j), source[j] + kLatentChunks * kChunkRowBytes, valid[j]);
-      }
-    }
-    mbarrier_arrive_after_copies(right);
+    mbarrier_arrive_after_copies(full);
   }
 };
 

@@ -31,10 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&args.query_half_map);
     prefetch_tensor_map(&args.query_rope_map);
     for (int i = 0; i < kStages; ++i) {
-      // Of each gathering thread its copies; left: of each warp which tokens
-      // are attended.
-      mbarrier_init(smem_address(&smem.left_full[i]), 2 * kWarpgroupThreads + kGatherWarps);
-      mbarrier_init(smem_address(&smem.right_full[i]), 2 * kWarpgroupThreads);
+      // Of each gathering thread its copies, of each warp which tokens are attended.
+      mbarrier_init(smem_address(&smem.full[i]), 2 * kWarpgroupThreads + kGatherWarps);
       mbarrier_init(smem_address(&smem.probabilities_stored[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.values_go[i]), kWarpgroupWarps);
       mbarrier_init(smem_address(&smem.load_done[i]), kGatherWarps);

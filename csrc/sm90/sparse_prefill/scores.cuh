@@ -2,22 +2,12 @@
 // tile's tokens; the online softmax; probabilities for the value warpgroups.
 #pragma once
 
+#include "sm90/attention/query_tile.cuh"
 #include "sm90/attention/softmax_rows.cuh"
 #include "sm90/ptx/wgmma.cuh"
-#include "sm90/sparse_prefill/query.cuh"
+#include "sm90/sparse_prefill/shared_storage.cuh"
 
 namespace flashmla::sm90::sparse_prefill {
-
-// Whether a tile is there, without waiting.
-__device__ __forceinline__ bool test_tile(const SharedStorage& smem, Ring ring) {
-  return mbarrier_test(smem_address(&smem.left_full[ring.slot]), ring.parity) &&
-         mbarrier_test(smem_address(&smem.right_full[ring.slot]), ring.parity);
-}
-
-__device__ __forceinline__ void wait_for_tile(const SharedStorage& smem, Ring ring) {
-  mbarrier_wait(smem_address(&smem.left_full[ring.slot]), ring.parity);
-  mbarrier_wait(smem_address(&smem.right_full[ring.slot]), ring.parity);
-}
 
 // Starts the products of a tile that is there, after a proxy fence.
 template <typename T, bool kRope>
@@ -96,7 +86,10 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     }
     SoftmaxRows rows;
     float peak[2] = {-INFINITY, -INFINITY};
-    take_query<kRope>(smem, ring, args.query_box, q);
+    mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+    take_query<kRope>(q, smem.query_step, smem_address(smem.query_rope),
+                      smem_address(smem.latent[ring.slot]), smem_address(smem.rope[ring.slot]),
+                      args.query_box, kScoreBarrier);
     if (leader) {
       // Nobody waits for the first and the last here: arriving keeps their
       // parity aligned with the ring.
@@ -105,7 +98,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       mbarrier_arrive(smem_address(&smem.values_go[ring.slot]));
     }
     ring.advance();
-    wait_for_tile(smem, ring);
+    mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
     fence_async_proxy();  // the tile was written by cp.async
     start_scores<T, kRope>(s, q, smem, ring);
     wgmma_wait<0>();
@@ -117,7 +110,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       const Ring tile = ring;
       ring.advance();
       // Whether the next scores can start at once: told beforehand, as the answer takes its time.
-      const bool ready = !last && test_tile(smem, ring);
+      const bool ready = !last && mbarrier_test(smem_address(&smem.full[ring.slot]), ring.parity);
       mask_scores(s, smem.attended[tile.slot]);
       float tile_peak[2];
       find_peaks(s, tile_peak);
@@ -138,7 +131,7 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
       if (!ready) [[unlikely]] {
         if (leader) mbarrier_arrive(values_go);
         if (!last) {
-          wait_for_tile(smem, ring);
+          mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
           fence_async_proxy();
         }
       }

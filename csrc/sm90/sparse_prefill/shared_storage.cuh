@@ -3,6 +3,7 @@
 
 #include "sm90/attention/work.cuh"
 #include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/thread.cuh"
 #include "sm90/sparse_prefill/config.h"
 
 namespace flashmla::sm90::sparse_prefill {
@@ -23,10 +24,8 @@ struct alignas(1024) SharedStorage {
   uint8_t attended[kStages][kTokenGroups];  // bit t: token t of the group
   float out_factor[2][kTileRows];           // 1 / sum, alternating between query tokens
   uint8_t odd_query[kThreads / 32];         // a warp's own: counts query tokens that are not empty
-                                            // that are not empty
   // Barriers, one per slot, or one for all loads in turn.
-  uint64_t left_full[kStages];             // columns 0-255, and which tokens are attended
-  uint64_t right_full[kStages];            // the others
+  uint64_t full[kStages];                  // the load, and which tokens are attended
   uint64_t scores_done;                    // all score warps have read the tile's rope columns
   uint64_t probabilities_stored[kStages];  // and the rescale powers; or the
                                            // heads have been taken
@@ -38,14 +37,6 @@ static_assert(sizeof(SharedStorage) <= 232448, "Hopper has 227 KB a block");
 
 // Parity of a barrier that serves all loads in turn.
 __device__ __forceinline__ uint32_t parity_of(Ring ring) { return (ring.slot ^ ring.parity) & 1; }
-
-// threadIdx.x, read where it stands: what is derived from it is not computed
-// early and kept.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
 
 // This block's head tile and its query tokens, which lie args.query_stride apart.
 __device__ __forceinline__ int first_head() { return blockIdx.x * kTileRows; }

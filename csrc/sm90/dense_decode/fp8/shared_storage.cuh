@@ -4,6 +4,7 @@
 #include "sm90/attention/work.cuh"
 #include "sm90/dense_decode/fp8/config.h"
 #include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/thread.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8 {
 
@@ -85,14 +86,6 @@ class Position {
   static constexpr uint32_t kFirst = 128, kTile = 256;
   uint32_t bits_ = kFirst;
 };
-
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept. Known
-// to be small, so that quotients and remainders are shifts and masks.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread & (kThreads - 1);
-}
 
 // Keeps the compiler from carrying addresses that follow from x, instead of x, through a loop.
 __device__ __forceinline__ int opaque(int x) {

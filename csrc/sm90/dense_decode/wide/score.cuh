@@ -3,8 +3,8 @@
 #pragma once
 
 #include "sm90/attention/mask.cuh"
+#include "sm90/attention/query_tile.cuh"
 #include "sm90/attention/softmax_rows.cuh"
-#include "sm90/dense_decode/wide/query.cuh"
 #include "sm90/dense_decode/wide/shared_storage.cuh"
 #include "sm90/ptx/barrier.cuh"
 #include "sm90/ptx/matrix.cuh"
@@ -73,7 +73,12 @@ __device__ void run_scores(const KernelArgs& args, SharedStorage& smem) {
     const int length = args.cache_seqlens[sequence];  // on its way while the queries are taken
     SoftmaxRows rows;
 
-    take_query(smem, ring, args.query_box, kScoreBarrier, q);
+    mbarrier_wait(smem_address(&smem.half_full[0][ring.slot]), ring.parity);
+    mbarrier_wait(smem_address(&smem.half_full[1][ring.slot]), ring.parity);
+    mbarrier_wait(smem_address(&smem.rope_full[ring.slot]), ring.parity);
+    take_query<true>(q, smem.query_step, smem_address(smem.query_rope),
+                     smem_address(smem.latent[ring.slot]), smem_address(smem.rope[ring.slot]),
+                     args.query_box, kScoreBarrier);
     const int seqlen = args.clamp_seqlen(length);
     const Piece piece = piece_of(smem.begin, smem.end, sequence, seqlen);
     const int unmasked_tiles = count_unmasked_tiles(seqlen, args.s_q, args.causal);

@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_piece(const KernelArgs& args, const Shared
                                             bool odd_piece) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint32_t thread = reread_thread();
+    const int thread = reread_thread();
     const int half = thread / kWarpgroupThreads - 1;
     const int row = thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
     const volatile RowTile& tile = smem.row_tile;

@@ -15,7 +15,6 @@
 namespace flashmla::sm90::sparse::wide {
 
 constexpr int kPieceColumns = 16;
-constexpr uint32_t kBytes01 = 0x9180, kBytes23 = 0xB3A2;  // as kBytes02 and kBytes13
 
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t bytes;
@@ -131,13 +130,12 @@ __device__ __forceinline__ uint32_t placed_factor(uint32_t e8m0) {
 template <typename T>
 __device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 codes,
                                               uint32_t factor) {
-  const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    place_piece(columns, codes, factor);
+  } else {
+    const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      columns[2 * i] = multiply_bf16x2(place_codes<kBytes01>(v[i]), factor);
-      columns[2 * i + 1] = multiply_bf16x2(place_codes<kBytes23>(v[i]), factor);
-    } else {
+    for (int i = 0; i < 4; ++i) {
       columns[2 * i] = multiply_f16x2(codes_to_f16<false>(v[i]), factor);
       columns[2 * i + 1] = multiply_f16x2(codes_to_f16<true>(v[i]), factor);
     }
@@ -147,13 +145,6 @@ __device__ __forceinline__ void convert_codes(uint32_t (&columns)[8], uint4 code
 // The bytes' upper bits say which of four codes are NaN.
 __device__ __forceinline__ uint32_t find_nan(uint32_t codes) {
   return (codes & 0x7f7f7f7f) + 0x01010101;
-}
-
-// An upper bit of a byte says that one of sixteen codes is NaN: adding 1 changes it of 0x7f and
-// 0xff, and what these carry changes others' besides.
-__device__ __forceinline__ uint32_t any_nan(uint4 codes) {
-  const auto changed = [](uint32_t v) { return v ^ (v + 0x01010101); };
-  return changed(codes.x) | changed(codes.y) | changed(codes.z) | changed(codes.w);
 }
 
 // Whether any of sixteen codes, or their scale, asks for mend_codes.

@@ -13,7 +13,7 @@
 
 namespace flashmla::sm90::dense_decode::fp8::wide {
 
-__device__ __forceinline__ int value_group() { return wide_thread() / 32 - kWarps; }
+__device__ __forceinline__ int value_group() { return reread_thread() / 32 - kWarps; }
 
 // Sends the length of the sequence after state.sequence on its way.
 __device__ __forceinline__ void copy_length(const WideArgs& args, volatile LoadState& state) {
@@ -163,7 +163,7 @@ struct LastLoad {
 // Converts a value warp's share of the load in `slot`, and tells the scores.
 __device__ __forceinline__ void convert_tile(WideStorage& smem, int slot, LastLoad load) {
   if (load.rows == kNoTile) return;
-  const int group = value_group(), lane = wide_thread() % 32;
+  const int group = value_group(), lane = reread_thread() % 32;
   const GroupRows rows = GroupRows::of(smem, slot, group);
   const uint32_t number = load.brought - 1;
   mbarrier_wait(smem_address(&smem.brought[number % 2][group]), number / 2 % 2);

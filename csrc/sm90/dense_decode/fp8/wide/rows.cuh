@@ -47,27 +47,6 @@ __device__ __forceinline__ void zero_rows(const GroupRows& rows, int count, int 
   __syncwarp();
 }
 
-// Sixteen codes to bf16, times a factor.
-__device__ __forceinline__ void convert_piece(uint32_t (&columns)[8], const uint4& codes,
-                                              uint32_t factor) {
-  constexpr uint32_t kBytes01 = 0x9180, kBytes23 = 0xB3A2;  // as kBytes02 and kBytes13
-  const uint32_t v[4] = {codes.x, codes.y, codes.z, codes.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    columns[2 * i] = multiply_bf16x2(place_codes<kBytes01>(v[i]), factor);
-    columns[2 * i + 1] = multiply_bf16x2(place_codes<kBytes23>(v[i]), factor);
-  }
-}
-
-// An upper bit of a byte says that one of the codes is NaN: adding 1 changes it of 0x7f and 0xff,
-// and what these carry changes others' besides.
-__device__ __forceinline__ void note_nan(uint32_t& noted, const uint4& codes) {
-  noted |= codes.x ^ (codes.x + 0x01010101);
-  noted |= codes.y ^ (codes.y + 0x01010101);
-  noted |= codes.z ^ (codes.z + 0x01010101);
-  noted |= codes.w ^ (codes.w + 0x01010101);
-}
-
 // bf16 factors of a row's four groups of columns, two in a register: scales times kPlaced, or
 // scales.
 using Factors = uint32_t[2];
@@ -97,12 +76,12 @@ __device__ __forceinline__ void convert_codes(const GroupRows& rows, int lane,
     __syncwarp();  // all have read what is overwritten
     const uint32_t factor = factor_of(factors, c / 2);
     uint32_t v[8];
-    convert_piece(v, codes, kLarge ? bf16_twice(kPlaced) : factor);
+    place_piece(v, codes, kLarge ? bf16_twice(kPlaced) : factor);
     if constexpr (kLarge) {
 #pragma unroll
       for (uint32_t& x : v) x = multiply_bf16x2(x, factor);
     }
-    note_nan(noted, codes);
+    noted |= any_nan(codes);
     const uint32_t at = rows.chunk(c) + swizzled;
     store_shared(at, {v[0], v[1], v[2], v[3]});
     store_shared(at ^ 16, {v[4], v[5], v[6], v[7]});

@@ -3,8 +3,9 @@
 #pragma once
 
 #include "sm90/attention/mask.cuh"
+#include "sm90/attention/query_tile.cuh"
 #include "sm90/attention/softmax_rows.cuh"
-#include "sm90/dense_decode/fp8/wide/query.cuh"
+#include "sm90/dense_decode/fp8/wide/shared_storage.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8::wide {
@@ -25,7 +26,7 @@ __device__ __forceinline__ void start_scores(float (&s)[32], const QueryFragment
 // Sets scores of keys that a row may not see to -inf.
 __device__ __forceinline__ void mask_tile(const WideArgs& args, int first_row, float (&s)[32],
                                           int tile, int sequence) {
-  const int thread = wide_thread();
+  const int thread = reread_thread();
   const int first = tile * kTileTokens + thread % 4 * 2;
   const int seqlen = args.clamp_seqlen(args.cache_seqlens[sequence]);
 #pragma unroll
@@ -51,7 +52,10 @@ __device__ void run_scores(const WideArgs& args, WideStorage& smem) {
     SoftmaxRows rows;
     if (piece.tile_begin < piece.tile_end) {
       const int unmasked_tiles = count_unmasked_tiles(seqlen, args.s_q, args.causal);
-      take_query(smem, ring, args.query_box, q);
+      mbarrier_wait(smem_address(&smem.full[ring.slot]), ring.parity);
+      take_query<true>(q, smem.query_step, smem_address(smem.query_rope),
+                       smem_address(smem.latent[ring.slot]), smem_address(smem.rope[ring.slot]),
+                       args.query_box, kTakeBarrier);
       if (leader) {
         // Nobody waits for the first and the last here: arriving keeps their parity aligned.
         mbarrier_arrive(smem_address(&smem.scores_done[ring.slot]));

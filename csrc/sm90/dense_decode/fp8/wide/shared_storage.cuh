@@ -5,6 +5,7 @@
 #include "sm90/dense_decode/fp8/formats.cuh"
 #include "sm90/dense_decode/fp8/wide/config.h"
 #include "sm90/ptx/smem_desc.cuh"
+#include "sm90/ptx/thread.cuh"
 
 namespace flashmla::sm90::dense_decode::fp8::wide {
 
@@ -49,13 +50,6 @@ struct alignas(1024) WideStorage {
   Cut begin, end;               // of the part
 };
 static_assert(sizeof(WideStorage) <= 232448, "Hopper has 227 KB a block");
-
-// threadIdx.x, read where it stands: what is derived from it is not computed early and kept.
-__device__ __forceinline__ int wide_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread & 511;
-}
 
 // The query rows of this block, of [s_q, h_q].
 __device__ __forceinline__ int first_query_row() { return blockIdx.x * kTileRows; }

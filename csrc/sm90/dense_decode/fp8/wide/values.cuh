@@ -15,7 +15,7 @@ __device__ __forceinline__ void store_piece(const WideArgs& args, const WideStor
   using T = __nv_bfloat16;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int thread = wide_thread();
+    const int thread = reread_thread();
     const int half = thread / kWarpgroupThreads - 1;
     const int row = thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r;
     const bool valid = row < count_query_rows(args);
@@ -64,11 +64,11 @@ class PackedRing {
 
 __device__ void run_values(const WideArgs& args, WideStorage& smem) {
   PackedRing ring;
-  if (wide_thread() % 32 == 0) start_loads(args, smem);
+  if (reread_thread() % 32 == 0) start_loads(args, smem);
   __syncwarp();
   const LastLoad first = LastLoad::of(smem);
   __syncwarp();
-  if (wide_thread() % 32 == 0) load_next(args, smem, 2);
+  if (reread_thread() % 32 == 0) load_next(args, smem, 2);
   __syncwarp();
   convert_tile(smem, 1, first);
 
@@ -80,7 +80,7 @@ __device__ void run_values(const WideArgs& args, WideStorage& smem) {
   const auto refill = [&](PackedRing ring) {
     const uint32_t load_done = smem_address(&smem.load_done[ring.slot()]);
     __syncwarp();
-    if (wide_thread() % 32 == 0) {
+    if (reread_thread() % 32 == 0) {
       mbarrier_arrive(load_done);
       mbarrier_wait(load_done, ring.parity());
       load_next(args, smem, ring.slot());
@@ -99,7 +99,7 @@ __device__ void run_values(const WideArgs& args, WideStorage& smem) {
     const bool empty = tiles <= 0;
     volatile int& kept = smem.kept[value_group()];
     __syncwarp();
-    if (wide_thread() % 32 == 0) kept = empty ? ~sequence : sequence;
+    if (reread_thread() % 32 == 0) kept = empty ? ~sequence : sequence;
     __syncwarp();
     if (!empty) {
       convert(ring);
@@ -108,7 +108,7 @@ __device__ void run_values(const WideArgs& args, WideStorage& smem) {
       ring.advance();
     }
     for (; tiles > 0; --tiles) {
-      const int row = wide_thread() / 32 % 4 * 16 + wide_thread() % 32 / 4;
+      const int row = reread_thread() / 32 % 4 * 16 + reread_thread() % 32 / 4;
       mbarrier_wait(smem_address(&smem.probabilities_stored[ring.slot()]), ring.parity());
       const int power0 = smem.rescale[ring.slot()][row];
       const int power1 = smem.rescale[ring.slot()][row + 8];
@@ -117,7 +117,7 @@ __device__ void run_values(const WideArgs& args, WideStorage& smem) {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
       }
-      const int half = wide_thread() / kWarpgroupThreads - 1;
+      const int half = reread_thread() / kWarpgroupThreads - 1;
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot()]));
       const uint64_t values = mn_major_desc(smem_address(smem.latent[ring.slot()][half]),
                                             kGroupBytes, kTokenGroupBytes);
