@@ -12,7 +12,7 @@ namespace flashmla::sm90::sparse_prefill {
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   const int thread = reread_thread();
-  const int half = thread / kWarpgroupThreads - 1;
+  const int half = __shfl_sync(~0u, thread / kWarpgroupThreads - 1, 0);
   Ring ring;
   LoadStream<kHeadDim> stream(args);
 #pragma unroll 1
@@ -59,9 +59,10 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
       }
-      const uint64_t probabilities = k_major_desc(smem_address(smem.rope[ring.slot]));
+      const int slot = __shfl_sync(~0u, ring.slot, 0);  // uniform, which the compiler cannot know
+      const uint64_t probabilities = k_major_desc(smem_address(smem.rope[slot]));
       const uint64_t values =
-          mn_major_desc(smem_address(smem.latent[ring.slot][half]), kGroupBytes, kTokenGroupBytes);
+          mn_major_desc(smem_address(smem.latent[slot][half]), kGroupBytes, kTokenGroupBytes);
       pin_registers(o);
       mbarrier_wait(smem_address(&smem.values_go[ring.slot]), ring.parity);
       // The score warpgroup has seen that the tile is there, and ordered its copies before wgmma.
