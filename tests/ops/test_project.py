@@ -56,6 +56,8 @@ WIDE = [
     Case(17, 1, 4096, 320),
     Case(32, 1, 4096, 320),
     Case(128, 16, 512, 128, transposed=True),
+    Case(20, 1, 512, 2240),  # three blocks share a sum on 132 multiprocessors
+    Case(128, 1, 512, 2240),
     Case(100, 1, 2048, 320),  # in halves of 64 and 36 rows
     Case(20, 40, 128, 520, rope=16, layout="half"),  # more blocks than multiprocessors hold two of
 ]

@@ -50,10 +50,12 @@ struct Shares {
 // much each are slower. Many rows' sums take long to exchange, so that of four blocks with all rows
 // two have half the rows instead, whose weights then come from L2 a second time.
 Shares share_out(const KernelArgs& args, int multiprocessors) {
-  const int tiles = args.tiles * args.params.groups, most = std::min(kMaxSplits, args.steps);
+  const int tiles = args.tiles * args.params.groups;
+  const int most = std::min({kMaxSplits, args.steps, multiprocessors / std::max(tiles, 1)});
   int rows = 16, splits = 1;
   while (rows < args.params.rows) rows *= 2;
-  while (2 * splits <= most && 2 * splits * tiles <= multiprocessors) splits *= 2;
+  while (2 * splits <= most) splits *= 2;
+  if (most == 3) splits = 3;
   if (rows == 128 && splits >= 4) rows /= 2, splits /= 2;
   // Not where clusters' blocks need a multiprocessor each, which would leave some of them empty.
   const bool alone = splits == 1 && tiles <= multiprocessors;

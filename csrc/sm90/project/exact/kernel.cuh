@@ -23,6 +23,7 @@ constexpr int kColumns = 32;           // of the weight, four a lane
 constexpr int kRows = 32;              // of x
 constexpr int kDepth = 16;             // of k in a step
 constexpr int kStride = kColumns + 4;  // floats between rows of the sums: banks apart
+constexpr int kBuffers = 3;            // steps of a warp on their way
 constexpr int kParts = 3;              // bfloat16 numbers that a float32 number is the sum of
 constexpr int kPieces = kColumns / 4;  // float4 of a row
 
@@ -113,9 +114,9 @@ __device__ __forceinline__ void multiply(const Operands& from, float (&d)[kRows 
 }
 
 // grid [kSplits, columns / 32, groups * rows / 32], clusters of kSplits. It may run beside the
-// kernel before it, which makes the other columns: half of the registers are left to that.
+// kernel before it, which makes the other columns: a third of the registers are left to that.
 template <class Element>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<Element, BFloat16> ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, 1)
     project_exact_kernel(const __grid_constant__ ProjectParams params) {
   __shared__ __align__(16) float sums[kWarps][kRows * kStride];
   launch_dependents();
@@ -137,18 +138,20 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<Element, BFloat16> ? 
       params.k - 4 * t,
       column0 + 4 * g < n};
   float d[kRows / 8][2][4] = {};
-  Operands operands[2];
+  Operands operands[kBuffers];
   const int steps = (params.k + kDepth - 1) / kDepth, stride = kSplits * kWarps;
   int step = rank * kWarps + warp;
-  if (step < steps) place.load(step, operands[0]);
-  if (step + stride < steps) place.load(step + stride, operands[1]);
+#pragma unroll
+  for (int i = 0; i < kBuffers; ++i) {
+    if (step + i * stride < steps) place.load(step + i * stride, operands[i]);
+  }
 #pragma unroll 1
   while (step < steps) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kBuffers; ++i) {
       if (step >= steps) break;
       multiply<Element>(operands[i], d);
-      if (step + 2 * stride < steps) place.load(step + 2 * stride, operands[i]);
+      if (step + kBuffers * stride < steps) place.load(step + kBuffers * stride, operands[i]);
       step += stride;
     }
   }
