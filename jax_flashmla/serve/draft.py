@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jax_flashmla.serve.checks import at_least
+
 
 @dataclasses.dataclass(frozen=True)
 class NGramDraft:
@@ -15,7 +17,7 @@ class NGramDraft:
         length: tokens to propose at most.
 
     Raises:
-        ValueError: a number less than 1.
+        TypeError, ValueError: what is no integer, or less than 1.
 
     >>> NGramDraft(n=2, length=3)([1, 2, 3, 4, 5, 1, 2])
     [3, 4, 5]
@@ -26,8 +28,7 @@ class NGramDraft:
 
     def __post_init__(self) -> None:
         for name in ("n", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            at_least(1, name, getattr(self, name))
 
     def __call__(self, tokens: Sequence[int]) -> list[int]:
         tokens = list(tokens)

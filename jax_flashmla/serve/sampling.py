@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from jax_flashmla._checks import FLOAT32_MAX
+from jax_flashmla._limits import INT32_MAX
+from jax_flashmla.serve.checks import at_least, check_real
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,7 @@ class Sampling:
             logits alone, not on the batch.
 
     Raises:
-        ValueError: a number out of range.
+        TypeError, ValueError: a number of another type, or out of range.
     """
 
     temperature: float = 0.0
@@ -30,12 +35,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k must be at least 0 and fit in int32, got {self.top_k}")
+        check_real("temperature", self.temperature)
+        check_real("top_p", self.top_p)
+        if not 0 <= self.temperature <= FLOAT32_MAX:
+            raise ValueError(
+                f"temperature must be at least 0 and finite in float32, got {self.temperature}"
+            )
+        if at_least(0, "top_k", self.top_k) > INT32_MAX:
+            raise ValueError(f"top_k must fit in int32, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1, got {self.top_p}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
 
 
 def sample(

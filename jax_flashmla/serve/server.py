@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla import BlockTable, CacheFormat, OutOfBlocks, PagedCache, Scheduler
+from jax_flashmla.serve.checks import at_least, strings, token_ids
+from jax_flashmla.serve.model import Model, jitted_step
 from jax_flashmla.serve.request import Request, Stats, Token, sampling_of
-from jax_flashmla.serve.sampling import Sampling, sample
+from jax_flashmla.serve.sampling import Sampling
 
 SHORTEST_PREFILL = 16  # tokens that prompts are padded to at least; then powers of two
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a server calls.
-
-    Args:
-        weights: a pytree of arrays, given to both functions.
-        step: `step(weights, tokens, cache, slots, prefill=, prefix=) -> (cache, states)`: tokens
-            [b, s] int32, the cache after the step's `advance`, which gave the slots; states
-            [b, s, hidden]. `prefill` says whether these are prompts (s is padded, and the first
-            slots.num_new count), `prefix` whether the cache may hold tokens before them. Both are
-            static.
-        logits: `logits(weights, states [n, hidden]) -> [n, vocab]` float32.
-    """
-
-    weights: Any
-    step: Callable[..., tuple[PagedCache, jax.Array]]
-    logits: Callable[[Any, jax.Array], jax.Array]
 
 
 class Server:
@@ -66,7 +46,7 @@ class Server:
             not on JAX's default device.
 
     Raises:
-        ValueError: a number out of range.
+        TypeError, ValueError: a number of another type or out of range, or what is no function.
     """
 
     def __init__(
@@ -86,11 +66,13 @@ class Server:
         detokenize: Callable[[list[int]], str] | None = None,
         device: Any = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        if max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
-        self.max_tokens, self.stop_tokens = max_tokens, frozenset(stop_tokens)
+        batch = at_least(1, "batch", batch)
+        self.max_tokens = max_tokens = at_least(2, "max_tokens", max_tokens)
+        self.stop_tokens = frozenset(token_ids("stop_tokens", stop_tokens))
+        for name, function in (("draft", draft), ("detokenize", detokenize)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function or None, got {function!r}")
+        self._most_drafted = 0 if draft is None else at_least(1, "draft.length", draft.length)
         self.stats = Stats()
         self._max_blocks = -(-max_tokens // format.block_size)
         num_blocks = batch * self._max_blocks if num_blocks is None else num_blocks
@@ -111,10 +93,11 @@ class Server:
         self._waiting: collections.deque[Request] = collections.deque()
         self._places: list[Request | None] = [None] * batch
         self._sampling: tuple[jax.Array, ...] | None = None  # of the places; None: they changed
+        self._cancelled: set[int] = set()  # since the last step began
         self._next_number = 0
         # A list is faster to pass to a jitted function, at every step, than most pytrees are.
         self._weights, structure = jax.tree.flatten(model.weights)
-        self._step = _jitted(model.step, model.logits, structure)
+        self._step = jitted_step(model.step, model.logits, structure)
         self._compiled: set[tuple] = set()
 
     @property
@@ -128,12 +111,16 @@ class Server:
         return len(self._waiting)
 
     def check(self, prompt: Sequence[int], max_new_tokens: int, name: str = "prompt") -> None:
-        """Raises ValueError where `add` would: the prompt is empty, or there is too little room."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not len(prompt):
+        """Raises what `add` would: no token ids, none at all, or too little room for them.
+
+        Raises:
+            TypeError: `prompt` is not of integers, or `max_new_tokens` is none.
+            ValueError: the prompt is empty or has a negative token, or there is too little room.
+        """
+        total = at_least(1, "max_new_tokens", max_new_tokens)
+        if not len(prompt := token_ids(name, prompt)):
             raise ValueError(f"{name} must have at least one token, got none")
-        total = len(prompt) + max_new_tokens
+        total += len(prompt)
         if total > self.max_tokens:
             raise ValueError(
                 f"{name} is too long: {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
@@ -167,49 +154,72 @@ class Server:
             The request's number, which its tokens carry.
 
         Raises:
-            ValueError: see `check`; or an empty stop string, or one without `detokenize`.
+            TypeError: see `check`; or `sampling` or `stop_tokens` of another type.
+            ValueError: see `check`; or what is no stop string, or one without `detokenize`.
         """
+        prompt = token_ids("prompt", prompt)
         self.check(prompt, max_new_tokens)
+        stops = self.stop_tokens | frozenset(token_ids("stop_tokens", stop_tokens))
+        stop_strings = strings("stop_strings", stop_strings)
         if stop_strings and self._detokenize is None:
             raise ValueError("stop_strings need a server with detokenize, got one without")
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise ValueError(f"stop_strings must be non-empty strings, got {stop_strings!r}")
+        if not isinstance(sampling, Sampling | None):
+            raise TypeError(f"sampling must be a Sampling or None, got {sampling!r}")
         number, self._next_number = self._next_number, self._next_number + 1
         self._waiting.append(
             Request(
                 number,
-                [int(token) for token in prompt],
+                prompt,
                 len(prompt),
-                max_new_tokens,
+                int(max_new_tokens),
                 sampling or Sampling(),
-                self.stop_tokens | frozenset(stop_tokens),
-                tuple(stop_strings),
+                stops,
+                stop_strings,
             )
         )
         return number
 
     def cancel(self, number: int) -> bool:
-        """Ends a request, waiting or active; False where it has ended already."""
+        """Ends a request, waiting or active; False where it has ended already.
+
+        `stream` yields none of its tokens from then on.
+        """
         for request in [*self._waiting, *self._places]:
             if request is not None and request.number == number:
                 self.stats.cancelled += 1
+                self._cancelled.add(number)
                 if request.place < 0:
                     self._waiting.remove(request)
                 else:
-                    self._end(request)
+                    self._leave(request)
                 return True
         return False
 
     def step(self) -> list[Token]:
-        """Prefills what can be admitted, or advances every sequence; the new tokens."""
-        if admitted := self._admit():
-            return self._prefill(admitted)
-        return self._decode() if self.active else []
+        """Prefills what can be admitted, or advances every sequence; the new tokens.
+
+        Where the model, `draft` or `detokenize` raises, every request is as it was, and may be
+        stepped again.
+        """
+        self._cancelled.clear()
+        admitted = self._admit()
+        try:
+            if admitted:
+                return self._prefill(admitted)
+            return self._decode() if self.active else []
+        except BaseException:
+            self._sampling = None  # the device's lengths may have advanced
+            for request in reversed(admitted):
+                self._leave(request)
+                self._waiting.appendleft(request)
+            raise
 
     def stream(self) -> Iterator[Token]:
         """Yields every new token as it comes, until no request is left; more may be added."""
         while self._waiting or self.active:
-            yield from self.step()
+            for token in self.step():
+                if token.request not in self._cancelled:
+                    yield token
 
     def _admit(self) -> list[Request]:
         """Gives places to as many waiting requests as fit, in order."""
@@ -234,7 +244,6 @@ class Server:
         """The admitted prompts as a batch of their own, padded to one of few shapes."""
         cached = [self.scheduler.length(request.seq) for request in admitted]
         news = [request.tokens[n:] for request, n in zip(admitted, cached, strict=True)]
-        self.stats.cached_tokens += sum(cached)
         batch = [*admitted, *[None] * (_power_of_two(len(admitted)) - len(admitted))]
         width = max(_power_of_two(max(map(len, news))), SHORTEST_PREFILL)
         self._sampling = None
@@ -242,17 +251,15 @@ class Server:
         chosen, seconds = self._run(
             batch, news, width, sampling_of(batch), prefill=True, prefix=any(cached)
         )
+        tokens = self._take(admitted, news, chosen[: len(admitted)].tolist())
+        self.stats.cached_tokens += sum(cached)
         self.stats.prompt_tokens += sum(map(len, news)) if seconds else 0
         self.stats.prefill_seconds += seconds
-        tokens = []
-        for row, (request, new) in enumerate(zip(admitted, news, strict=True)):
-            self.scheduler.commit(request.seq, new)
-            tokens += self._take(request, chosen[row].tolist())
         return tokens
 
     def _decode(self) -> list[Token]:
         """One step of the whole batch."""
-        most = self._draft.length if self._draft is not None else 0
+        most = self._most_drafted
         drafts: list[list[int]] = [[] for _ in self._places]
         if most:
             for row, request in enumerate(self._places):
@@ -270,17 +277,21 @@ class Server:
         chosen, seconds = self._run(
             self._places, news, width, self._sampling, prefill=False, prefix=True
         )
-        tokens = []
-        for row, (request, draft) in enumerate(zip(list(self._places), drafts, strict=True)):
+        requests, kept, gains = [], [], []
+        drafted = accepted = 0
+        for row, (request, draft) in enumerate(zip(self._places, drafts, strict=True)):
             if request is None:
                 continue
-            accepted = 0
-            while accepted < len(draft) and chosen[row, accepted] == draft[accepted]:
-                accepted += 1
-            self.stats.drafted_tokens += len(draft)
-            self.stats.accepted_tokens += accepted
-            self.scheduler.commit(request.seq, news[row][: 1 + accepted])
-            tokens += self._take(request, chosen[row, : 1 + accepted].tolist())
+            right = 0
+            while right < len(draft) and chosen[row, right] == draft[right]:
+                right += 1
+            drafted, accepted = drafted + len(draft), accepted + right
+            requests.append(request)
+            kept.append(news[row][: 1 + right])
+            gains.append(chosen[row, : 1 + right].tolist())
+        tokens = self._take(requests, kept, gains)
+        self.stats.drafted_tokens += drafted
+        self.stats.accepted_tokens += accepted
         self.stats.decoded_tokens += len(tokens) if seconds else 0
         self.stats.decode_seconds += seconds
         return tokens
@@ -323,76 +334,52 @@ class Server:
         self.stats.compile_seconds += seconds
         return chosen, 0.0
 
-    def _take(self, request: Request, chosen: list[int]) -> list[Token]:
-        """Gives a request its tokens up to one that ends it, and frees it then."""
-        tokens = []
-        for token in chosen:
-            request.tokens.append(token)
-            reason = self._reason(request)
-            tokens.append(Token(request.number, token, reason))
-            if reason is not None:
+    def _take(
+        self,
+        requests: Sequence[Request],
+        computed: Sequence[Sequence[int]],
+        chosen: Sequence[Sequence[int]],
+    ) -> list[Token]:
+        """Gives requests their tokens, each up to one that ends it, and frees those that end.
+
+        Args:
+            requests: those of a step.
+            computed: the tokens of each whose rows the cache has got.
+            chosen: the tokens of each that follow.
+        """
+        gains = [self._until_end(r, new) for r, new in zip(requests, chosen, strict=True)]
+        for request, rows, gain in zip(requests, computed, gains, strict=True):
+            self.scheduler.commit(request.seq, rows)
+            request.tokens += [token.id for token in gain]
+            if gain[-1].last:
                 self.stats.finished += 1
-                self._end(request)
+                self._leave(request)
+        return [token for gain in gains for token in gain]
+
+    def _until_end(self, request: Request, chosen: Sequence[int]) -> list[Token]:
+        """The first of the chosen tokens that ends a request, and those before it."""
+        tokens: list[Token] = []
+        for i, token in enumerate(chosen):
+            tokens.append(Token(request.number, token, self._reason(request, chosen[: i + 1])))
+            if tokens[-1].last:
                 break
         return tokens
 
-    def _reason(self, request: Request) -> str | None:
-        if request.tokens[-1] in request.stop_tokens:
+    def _reason(self, request: Request, new: Sequence[int]) -> str | None:
+        """Why a request ends with the last of its new tokens, if it does."""
+        if new[-1] in request.stop_tokens:
             return "stop"
         if request.stop_strings and self._detokenize is not None:
-            text = self._detokenize(request.tokens[request.prompt_length :])
+            text = self._detokenize([*request.tokens[request.prompt_length :], *new])
             if any(string in text for string in request.stop_strings):
                 return "stop"
-        return "length" if request.left == 0 else None
+        return "length" if request.left == len(new) else None
 
-    def _end(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
+        """Takes a request's place and blocks away."""
         self.scheduler.free(request.seq)
         self._places[request.place] = None
-        self._sampling = None
-
-
-@functools.lru_cache(maxsize=8)
-def _jitted(step: Any, logits: Any, structure: jax.tree_util.PyTreeDef) -> Any:
-    """Servers of one model share what has been compiled."""
-    return jax.jit(
-        functools.partial(_step, step, logits, structure),
-        static_argnames=("prefill", "prefix", "greedy"),
-        donate_argnames="cache",
-    )
-
-
-def _step(
-    step: Callable[..., tuple[PagedCache, jax.Array]],
-    logits: Callable[[Any, jax.Array], jax.Array],
-    structure: jax.tree_util.PyTreeDef,
-    weights: list[jax.Array],
-    cache: PagedCache,
-    tokens: jax.Array,
-    num_new: jax.Array,
-    sampling: tuple[jax.Array, ...],
-    *,
-    prefill: bool,
-    prefix: bool,
-    greedy: bool,
-) -> tuple[PagedCache, jax.Array]:
-    """The model's step: tokens [b, s] of which num_new [b] count -> those after each [b, s].
-
-    Of a prefill, only those after the last that counts [b, 1].
-    """
-    tree = jax.tree.unflatten(structure, weights)
-    cache, slots = cache.advance(tokens.shape[1], num_new)
-    cache, states = step(tree, tokens, cache, slots, prefill=prefill, prefix=prefix)
-    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    if prefill:
-        offsets = jnp.maximum(slots.num_new - 1, 0)[:, None]
-        states = jnp.take_along_axis(states, offsets[:, :, None], axis=1)
-    b, s, hidden = states.shape
-    scores = logits(tree, states.reshape(b * s, hidden))
-    if greedy:
-        return cache, jnp.argmax(scores, axis=-1).astype(jnp.int32).reshape(b, s)
-    positions = (slots.positions[:, None] + offsets).reshape(b * s)
-    each = [jnp.repeat(x, s) for x in sampling]
-    return cache, sample(scores, positions, *each).reshape(b, s)
+        request.place, self._sampling = -1, None
 
 
 def _power_of_two(n: int) -> int:

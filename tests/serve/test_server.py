@@ -81,7 +81,9 @@ def expected(model: Model) -> list[list[int]]:
         return found
 
 
-@pytest.mark.parametrize("options", [{}, {"draft": NGramDraft(1, 3)}, {"num_blocks": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"draft": NGramDraft(1, 3)}, {"num_blocks": 5}, {"batch": 3}], ids=str
+)
 def test_tokens_depend_on_the_request_alone(model: Model, expected, options) -> None:
     server = make_server(model, **options)
     for prompt in PROMPTS:
@@ -199,7 +201,7 @@ def test_wrong_calls_are_named(model: Model) -> None:
         (lambda: server.add([1], 48), "1 tokens and max_new_tokens = 48 are 49, more than"),
         (lambda: server.add([1], 16), "needs a cache of 17 tokens, the whole cache has 16"),
         (lambda: server.add([1], 1, stop_strings=["a"]), "need a server with detokenize"),
-        (lambda: Sampling(temperature=-1), "temperature must be at least 0, got -1"),
+        (lambda: Sampling(temperature=-1), "temperature must be at least 0 .*, got -1"),
         (lambda: Sampling(top_k=-1), "top_k must be at least 0"),
         (lambda: Sampling(top_p=0), "top_p must be more than 0 and at most 1, got 0"),
         (lambda: NGramDraft(n=0), "n must be at least 1, got 0"),
@@ -207,6 +209,104 @@ def test_wrong_calls_are_named(model: Model) -> None:
         with pytest.raises(ValueError, match=message):
             call()
     assert (server.waiting, server.step()) == (0, [])
+
+
+def test_what_a_step_could_not_take_is_refused_before(model: Model, expected) -> None:
+    """Else one request would stop the server for all."""
+    server = make_server(model, detokenize=str)
+    server.add(PROMPTS[0], 12)
+    for call, message in (
+        (lambda: server.add([1], 2.5), "max_new_tokens must be an integer, got 2.5"),
+        (lambda: server.add([1], True), "max_new_tokens must be an integer, got True"),
+        (lambda: server.add("12", 1), "prompt must be token ids, .* got '12'"),
+        (lambda: server.add([1, 1.5], 1), "each of prompt must be an integer, got 1.5"),
+        (lambda: server.add(np.ones(2), 1), r"prompt must be integers \[n\], got float64"),
+        (lambda: server.add(np.ones((1, 2), int), 1), r"prompt must be integers \[n\]"),
+        (lambda: server.add([1], 1, stop_tokens="5"), "stop_tokens must be token ids"),
+        (lambda: server.add([1], 1, sampling={}), "sampling must be a Sampling or None, got {}"),
+        (lambda: Sampling(seed="1"), "seed must be an integer, got '1'"),
+        (lambda: Sampling(top_k=1.5), "top_k must be an integer, got 1.5"),
+        (lambda: Sampling(temperature="1"), "temperature must be a number, got '1'"),
+        (lambda: NGramDraft(length=1.5), "length must be an integer, got 1.5"),
+        (lambda: make_server(model, batch=1.5), "batch must be an integer, got 1.5"),
+        (lambda: make_server(model, draft=3), "draft must be a function or None, got 3"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for call, message in (
+        (lambda: server.add([1, -1], 1), "each of prompt must be at least 0, got -1"),
+        (lambda: server.add([2**40], 1), "prompt must be between 0 and 2147483647, got 1099511"),
+        (lambda: server.add([2**80], 1), "prompt must be between 0 and 2147483647"),
+        (lambda: server.add(np.array([-3]), 1), "prompt must be between 0 and .*, got -3"),
+        (lambda: server.add([1], 1, stop_strings=[5]), "must be non-empty strings, got .5,."),
+        (lambda: server.add([1], 1, stop_strings=["a", ""]), "must be non-empty strings"),
+        (lambda: Sampling(temperature=1e39), "temperature must be .* finite in float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    arrays = server.add(jnp.array(PROMPTS[2]), np.int64(12), stop_tokens=np.array([98, 99]))
+    assert answers(server) == {0: expected[0], arrays: expected[2]}
+
+
+def failing_once(function, at: int):
+    """A function whose call number `at` raises."""
+    calls = iter(range(10**9))
+
+    def call(*arguments, **options):
+        if next(calls) == at:
+            raise MemoryError("once")
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("where", "at"), [("_step", 0), ("_step", 3), ("_detokenize", 1), ("_detokenize", 4)]
+)
+def test_a_step_that_raises_can_be_repeated(model: Model, expected, where: str, at: int) -> None:
+    server = make_server(model, detokenize=str, draft=NGramDraft(1, 3))
+    setattr(server, where, failing_once(getattr(server, where), at))
+    for prompt in PROMPTS:
+        server.add(prompt, 12, stop_strings=["none"])
+    found: dict[int, list[int]] = {}
+    failed = 0
+    while server.active or server.waiting:
+        try:
+            for token in server.step():
+                found.setdefault(token.request, []).append(token.id)
+        except MemoryError:
+            failed += 1
+    assert (failed, found) == (1, dict(enumerate(expected)))
+    assert (server.stats.finished, server.stats.cached_tokens) == (4, 16)
+    assert server.scheduler.num_free == server.scheduler.allocator.num_blocks
+
+
+class Knowing:
+    """A draft that is always right."""
+
+    length = 3
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = texts
+
+    def __call__(self, tokens: list[int]) -> list[int]:
+        text = next(text for text in self.texts if text[: len(tokens)] == tokens)
+        return text[len(tokens) :]
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_a_stream_yields_nothing_of_a_cancelled_request(model, expected, cancelled: int) -> None:
+    texts = [prompt + new for prompt, new in zip(PROMPTS, expected, strict=True)]
+    server = make_server(model, draft=Knowing(texts))
+    for prompt in PROMPTS[:2]:
+        server.add(prompt, 12)
+    stream = server.stream()
+    before = [next(stream) for _ in range(3)]  # of both prefills, and the first of a step
+    assert [token.request for token in before] == [0, 1, 0]
+    assert server.cancel(cancelled)
+    after = [(token.request, token.id) for token in stream]
+    other = 1 - cancelled
+    assert after == [(other, token) for token in expected[other][2 if other == 0 else 1 :]]
 
 
 def test_docstring() -> None:
