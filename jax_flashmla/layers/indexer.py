@@ -160,6 +160,9 @@ def selection_for(
             raise TypeError(
                 f"selection must be a Selection or None, got {type(selection).__name__}"
             )
+        for name, dims in (("slots", "[b, s, topk]"), ("lengths", "[b, s]")):
+            if (given := getattr(selection, name)) is not None:
+                _checks.refuse_foreign(f"selection.{name}", given, dims)
         if selection.slots is not None and selection.slots.shape[:2] != x.shape[:2]:
             raise ValueError(
                 f"selection must be of x's b, s = {x.shape[:2]}, got slots of shape "

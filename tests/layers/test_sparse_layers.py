@@ -263,6 +263,10 @@ def test_bad_calls():
     other = dataclasses.replace(FULL, indexer=dataclasses.replace(INDEXER, head_dim=32))
     with pytest.raises(ValueError, match=r"index pool .* indexer.head_dim = 32 columns"):
         select(other, layer_cases.make_params(other), x, cache, slots=slots)
+    for name in ("slots", "lengths"):
+        lists = dataclasses.replace(Selection(None, None), **{name: [[0]]})
+        with pytest.raises(TypeError, match=rf"selection.{name} must be an array \[b"):
+            decode(FULL, params, x, cache, slots=slots, layer=0, selection=lists)
     short = Selection(jnp.zeros((2, 3, 8), jnp.int32), jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match="selection must be of x's"):
         decode(FULL, params, x, cache, slots=slots, layer=0, selection=short)
