@@ -75,7 +75,7 @@ template <typename T>
 __device__ __forceinline__ void store_through(const KernelArgs& args, SharedStorage& smem, int slot,
                                               const float (&o)[128], int query,
                                               const float (&out_factor)[kTileRows]) {
-  const int thread = reread_thread(), lane = thread % 32, half = thread / kWarpgroupThreads - 1;
+  const int thread = threadIdx.x, lane = thread % 32, half = thread / kWarpgroupThreads - 1;
   const int first_row = thread % kWarpgroupThreads / 32 * 16;
   const uint32_t staged =
       smem_address(smem.latent[slot][half]) + first_row * (kHalfChunks * kChunkRowBytes);
