@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -337,13 +339,16 @@ class BlockAllocator:
                 self._free.append(block)
 
 
+def as_integer(name: str, value: Any) -> int:
+    """The value as Python's int; TypeError for what is no integer."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def check_count(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    count = as_integer(name, value)
     if count < 0:
         raise ValueError(f"{name} must not be negative, got {count}")
     return count

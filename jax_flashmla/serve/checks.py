@@ -9,24 +9,28 @@ from typing import Any
 import numpy as np
 
 from jax_flashmla._limits import INT32_MAX
+from jax_flashmla.cache.allocator import as_integer
 
 
 def at_least(least: int, name: str, value: Any) -> int:
-    """An integer."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    """An integer that is no less, else TypeError or ValueError."""
+    value = as_integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+    return value
 
 
 def check_real(name: str, value: Any) -> None:
+    """TypeError for what is no number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def token_ids(name: str, tokens: Any) -> list[int]:
-    """Token ids, or an array of them, as Python's integers."""
+    """Token ids, or an array [n] of them, as Python's integers.
+
+    TypeError for what is none, ValueError for what is negative or past int32.
+    """
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
         raise TypeError(f"{name} must be token ids, such as [1, 2, 3], got {tokens!r}")
     if not hasattr(tokens, "__array__"):
@@ -45,7 +49,7 @@ def token_ids(name: str, tokens: Any) -> list[int]:
 
 
 def strings(name: str, values: Any) -> tuple[str, ...]:
-    """Strings that are not empty."""
+    """Strings that are not empty, else ValueError."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be non-empty strings, got {values!r}")
     values = tuple(values)

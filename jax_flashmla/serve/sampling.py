@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from jax_flashmla._checks import FLOAT32_MAX
 from jax_flashmla._limits import INT32_MAX
+from jax_flashmla.cache.allocator import as_integer
 from jax_flashmla.serve.checks import at_least, check_real
 
 
@@ -45,8 +45,7 @@ class Sampling:
             raise ValueError(f"top_k must fit in int32, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1, got {self.top_p}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        as_integer("seed", self.seed)
 
 
 def sample(

@@ -110,11 +110,11 @@ class Server:
         """Requests that wait for one."""
         return len(self._waiting)
 
-    def check(self, prompt: Sequence[int], max_new_tokens: int, name: str = "prompt") -> None:
-        """Raises what `add` would: no token ids, none at all, or too little room for them.
+    def check(self, prompt: Sequence[int], max_new_tokens: int, name: str = "prompt") -> list[int]:
+        """The prompt's tokens, if `add` would take them: token ids, some, and with room for them.
 
         Raises:
-            TypeError: `prompt` is not of integers, or `max_new_tokens` is none.
+            TypeError: `prompt` is not of integers, or `max_new_tokens` is no integer.
             ValueError: the prompt is empty or has a negative token, or there is too little room.
         """
         total = at_least(1, "max_new_tokens", max_new_tokens)
@@ -131,6 +131,7 @@ class Server:
             raise ValueError(
                 f"{name} needs a cache of {total} tokens, the whole cache has {capacity}"
             )
+        return prompt
 
     def add(
         self,
@@ -157,8 +158,7 @@ class Server:
             TypeError: see `check`; or `sampling` or `stop_tokens` of another type.
             ValueError: see `check`; or what is no stop string, or one without `detokenize`.
         """
-        prompt = token_ids("prompt", prompt)
-        self.check(prompt, max_new_tokens)
+        prompt = self.check(prompt, max_new_tokens)
         stops = self.stop_tokens | frozenset(token_ids("stop_tokens", stop_tokens))
         stop_strings = strings("stop_strings", stop_strings)
         if stop_strings and self._detokenize is None:

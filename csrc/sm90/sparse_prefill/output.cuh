@@ -75,6 +75,7 @@ template <typename T>
 __device__ __forceinline__ void store_through(const KernelArgs& args, SharedStorage& smem, int slot,
                                               const float (&o)[128], int query,
                                               const float (&out_factor)[kTileRows]) {
+  // Not read again: one register too many would be live.
   const int thread = threadIdx.x, lane = thread % 32, half = thread / kWarpgroupThreads - 1;
   const int first_row = thread % kWarpgroupThreads / 32 * 16;
   const uint32_t staged =

@@ -12,6 +12,7 @@ namespace flashmla::sm90::sparse_prefill {
 template <typename T, int kHeadDim>
 __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
   const int thread = reread_thread();
+  // Uniform, which the compiler cannot know: wgmma's descriptors follow from it.
   const int half = __shfl_sync(~0u, thread / kWarpgroupThreads - 1, 0);
   Ring ring;
   LoadStream<kHeadDim> stream(args);
@@ -59,7 +60,7 @@ __device__ void run_values(const KernelArgs& args, SharedStorage& smem) {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] *= (i & 2) ? factor1 : factor0;
       }
-      const int slot = __shfl_sync(~0u, ring.slot, 0);  // uniform, which the compiler cannot know
+      const int slot = __shfl_sync(~0u, ring.slot, 0);  // likewise
       const uint64_t probabilities = k_major_desc(smem_address(smem.rope[slot]));
       const uint64_t values =
           mn_major_desc(smem_address(smem.latent[slot][half]), kGroupBytes, kTokenGroupBytes);
