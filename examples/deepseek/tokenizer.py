@@ -73,19 +73,20 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._given = 0  # characters handed out
+        self._tokens: list[int] = []  # those of the last piece, then those of the next
+        self._given = 0  # tokens of the last piece
 
     def add(self, token: int) -> str:
         """What the token adds to the text; nothing while a character is incomplete."""
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
-        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._take(text)
+        piece = self.end()
+        if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            del self._tokens[: self._given]
+            self._given = len(self._tokens)
+            return piece
+        return ""
 
     def end(self) -> str:
         """The rest."""
-        return self._take(self._tokenizer.decode(self._tokens))
-
-    def _take(self, text: str) -> str:
-        piece, self._given = text[self._given :], len(text)
-        return piece
+        given = self._tokenizer.decode(self._tokens[: self._given])
+        return self._tokenizer.decode(self._tokens)[len(given) :]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jax_flashmla.serve.checks import at_least
 
@@ -31,9 +33,26 @@ class NGramDraft:
             at_least(1, name, getattr(self, name))
 
     def __call__(self, tokens: Sequence[int]) -> list[int]:
-        tokens = list(tokens)
-        last = tokens[-self.n :]
-        for start in range(len(tokens) - self.n - 1, -1, -1):
-            if tokens[start : start + self.n] == last:
-                return tokens[start + self.n : start + self.n + self.length]
-        return []
+        return self.follow(tokens)()
+
+    def follow(self, tokens: Sequence[int]) -> Callable[[], list[int]]:
+        """What proposes again and again for tokens that only grow, looking at each but once."""
+        ends: dict[tuple[int, ...], int] = {}  # of each n tokens, the latest that others follow
+        known = self.n
+
+        def propose() -> list[int]:
+            nonlocal known
+            for end in range(known, len(tokens)):
+                ends[tuple(tokens[end - self.n : end])] = end
+            known = max(known, len(tokens))
+            end = ends.get(tuple(tokens[-self.n :]), len(tokens))
+            return list(tokens[end : end + self.length])
+
+        return propose
+
+
+def follow(draft: Any) -> Callable[[list[int]], Callable[[], Sequence[int]]]:
+    """Of a draft, or of None, what `NGramDraft.follow` is of that one."""
+    if draft is None:
+        return lambda tokens: list
+    return getattr(draft, "follow", lambda tokens: functools.partial(draft, tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,6 +51,7 @@ class Request:
     sampling: Sampling
     stop_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
+    propose: Callable[[], Sequence[int]]  # a draft of what follows its tokens
     seq: Hashable = None  # its id in the scheduler, once it has a place
     place: int = -1  # in the batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import numpy as np
 
 from jax_flashmla import BlockTable, CacheFormat, OutOfBlocks, PagedCache, Scheduler
 from jax_flashmla.serve.checks import at_least, strings, token_ids
+from jax_flashmla.serve.draft import follow
+from jax_flashmla.serve.ends import reason_to_end
 from jax_flashmla.serve.model import Model, jitted_step
 from jax_flashmla.serve.request import Request, Stats, Token, sampling_of
 from jax_flashmla.serve.sampling import Sampling
@@ -40,7 +42,8 @@ class Server:
         stop_tokens: end every sequence.
         prefix_caching: whether requests share the blocks of equal beginnings.
         draft: `draft(tokens) -> proposed tokens`, for speculation; with `length`, the most that it
-            proposes: see `NGramDraft`.
+            proposes, and maybe `follow(tokens)`, which returns what proposes for tokens that grow:
+            see `NGramDraft`.
         detokenize: `detokenize(tokens) -> text`, for stop strings.
         device: a `jax.Device` or `jax.sharding.Sharding` for the cache, where the weights are
             not on JAX's default device.
@@ -89,7 +92,8 @@ class Server:
             index_layers=index_layers,
             device=device,
         )
-        self._draft, self._detokenize, self._device = draft, detokenize, device
+        self._detokenize, self._device = detokenize, device
+        self._follow = follow(draft)
         self._waiting: collections.deque[Request] = collections.deque()
         self._places: list[Request | None] = [None] * batch
         self._sampling: tuple[jax.Array, ...] | None = None  # of the places; None: they changed
@@ -175,6 +179,7 @@ class Server:
                 sampling or Sampling(),
                 stops,
                 stop_strings,
+                self._follow(prompt),
             )
         )
         return number
@@ -264,11 +269,12 @@ class Server:
         if most:
             for row, request in enumerate(self._places):
                 if request is not None:  # of `left` tokens, one comes without a draft
-                    drafts[row] = list(self._draft(request.tokens))[: min(most, request.left - 1)]
-        if self._sampling is None or most:  # lengths on the device count rejected tokens
-            self._set_table(self._places)
+                    drafts[row] = list(request.propose())[: min(most, request.left - 1)]
         if self._sampling is None:
+            self._set_table(self._places)
             self._sampling = sampling_of(self._places)
+        elif most:  # lengths on the device count rejected tokens
+            self._set_lengths(self._places)
         news = [
             [] if request is None else [request.tokens[-1], *draft]
             for request, draft in zip(self._places, drafts, strict=True)
@@ -298,9 +304,15 @@ class Server:
 
     def _set_table(self, batch: Sequence[Request | None]) -> None:
         """Makes these the batch that the cache is of."""
-        seqs = [None if request is None else request.seq for request in batch]
-        table = self.scheduler.block_table(seqs, self._max_blocks)
-        cache = self.cache.with_table(table, self.scheduler.seqlens(seqs))
+        table = self.scheduler.block_table(_seqs_of(batch), self._max_blocks)
+        self._set_lengths(batch, table)
+
+    def _set_lengths(
+        self, batch: Sequence[Request | None], table: np.ndarray | None = None
+    ) -> None:
+        """Makes the cache's lengths the batch's, and its table the one given."""
+        ids = self.cache.table.block_table if table is None else table
+        cache = self.cache.with_table(ids, self.scheduler.seqlens(_seqs_of(batch)))
         self.cache = cache if self._device is None else jax.device_put(cache, self._device)
 
     def _run(
@@ -360,26 +372,22 @@ class Server:
         """The first of the chosen tokens that ends a request, and those before it."""
         tokens: list[Token] = []
         for i, token in enumerate(chosen):
-            tokens.append(Token(request.number, token, self._reason(request, chosen[: i + 1])))
+            reason = reason_to_end(request, chosen[: i + 1], self._detokenize)
+            tokens.append(Token(request.number, token, reason))
             if tokens[-1].last:
                 break
         return tokens
-
-    def _reason(self, request: Request, new: Sequence[int]) -> str | None:
-        """Why a request ends with the last of its new tokens, if it does."""
-        if new[-1] in request.stop_tokens:
-            return "stop"
-        if request.stop_strings and self._detokenize is not None:
-            text = self._detokenize([*request.tokens[request.prompt_length :], *new])
-            if any(string in text for string in request.stop_strings):
-                return "stop"
-        return "length" if request.left == len(new) else None
 
     def _leave(self, request: Request) -> None:
         """Takes a request's place and blocks away."""
         self.scheduler.free(request.seq)
         self._places[request.place] = None
         request.place, self._sampling = -1, None
+
+
+def _seqs_of(batch: Sequence[Request | None]) -> list[Hashable | None]:
+    """The scheduler's ids."""
+    return [None if request is None else request.seq for request in batch]
 
 
 def _power_of_two(n: int) -> int:

@@ -274,3 +274,22 @@ def test_characters_are_not_cut():
     assert [piece for piece in pieces if piece] == list(text)
     assert stream.add("é".encode()[0]) == ""
     assert stream.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_long_text_is_not_decoded_anew_for_each_token():
+    class Spaced:
+        """Words, joined by spaces; 0 has no text."""
+
+        most = 0
+
+        def decode(self, tokens):
+            self.most = max(self.most, len(tokens))
+            return " ".join(f"w{token}" for token in tokens if token)
+
+    tokenizer = Spaced()
+    stream = TextStream(tokenizer)
+    tokens = [0, 1, 0, 0, 2, *range(3, 500), 0]
+    assert "".join(map(stream.add, tokens)) + stream.end() == tokenizer.decode(tokens)
+    tokenizer.most = 0
+    stream.add(1)
+    assert tokenizer.most <= 3

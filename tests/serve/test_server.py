@@ -248,6 +248,18 @@ def test_what_a_step_could_not_take_is_refused_before(model: Model, expected) ->
     assert answers(server) == {0: expected[0], arrays: expected[2]}
 
 
+@pytest.mark.parametrize("draft", [None, NGramDraft(1, 3), lambda tokens: tokens[:1]])
+def test_a_table_is_made_where_the_batch_changes_alone(model: Model, expected, draft) -> None:
+    if draft is not None and not isinstance(draft, NGramDraft):
+        draft.length = 1
+    server = make_server(model, draft=draft)
+    made, block_table = [], server.scheduler.block_table
+    server.scheduler.block_table = lambda *a: made.append(1) or block_table(*a)
+    server.add(PROMPTS[0], 12)
+    assert answers(server) == {0: expected[0]}
+    assert len(made) == 2  # a prefill has a batch of its own
+
+
 def failing_once(function, at: int):
     """A function whose call number `at` raises."""
     calls = iter(range(10**9))
