@@ -1,6 +1,7 @@
 // The extension module jax_flashmla._cpu: XLA FFI handlers for the platform "cpu".
 #include "cpu/groups.h"
 #include "cpu/parallel_for.h"
+#include "ffi/chain.h"
 #include "ffi/groups.h"
 #include "ffi/module.h"
 #include "ffi/thread_pool.h"

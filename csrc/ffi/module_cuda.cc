@@ -3,6 +3,7 @@
 // capture them in CUDA graphs.
 #include <cuda_runtime_api.h>
 
+#include "ffi/chain.h"
 #include "ffi/groups.h"
 #include "ffi/module.h"
 #include "sm90/peers/workspace.h"

@@ -23,6 +23,12 @@ from jax_flashmla._xla.dispatch import PLATFORMS, platform_refusal, warn_once
 _operations: dict[str, Operation] = {}
 
 
+def operation_of(primitive: Primitive) -> Operation | None:
+    """The operation whose primitive it is."""
+    operation = _operations.get(primitive.name.removeprefix("flashmla_"))
+    return operation if operation is not None and operation.primitive is primitive else None
+
+
 def targets() -> list[str]:
     """The custom-call targets of all operations."""
     return [operation.target for operation in _operations.values()]
@@ -47,6 +53,7 @@ class Operation:
         left_to_xla: platforms on which the reference is faster than the handler, which then has to
             be asked for.
         invariant: the mesh axis over whose devices results are the same, from the parameters.
+        chained: whether a chain (chain.py) may have it.
     """
 
     def __init__(
@@ -63,12 +70,14 @@ class Operation:
         aliases: dict[int, int] | None = None,
         left_to_xla: Sequence[str] = (),
         invariant: Callable[..., str | None] = lambda **_: None,
+        chained: bool = False,
     ):
         self.name, self.target = name, f"flashmla_{name}_v1"
         self.primitive = Primitive(f"flashmla_{name}")
         self._results, self._num_results = results, num_results
         self._reference, self._attributes = reference, attributes
-        self._refusal, self._aliases = refusal, aliases
+        self._refusal, self.aliases = refusal, aliases or {}
+        self.chained = chained
         self._left_to_xla = tuple(left_to_xla)
         self._invariant = invariant
         self._call = jax.jit(self._run, inline=True, static_argnames=(*static, "implementation"))
@@ -96,36 +105,54 @@ class Operation:
         primitive = self.primitive
         primitive.multiple_results = True
         primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-        primitive.def_abstract_eval(self._types)
+        primitive.def_abstract_eval(self.types)
         batching.primitive_batchers[primitive] = batch
-        ad.primitive_jvps[primitive] = self._no_derivative
+        ad.primitive_jvps[primitive] = self.no_derivative
         for platform in PLATFORMS:
             lower = functools.partial(self._lower, platform)
             mlir.register_lowering(primitive, lower, platform=platform)
         mlir.register_lowering(primitive, functools.partial(self._lower, "this platform"))
 
-    def _types(self, *operands: Any, implementation: str | None, **params: Any) -> list[Any]:
+    def types(self, *operands: Any, implementation: str | None, **params: Any) -> list[Any]:
+        """Of results and workspace."""
         check_unsharded(self.name, operands)
         types = self._results(*operands, **params)
         invariant = self._invariant(**params)
         return [result_type(operands, shape, dtype, invariant) for shape, dtype in types]
 
-    def _no_derivative(self, *_: Any, **__: Any) -> Any:
+    def no_derivative(self, *_: Any, **__: Any) -> Any:
+        """Says so."""
         raise NotImplementedError(
             f"{self.name} cannot be differentiated: its kernels are for inference. To "
             f'differentiate, call {self.name}(..., implementation="xla"), which is pure JAX.'
         )
 
-    def _lower(
-        self, platform: str, ctx: Any, *args: Any, implementation: str | None, **params: Any
-    ) -> Any:
+    def attributes(self, *, implementation: str | None, **params: Any) -> dict[str, Any]:
+        """The handler's."""
+        del implementation
+        return self._attributes(**params)
+
+    def refusal(
+        self, platform: str, *operands: Any, implementation: str | None, **params: Any
+    ) -> str | None:
+        """Why the handler does not take a call on a platform; None where it does."""
         refusal = platform_refusal(platform)
         if refusal is None and platform == "cuda":
-            refusal = self._refusal(*ctx.avals_in, **params)
-        left = platform in self._left_to_xla and implementation is None
-        if refusal is None and not left:
-            call = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self._aliases)
-            return call(ctx, *args, **self._attributes(**params))
+            refusal = self._refusal(*operands, **params)
+        return refusal
+
+    def is_handled(self, platform: str, *operands: Any, **params: Any) -> bool:
+        """Whether a call becomes one of the handler."""
+        left = platform in self._left_to_xla and params["implementation"] is None
+        return not left and self.refusal(platform, *operands, **params) is None
+
+    def _lower(self, platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
+        implementation = params["implementation"]
+        if self.is_handled(platform, *ctx.avals_in, **params):
+            call = jax.ffi.ffi_lowering(self.target, operand_output_aliases=self.aliases or None)
+            return call(ctx, *args, **self.attributes(**params))
+        refusal = self.refusal(platform, *ctx.avals_in, **params)
+        del params["implementation"]
         if platform == "cpu" and refusal is not None:
             raise ImportError(f"{self.name} cannot run: {refusal}; reinstall jax_flashmla")
         if implementation == "kernel":

@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from jax_flashmla import PagedCache, Peers, Slots, SplitSchedule
+from jax_flashmla._xla.chain import chain
 from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.attend import attend_cached, attend_selected
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.indexer import Selection, selection_for
 from jax_flashmla.layers.params import MLAParams
-from jax_flashmla.layers.project import check_call, positions_of, roll_tokens, sum_over_heads
+from jax_flashmla.layers.project import (
+    check_call,
+    heads_per_device,
+    positions_of,
+    roll_tokens,
+    sum_over_heads,
+)
 from jax_flashmla.layers.rope import rotate
 from jax_flashmla.layers.step import latent_queries, multiply, project_down, project_values
 
@@ -70,8 +77,46 @@ def decode(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    num_heads = check_call(config, params, x, cache, slots, heads_axis, context_axis)
-    x = jnp.asarray(x)
+    check_call(config, params, x, cache, slots, heads_axis, context_axis)
+    static = isinstance(layer, int)
+
+    def run(
+        params: MLAParams,
+        x: jax.Array,
+        cache: PagedCache,
+        slots: Slots,
+        traced: jax.Array | None,
+        schedule: SplitSchedule | None,
+        absorbed: AbsorbedWeights | None,
+        selection: Selection | None,
+    ) -> tuple[PagedCache, jax.Array]:
+        return _decode(
+            config, params, x, cache, slots, layer if static else traced, schedule, absorbed,
+            selection, heads_axis, peers, context_axis, implementation,
+        )  # fmt: skip
+
+    return chain(
+        run, params, jnp.asarray(x), cache, slots, None if static else layer, schedule, absorbed,
+        selection,
+    )  # fmt: skip
+
+
+def _decode(
+    config: MLAConfig,
+    params: MLAParams,
+    x: jax.Array,
+    cache: PagedCache,
+    slots: Slots,
+    layer: int | jax.Array | None,
+    schedule: SplitSchedule | None,
+    absorbed: AbsorbedWeights | None,
+    selection: Selection | None,
+    heads_axis: str | None,
+    peers: Peers | None,
+    context_axis: str | None,
+    implementation: str | None,
+) -> tuple[PagedCache, jax.Array]:
+    num_heads = heads_per_device(config, heads_axis)
     cache, down = project_down(
         config, params, x, cache, slots, layer, implementation, indexed=selection is None
     )

@@ -382,4 +382,5 @@ decode_op = Operation(
     batch=_batch,
     attributes=_attributes,
     refusal=_refusal,
+    chained=True,
 )

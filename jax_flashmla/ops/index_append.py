@@ -207,4 +207,5 @@ index_append_op = Operation(
     batch=_batch,
     attributes=_attributes,
     aliases={0: 0},
+    chained=True,
 )

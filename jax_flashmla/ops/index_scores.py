@@ -165,4 +165,5 @@ scores_op = Operation(
     reference=_reference,
     batch=_batch,
     attributes=_attributes,
+    chained=True,
 )

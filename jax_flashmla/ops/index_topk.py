@@ -296,4 +296,5 @@ topk_op = Operation(
     reference=_reference,
     batch=_batch,
     attributes=_attributes,
+    chained=True,
 )

@@ -201,4 +201,5 @@ latent_op = Operation(
     batch=_batch,
     attributes=_attributes,
     aliases={0: 0},
+    chained=True,
 )

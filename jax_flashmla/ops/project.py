@@ -197,4 +197,5 @@ project_op: Operation = Operation(
     attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
+    chained=True,
 )

@@ -133,4 +133,5 @@ project_twice_op: Operation = Operation(
     attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
+    chained=True,
 )

@@ -367,4 +367,5 @@ sparse_op = Operation(
     batch=_batch,
     attributes=_attributes,
     refusal=_refusal,
+    chained=True,
 )

@@ -50,7 +50,14 @@ struct LaunchOptions {
   int cluster = 1;  // neighbouring blocks of grid.x that run together, up to 16
   // Of the most shared memory that there can be, what most_shared asks for; the rest is L1.
   int shared_percent = 100;
+  // Reads fast through a large L1 alone: does not start beside blocks that leave it little.
+  bool needs_l1 = false;
 };
+
+// Whether the kernel that this thread launched last, or one that it may have begun beside, leaves
+// L1 little of a multiprocessor.
+inline thread_local bool little_l1 = false;
+constexpr size_t kMuchShared = 64 * 1024;  // bytes of a block
 
 template <typename... Params, typename... Args>
 Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStream_t stream,
@@ -66,9 +73,12 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return to_status(error, name);
   }
+  const bool dependent = options.dependent && !(options.needs_l1 && little_l1);
+  little_l1 =
+      options.most_shared || options.shared_bytes > kMuchShared || (dependent && little_l1);
   cudaLaunchAttribute attributes[3];
   int count = 0;
-  if (options.dependent) {
+  if (dependent) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

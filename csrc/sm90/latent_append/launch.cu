@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "chained.h"
 #include "sm90/host/copy_blocks.h"
 #include "sm90/host/launch.h"
 #include "sm90/latent_append/kernel.cuh"
@@ -56,7 +57,7 @@ Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream, 
 }
 
 Status run_latent_append(const LatentAppendParams& params, cudaStream_t stream) {
-  return run_latent_append(params, stream, false);
+  return run_latent_append(params, stream, follows_in_chain);
 }
 
 }  // namespace flashmla::sm90

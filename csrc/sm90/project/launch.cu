@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "chained.h"
 #include "sm90/host/launch.h"
 #include "sm90/host/tensor_map.h"
 #include "sm90/project/config.h"
@@ -145,7 +146,7 @@ Status run_project(const ProjectParams& params, cudaStream_t stream, bool depend
 }
 
 Status run_project(const ProjectParams& params, cudaStream_t stream) {
-  return run_project(params, stream, false);
+  return run_project(params, stream, follows_in_chain);
 }
 
 }  // namespace flashmla::sm90

@@ -40,7 +40,7 @@ from jax_flashmla.layers import (
 # after them (docs/notebook/decoding_step.md): k of them count with the root of 2 k / 2048.
 MAX_RELATIVE_ERROR = 0.25
 Blocks = Callable[[CacheFormat, int], jax.Array]  # format, num_blocks -> random blocks
-TARGET = "flashmla_latent_append_v1"
+TARGET = "flashmla_chain_v1"
 YARN = YarnConfig(factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
 INDEXER = IndexerConfig(num_heads=INDEX_HEADS, topk=TOPK, rope_layout="half")
 

@@ -40,6 +40,7 @@ Status launch_kernel(const ProjectParams& params, bool dependent, cudaStream_t s
       size_t{4} * warps * params.rows * kStride + (size_t{16} * splits << args.share);
   options.cluster = splits;
   options.dependent = dependent;
+  options.needs_l1 = true;
   return launch(project_few_kernel<T, Element, kTransposed>, options, stream, "project", args);
 }
 
