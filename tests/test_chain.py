@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from ffi_calls import refused, result, zeros
 from jax_flashmla import (
@@ -170,11 +171,11 @@ def two_layers(config: MLAConfig, b: int) -> PagedCache:
 
 
 def step(
-    config: MLAConfig, params: MLAParams, x: jax.Array, cache: PagedCache
+    config: MLAConfig, params: MLAParams, x: jax.Array, cache: PagedCache, **options: str
 ) -> tuple[PagedCache, jax.Array]:
     cache, slots = cache.advance()
     for i in range(2):
-        cache, y = decode(config, params, x, cache, slots=slots, layer=i)
+        cache, y = decode(config, params, x, cache, slots=slots, layer=i, **options)
         x = x + y
     return cache, x
 
@@ -210,6 +211,24 @@ def test_a_decoding_layer_is_one_call_on_a_gpu(sparse: bool) -> None:
     calls = custom_calls(functools.partial(step, config), params, x, cache, platform="cuda")
     assert calls.pop("make_schedule_v1") <= 4
     assert calls == {"chain_v1": 2}
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_layer_whose_heads_are_split_is_one_call_on_a_gpu(sparse: bool) -> None:
+    """And all devices are known to have the same cache, index keys among it, and the same y."""
+    config = sparse_or_dense(sparse)
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices("cpu")[:2])
+    cache = two_layers(config, B)
+    specs = MLAParams.specs(config, "model"), P(), cache.specs()
+    split = jax.shard_map(
+        functools.partial(step, config, heads_axis="model"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(cache.specs(), P()),
+    )
+    arguments = MLAParams.shapes(config, jnp.bfloat16), jnp.ones((B, 1, 256), jnp.bfloat16), cache
+    assert custom_calls(split, *arguments, platform="cuda")["chain_v1"] == 2
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -53,6 +53,7 @@ class Operation:
         left_to_xla: platforms on which the reference is faster than the handler, which then has to
             be asked for.
         invariant: the mesh axis over whose devices results are the same, from the parameters.
+        made_of: the operands that a result depends on, by result, where it is not all of them.
         chained: whether a chain (chain.py) may have it.
     """
 
@@ -70,6 +71,7 @@ class Operation:
         aliases: dict[int, int] | None = None,
         left_to_xla: Sequence[str] = (),
         invariant: Callable[..., str | None] = lambda **_: None,
+        made_of: dict[int, Sequence[int]] | None = None,
         chained: bool = False,
     ):
         self.name, self.target = name, f"flashmla_{name}_v1"
@@ -77,6 +79,7 @@ class Operation:
         self._results, self._num_results = results, num_results
         self._reference, self._attributes = reference, attributes
         self._refusal, self.aliases = refusal, aliases or {}
+        self._made_of = made_of or {}
         self.chained = chained
         self._left_to_xla = tuple(left_to_xla)
         self._invariant = invariant
@@ -118,7 +121,15 @@ class Operation:
         check_unsharded(self.name, operands)
         types = self._results(*operands, **params)
         invariant = self._invariant(**params)
-        return [result_type(operands, shape, dtype, invariant) for shape, dtype in types]
+        return [
+            result_type(
+                [operands[j] for j in self._made_of.get(i, range(len(operands)))],
+                shape,
+                dtype,
+                invariant,
+            )
+            for i, (shape, dtype) in enumerate(types)
+        ]
 
     def no_derivative(self, *_: Any, **__: Any) -> Any:
         """Says so."""

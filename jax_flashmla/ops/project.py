@@ -197,5 +197,6 @@ project_op: Operation = Operation(
     attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
+    made_of={1: (0, 1 + _limits.MAX_WEIGHTS)},  # products: of x and exact
     chained=True,
 )

@@ -133,5 +133,6 @@ project_twice_op: Operation = Operation(
     attributes=attributes,
     refusal=_refusal,
     left_to_xla=("cpu",),
+    made_of={1: (0, 2)},  # products: of x and beside
     chained=True,
 )
