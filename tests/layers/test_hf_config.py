@@ -142,6 +142,10 @@ CHANGES_THE_MATHEMATICS = [
     ("linear_attn_config", {"kda_layers": [1, 2, 3]}),
     ("layer_types", ["full_attention", "sliding_attention"]),
     ("layer_types", ["indexed_attention"]),
+    ("layer_types", ["deepseek_sparse_attention"]),
+    ("dsa_topk", 2048),
+    ("sparse_attention_config", {"sparse_topk_blocks": 16}),
+    ("use_nsa", True),
     ("mla_scale_q_lora", True),
 ]
 
@@ -177,7 +181,9 @@ def test_harmless_values_are_not_refused(model_type):
         "qk_latent_layernorm": True,
         "sliding_window": 4096,
         "use_sliding_window": False,
-        "layer_types": ["full_attention"] * 3,
+        "layer_types": ["full_attention" if expected.indexer is None else "indexed_attention"] * 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "decoder_sparse_step": 1,
         "rope_parameters": None,
         "num_key_value_heads": hf["num_attention_heads"],
         "qk_head_dim": float(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]),

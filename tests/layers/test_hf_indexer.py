@@ -49,3 +49,29 @@ def test_indexers_are_read_or_refused():
             MLAConfig.from_hf(
                 {**V32, "num_hidden_layers": 61 if "FSF" in keys.values() else 2} | keys
             )
+
+
+@pytest.mark.parametrize("hf", [V32, GLM5], ids=["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_under_other_names(hf):
+    """As earlier releases of transformers wrote it, and as other models say it."""
+    expected = MLAConfig.from_hf(hf)
+    for keys in (
+        {"layer_types": ["deepseek_sparse_attention"] * 2},
+        {"layer_types": ["indexed_attention", "deepseek_sparse_attention"]},
+        {"use_dsa": True},
+        {"use_dsa": None, "use_nsa": False},
+    ):
+        assert MLAConfig.from_hf({**hf, **keys}) == expected
+    for key, value in (
+        ("layer_types", ["full_attention", "indexed_attention"]),
+        ("layer_types", ["attention"]),
+        ("layer_types", ["qwen_sparse_attention"]),
+        ("use_dsa", False),
+        ("use_dsa", 1),
+        ("dsa_topk", 512),
+        ("sparse_attention_config", {"sparse_topk_blocks": 16}),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^config: {key} must be .*, got"):
+            MLAConfig.from_hf({**hf, key: value})
+    with pytest.raises(NotImplementedError, match=r"^config: use_dsa must be false"):
+        MLAConfig.from_hf({**V3, "use_dsa": True})

@@ -5,8 +5,10 @@ Each is harmless where it says what holds anyway; else it is refused by name.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from jax_flashmla.layers.hf.indexer import INDEXED
 from jax_flashmla.layers.hf.json_object import JsonObject, describe
 
 # Reason, then the keys that must be false, 0, empty or absent for it not to hold.
@@ -83,6 +85,12 @@ _MUST_BE = {
     "position_embedding_type": ("rope", "positions are rotations"),
 }
 _LONGCAT = ("mla_scale_q_lora", "mla_scale_kv_lora")
+# Of layers that all attend alike, in the names of now and of earlier releases of transformers.
+_DENSE_LAYERS = ["attention", "full_attention"]
+_INDEXED_LAYERS = ["indexed_attention", "deepseek_sparse_attention"]
+# Sparse attention under other names than an indexer's (use_dsa, sparse_attention_config); experts
+# are sparse too (decoder_sparse_step, mlp_layer_types).
+_SPARSE = re.compile(r"(?:.*_)?(?:dsa|nsa|moba|sparse_(?:attention|attn|config))(?:_.*)?")
 
 
 def refuse_other_attention(hf: JsonObject, model_type: str) -> None:
@@ -100,9 +108,13 @@ def refuse_other_attention(hf: JsonObject, model_type: str) -> None:
         value = hf.get(key, expected)
         if type(value) is not type(expected) or value != expected:
             _refuse(hf, key, f"must be {describe(expected)}", reason)
-    known = ["attention", "full_attention"]
-    if model_type in ("deepseek_v32", "glm_moe_dsa"):
-        known.append("indexed_attention")
+    indexed = model_type in INDEXED
+    for key in filter(_SPARSE.fullmatch, map(str, hf)):
+        if not indexed or key != "use_dsa":
+            _refuse_unless_off(hf, key, "only an indexer's keys (index_topk) make it sparse")
+        elif hf.get(key, True) is not True:
+            _refuse(hf, key, "must be true", "indexers select what is attended to")
+    known = _INDEXED_LAYERS if indexed else _DENSE_LAYERS
     if set(hf.strings("layer_types")) - set(known):
         _refuse(hf, "layer_types", f"must be of {known}", "all layers attend alike")
 
