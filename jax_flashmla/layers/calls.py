@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -11,7 +11,7 @@ from jax_flashmla.layers.absorb import AbsorbedWeights
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.decode import decode
 from jax_flashmla.layers.indexer import Selection, select
-from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.params import MLAParams, check_layer
 from jax_flashmla.layers.prefill import prefill
 from jax_flashmla.layers.project import manual_axis
 
@@ -120,6 +120,15 @@ class MLACalls:
             context_axis=context_axis,
             implementation=implementation,
         )
+
+
+def check_module(config: Any, dtype: Any, param_dtype: Any, heads_axis: Any, peers: Any) -> None:
+    """Checks what both modules are made with."""
+    check_layer(config, param_dtype=param_dtype, **({} if dtype is None else {"dtype": dtype}))
+    if not isinstance(heads_axis, str | None):
+        raise TypeError(f"heads_axis must be a mesh axis's name or None, got {heads_axis!r}")
+    if not isinstance(peers, Peers | None):
+        raise TypeError(f"peers must be Peers or None, got {type(peers).__name__}")
 
 
 def _cast(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:

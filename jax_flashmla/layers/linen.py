@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from jax_flashmla import Peers
-from jax_flashmla.layers.calls import MLACalls
+from jax_flashmla.layers.calls import MLACalls, check_module
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.params import AXES, MLAParams, initializer, stored_dtype
 from jax_flashmla.layers.project import heads_per_device, manual_axis
@@ -39,6 +39,9 @@ class MLAttention(MLACalls, nn.Module):
             (`nn.Partitioned`). Inside a `jax.shard_map` over that axis, the module works on its
             share of the heads, and sums the output over the axis.
         peers: from `connect_peers(mesh, heads_axis)`, what `decode` sums over the axis with.
+
+    Raises:
+        TypeError: an attribute of another type, or a dtype that is not floating; when it is called.
     """
 
     config: MLAConfig
@@ -48,6 +51,7 @@ class MLAttention(MLACalls, nn.Module):
     peers: Peers | None = None
 
     def setup(self) -> None:
+        check_module(self.config, self.dtype, self.param_dtype, self.heads_axis, self.peers)
         num_heads = heads_per_device(self.config, manual_axis(self.heads_axis))
         shapes = MLAParams.shapes(dataclasses.replace(self.config, num_heads=num_heads))
         specs = MLAParams.specs(self.config, self.heads_axis)

@@ -73,7 +73,7 @@ class MLAParams:
         Raises:
             TypeError: a config that is none, or a dtype that is not floating.
         """
-        _check_call(config, dtype)
+        check_layer(config, dtype=dtype)
         return _init(config, key, jnp.dtype(dtype))
 
     @staticmethod
@@ -196,6 +196,19 @@ def stored_dtype(name: str, dtype: DTypeLike) -> DTypeLike:
     return jnp.float32 if name == "index_w_weights" else dtype
 
 
+def check_layer(config: Any, **dtypes: Any) -> None:
+    """That config is one, and each of the dtypes, which are named as the user names them."""
+    if not isinstance(config, MLAConfig):
+        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
+    for name, dtype in dtypes.items():
+        try:
+            floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
+            raise TypeError(f"{name} must be floating, got {dtype}")
+
+
 def check_params(config: MLAConfig, params: MLAParams, num_heads: int) -> None:
     """That every array has the config's shape, but for heads, of which there are num_heads."""
     if not isinstance(params, MLAParams):
@@ -231,16 +244,9 @@ def _from_fields(
     weights: Any,
     dtype: DTypeLike,
 ) -> MLAParams:
-    _check_call(config, dtype)
+    check_layer(config, dtype=dtype)
     fields = read(config, weights)
     return MLAParams(**{name: x.astype(stored_dtype(name, dtype)) for name, x in fields.items()})
-
-
-def _check_call(config: Any, dtype: DTypeLike) -> None:
-    if not isinstance(config, MLAConfig):
-        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating, got {dtype}")
 
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:

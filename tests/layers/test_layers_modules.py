@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import layer_cases
@@ -178,8 +179,50 @@ def test_parameters_are_named_and_partitioned():
         assert partition[name].get_value() == getattr(specs, name)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])  # the module's: as it is, and cast
+@pytest.mark.parametrize("where", ["uncommitted", "committed", "host", "sharded"])
+def test_given_parameters_are_sharded_wherever_they_are(where, stored, axis_type):
+    devices = jax.devices("cpu")
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,), devices=devices)
+    params, specs = layer_cases.make_params(V3), MLAParams.specs(V3, "model")
+    if where == "committed":
+        params = jax.device_put(params, devices[1])
+    elif where == "host":
+        params = jax.tree.map(np.asarray, params)
+    elif where == "sharded":
+        params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, specs)
+    with jax.set_mesh(mesh):
+        module = layers_nnx.MLAttention(V3, heads_axis="model", param_dtype=stored, params=params)
+    for name, spec in vars(specs).items():
+        if spec is not None:
+            got, expected = getattr(module, name)[...], getattr(params, name)
+            assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), got.ndim), name
+            np.testing.assert_array_equal(got, np.asarray(expected).astype(stored))
+
+
 def test_wrong_arguments():
+    params = layer_cases.make_params(V3)
     with pytest.raises(ValueError, match="must be given params or rngs"):
         layers_nnx.MLAttention(V3)
     with pytest.raises(ValueError, match=r"params\.w_dq must be"):
         layers_nnx.MLAttention(V3, params=layer_cases.make_params(LITE))
+    with pytest.raises(TypeError, match=r"rngs must be an nnx\.Rngs or None, got int"):
+        layers_nnx.MLAttention(V3, rngs=0)
+    x = jnp.asarray(layer_cases.make_x(V3, 1, 1))
+    cache, slots = layer_cases.make_cache(V3, [1]).advance(1)
+    for config, options, message in (
+        (None, {}, "config must be an MLAConfig, got NoneType"),
+        (V3, {"param_dtype": jnp.int8}, "param_dtype must be floating, got .*int8"),
+        (V3, {"param_dtype": None}, "param_dtype must be floating, got None"),
+        (V3, {"dtype": "float33"}, "dtype must be floating, got float33"),
+        (V3, {"dtype": jnp.int32}, "dtype must be floating, got .*int32"),
+        (V3, {"heads_axis": ("x", "y")}, r"heads_axis must be a mesh axis's name or None, got \("),
+        (V3, {"peers": "model"}, "peers must be Peers or None, got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            layers_nnx.MLAttention(config, params=params, **options)
+        with pytest.raises(TypeError, match=message):
+            linen.MLAttention(config, **options).apply(
+                as_variables(params), x, cache, slots=slots, method="decode"
+            )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_flashmla.layers.config import MLAConfig
 from jax_flashmla.layers.hf.tensor_reader import TensorReader
 from jax_flashmla.layers.indexer_config import IndexerConfig
-from jax_flashmla.layers.params import MLAParams
+from jax_flashmla.layers.params import MLAParams, check_layer
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -66,10 +66,7 @@ def load_attention(
             or it names every tensor of these layers that is missing, extra, misshapen or of a
             dtype that is not read.
     """
-    if not isinstance(config, MLAConfig):
-        raise TypeError(f"config must be an MLAConfig, got {type(config).__name__}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating, got {dtype}")
+    check_layer(config, dtype=dtype)
     reader = checkpoint if isinstance(checkpoint, TensorReader) else TensorReader(checkpoint)
     if prefix is None:
         prefix = attention_prefix(reader)
