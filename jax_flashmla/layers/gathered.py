@@ -54,7 +54,7 @@ def _gather(
     rows: LayerView, block_table: jax.Array, slots: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The rows of all of the table's blocks [rows, 1, d_qk], in the format's dtype, and which of
-    them the slots [b, s, topk] are; -1 stays.
+    them the slots [b, s, topk] are; -1 for those of no block of the table.
 
     Args:
         block_table: [b, max_blocks], unshifted: what slots go by.
@@ -67,7 +67,7 @@ def _gather(
     entries = jnp.arange(block_table.size, dtype=jnp.int32)
     flat = block_table.reshape(-1)
     inside = jnp.where(flat < 0, rows.num_blocks, flat)  # what is out of range is dropped
-    entry_of = jnp.zeros(rows.num_blocks, jnp.int32).at[inside].set(entries, mode="drop")
-    return kv.astype(format.dtype), jnp.where(
-        slots < 0, -1, entry_of[slots // size] * size + slots % size
-    )
+    entry_of = jnp.full(rows.num_blocks, -1, jnp.int32).at[inside].set(entries, mode="drop")
+    block = jnp.where(slots < 0, rows.num_blocks, slots // size)
+    entry = entry_of.at[block].get(mode="fill", fill_value=-1)
+    return kv.astype(format.dtype), jnp.where(entry < 0, -1, entry * size + slots % size)

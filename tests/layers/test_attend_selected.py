@@ -37,6 +37,7 @@ def test_gathered_rows_are_the_caches(name, monkeypatch):
     for i, room in enumerate(rooms):
         tokens = rng.integers(0, room, (9, TOPK - i))
         chosen[i, :, : TOPK - i] = table[i, tokens // 64] * 64 + tokens % 64
+    chosen[:, ::2, :3] = [-7, cache.layer(1).num_blocks * 64, 2**31 - 1]  # of no block
     lengths = rng.integers(0, TOPK, (2, 9))
     selection = Selection(jnp.asarray(chosen), jnp.asarray(lengths, jnp.int32))
     q = jnp.asarray(rng.standard_normal((2, 9, HEADS, 576)), jnp.bfloat16)
