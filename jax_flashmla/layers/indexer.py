@@ -160,14 +160,14 @@ def selection_for(
             raise TypeError(
                 f"selection must be a Selection or None, got {type(selection).__name__}"
             )
-        for name, dims in (("slots", "[b, s, topk]"), ("lengths", "[b, s]")):
+        for name, rank, dims in (("slots", 3, "[b, s, topk]"), ("lengths", 2, "[b, s]")):
             if (given := getattr(selection, name)) is not None:
                 _checks.refuse_foreign(f"selection.{name}", given, dims)
-        if selection.slots is not None and selection.slots.shape[:2] != x.shape[:2]:
-            raise ValueError(
-                f"selection must be of x's b, s = {x.shape[:2]}, got slots of shape "
-                f"{selection.slots.shape}"
-            )
+                if given.ndim != rank or given.shape[:2] != x.shape[:2]:
+                    raise ValueError(
+                        f"selection must be of x's b, s = {x.shape[:2]}, {name} {dims}, got "
+                        f"{name} of shape {given.shape}"
+                    )
         return cache, selection
     if cache.index_blocks is None:
         return cache, ALL

@@ -83,4 +83,5 @@ class IndexerConfig:
 
         Also the number of layers that an index pool for the first `layer` layers needs.
         """
+        layer = _checks.check_int("layer", layer, 0, _limits.INT32_MAX)
         return layer - sum(self.shared[:layer])

@@ -251,6 +251,7 @@ def _from_fields(
 
 def _map_fields(config: MLAConfig, make: Callable[[str, tuple[int, ...], int], Any]) -> MLAParams:
     """make(name, shape, index) for each array that the config's layer has."""
+    check_layer(config)
     direct = config.q_lora_rank is None
     sizes = {
         "hidden": config.hidden_size,

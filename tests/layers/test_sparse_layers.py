@@ -270,3 +270,18 @@ def test_bad_calls():
     short = Selection(jnp.zeros((2, 3, 8), jnp.int32), jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match="selection must be of x's"):
         decode(FULL, params, x, cache, slots=slots, layer=0, selection=short)
+    of_x = jnp.zeros((*x.shape[:2], 8), jnp.int32)
+    for other, message in (
+        (Selection(of_x[..., 0], of_x[..., 0]), r"slots \[b, s, topk\], got slots of shape \(2, "),
+        (Selection(of_x, of_x[:, 0, 0]), r"lengths \[b, s\], got lengths of shape \(2,\)"),
+    ):
+        for function in (decode, prefill):
+            with pytest.raises(ValueError, match="selection must be of x's b, s = .*" + message):
+                function(FULL, params, x, cache, slots=slots, layer=0, selection=other)
+    for layer, error in ((-1, ValueError), (1.5, TypeError), ("a", TypeError)):
+        for call in (INDEXER.index_layer, INDEXER.is_shared, FULL.for_layer):
+            with pytest.raises(error, match="layer must be"):
+                call(layer)
+    for call in (MLAParams.shapes, functools.partial(MLAParams.specs, heads=None)):
+        with pytest.raises(TypeError, match="config must be an MLAConfig, got NoneType"):
+            call(None)
