@@ -164,7 +164,8 @@ def _read_moe(hf: dict[str, Any]) -> MoEConfig:
         raise NotImplementedError(f"{hf['model_type']} has no topk_method {method!r}")
     if hf.get("scoring_func", scoring) != scoring:
         raise NotImplementedError(f"scoring_func must be {scoring}, got {hf['scoring_func']!r}")
-    normalise = _boolean(hf, "norm_topk_prob")
+    # transformers' defaults: V2 does not normalise, the others do.
+    normalise = _boolean(hf, "norm_topk_prob", absent=scoring == "sigmoid")
     if normalise and scoring == "softmax":
         raise NotImplementedError(
             "norm_topk_prob must be false with softmax scores: implementations disagree on it, and "
@@ -217,9 +218,9 @@ def _number(hf: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def _boolean(hf: dict[str, Any], key: str) -> bool:
-    """False where it is absent or null."""
-    value = hf.get(key)
+def _boolean(hf: dict[str, Any], key: str, *, absent: bool = False) -> bool:
+    """False where it is null, and by default where it is absent."""
+    value = hf.get(key, absent)
     if value is not None and type(value) is not bool:
         raise ValueError(f"{key} must be true or false, got {value!r}")
     return bool(value)

@@ -99,6 +99,15 @@ def test_what_changes_the_mathematics_is_refused(read):
     assert read(mlp_bias=False).num_layers == 2
 
 
+@pytest.mark.parametrize(("name", "absent"), [("deepseek_v3", True), ("deepseek_v2", False)])
+def test_weights_are_normalised_by_default_as_in_transformers(tmp_path, name, absent):
+    config = json.loads((golden_models.GOLDEN / name / "config.json").read_text())
+    assert config.pop("norm_topk_prob") == absent
+    for key, expected in (({}, absent), ({"norm_topk_prob": None}, False)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **key}))
+        assert ModelConfig.from_directory(tmp_path).moe[1].normalise == expected
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("text", ["[]", "3", '"text"'])
 def test_files_that_hold_no_object_are_named(tmp_path, name, text):
