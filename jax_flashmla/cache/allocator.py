@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import operator
 from collections.abc import Hashable, Iterable, Sequence
@@ -109,12 +110,26 @@ class BlockAllocator:
         """Undoes `retain`; blocks that nobody else holds become free.
 
         Raises:
-            ValueError: nobody holds a block.
+            ValueError: a block is given more often than it is held.
         """
-        self._give_up(self._held("blocks", blocks))
+        held = self._held("blocks", blocks)
+        for block, times in collections.Counter(held).items():
+            if times > self._holders[block]:
+                raise ValueError(
+                    f"blocks must have {block} at most {self._holders[block]} times, as often as "
+                    f"it is held, got {times}"
+                )
+        self._give_up(held)
 
     def holders(self, block: int) -> int:
-        """How many sequences, and callers of `retain`, hold a block."""
+        """How many sequences, and callers of `retain`, hold a block.
+
+        Raises:
+            ValueError: the cache has no such block.
+        """
+        block = check_count("block", block)
+        if block >= self.num_blocks:
+            raise ValueError(f"block must be below num_blocks = {self.num_blocks}, got {block}")
         return self._holders[block]
 
     def blocks(self, seq: Hashable) -> tuple[int, ...]:

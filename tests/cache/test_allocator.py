@@ -253,6 +253,10 @@ def test_a_pickled_allocator_goes_on_alike():
         (lambda a: a.block_table([0], 1), ValueError, "max_blocks must be at least 2.*got 1"),
         (lambda a: a.block_table([9], 1), ValueError, "unknown sequence 9"),
         (lambda a: a.seqlens([9]), ValueError, "unknown sequence 9"),
+        (lambda a: a.release([0, 0]), ValueError, "blocks must have 0 at most 1 times, .* got 2"),
+        (lambda a: a.release([1, 7]), ValueError, "blocks must be blocks that somebody holds"),
+        (lambda a: a.holders(-1), ValueError, "block must not be negative, got -1"),
+        (lambda a: a.holders(8), ValueError, "block must be below num_blocks = 8, got 8"),
     ],
 )
 def test_a_call_that_raises_changes_nothing(call, error, message):
