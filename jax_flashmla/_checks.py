@@ -6,7 +6,8 @@ Host integers become int32 here and nowhere else (`as_int32`), range-checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -22,8 +23,10 @@ INT32 = (np.dtype(np.int32),)
 
 
 def check_implementation(implementation: Any) -> None:
-    if implementation is not None and implementation not in ("kernel", "xla"):
-        raise ValueError(f'implementation must be None, "kernel" or "xla", got {implementation!r}')
+    if implementation is not None and not is_name(implementation, ("kernel", "xla")):
+        raise ValueError(
+            f'implementation must be None, "kernel" or "xla", got {short(implementation)}'
+        )
 
 
 def check_query(q: Any) -> tuple[int, ...]:
@@ -101,7 +104,10 @@ def as_kv_scale(kv_scale: Any, format: str) -> jax.Array:
         return jnp.ones((), jnp.float32)
     if format != "fp8_row":
         raise ValueError(f'kv_scale must be None but in format "fp8_row", got one for "{format}"')
-    if isinstance(kv_scale, int | float) and not isinstance(kv_scale, bool):
+    number = int | float | np.integer | np.floating
+    if isinstance(kv_scale, number) and not isinstance(kv_scale, bool):
+        if not -FLOAT32_MAX <= kv_scale <= FLOAT32_MAX:
+            raise ValueError(f"kv_scale must be finite in float32, got {kv_scale}")
         kv_scale = np.float32(kv_scale)
     check_array("kv_scale", kv_scale, "[]", (np.dtype(np.float32),))
     return jnp.asarray(kv_scale)
@@ -119,8 +125,8 @@ def as_sink(attn_sink: Any, h_q: int) -> jax.Array:
 
 def check_layout(layout: Any) -> None:
     """How the columns that are rotated make pairs."""
-    if layout not in ROPE_LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(ROPE_LAYOUTS)}, got {layout!r}")
+    if not is_name(layout, ROPE_LAYOUTS):
+        raise ValueError(f"layout must be one of {tuple(ROPE_LAYOUTS)}, got {short(layout)}")
 
 
 def _as_angles(name: str, x: Any, shape: tuple[int, ...], dims: str, layout: str) -> jax.Array:
@@ -188,16 +194,6 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a Python bool (it is compiled in), got {describe(value)}")
 
 
-def check_scale(sm_scale: Any) -> None:
-    number = int | float | np.integer | np.floating
-    if isinstance(sm_scale, bool) or not isinstance(sm_scale, number):
-        raise TypeError(
-            f"sm_scale must be a Python number (it is compiled in), got {describe(sm_scale)}"
-        )
-    if not FLOAT32_TINY <= sm_scale <= FLOAT32_MAX:
-        raise ValueError(f"sm_scale must be finite and positive in float32, got {sm_scale}")
-
-
 def check_batch(name: str, b: int) -> None:
     if b > MAX_BATCH:
         raise ValueError(f"{name} must have at most b = {MAX_BATCH} sequences, got {b}")
@@ -216,7 +212,7 @@ def as_int32(name: str, x: Any, dims: str, *, may_be_empty: bool = False) -> jax
         except ValueError:
             raise ValueError(f"{name} must be {dims}, got lists of unequal lengths") from None
     refuse_foreign(name, x, dims)
-    _refuse_deleted(name, x)
+    refuse_deleted(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must have dtype int32, or another integer's, got {x.dtype}")
     if x.dtype != jnp.int32:
@@ -268,7 +264,7 @@ def check_array(
         )
     if 0 in x.shape and not may_be_empty:
         raise ValueError(f"{name} {dims} must have no empty dimension, got shape {tuple(x.shape)}")
-    _refuse_deleted(name, x)
+    refuse_deleted(name, x)
     return tuple(x.shape)
 
 
@@ -289,8 +285,9 @@ def refuse_foreign(name: str, x: Any, dims: str) -> None:
     raise TypeError(f"{name} must be an array {dims}, got {describe(x)}")
 
 
-def _refuse_deleted(name: str, x: Any) -> None:
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+def refuse_deleted(name: str, x: Any) -> None:
+    """An array that a jitted function has taken over."""
+    if _is_deleted(x):
         raise ValueError(
             f"{name} must be a live array, got one that was donated or deleted: use the array "
             "that the donating call returned"
@@ -299,29 +296,39 @@ def _refuse_deleted(name: str, x: Any) -> None:
 
 def refuse_donated(name: str, tree: Any) -> None:
     """A pytree with arrays that a jitted function has taken over."""
-    for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
-            raise ValueError(
-                f"{name} must have live arrays, got one that was donated or deleted: use the "
-                f"{name} that the donating call returned"
-            )
+    if any(map(_is_deleted, jax.tree.leaves(tree))):
+        raise ValueError(
+            f"{name} must have live arrays, got one that was donated or deleted: use the "
+            f"{name} that the donating call returned"
+        )
+
+
+def _is_deleted(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted()
 
 
 def axis_size(name: str, axis: Any) -> int:
     """Devices of a mesh axis, inside of a `jax.shard_map` over it."""
     try:
         return int(jax.lax.axis_size(axis))
-    except NameError:
+    except (NameError, TypeError):  # TypeError: not hashable
         mapped = jax.sharding.get_abstract_mesh().manual_axes
         if not mapped:
             raise ValueError(
                 f"{name} must be a mesh axis of the jax.shard_map that this is called inside of, "
-                f"got {axis!r} outside of any"
+                f"got {short(axis)} outside of any"
             ) from None
         raise ValueError(
             f"{name} must be one of the axes {tuple(mapped)} that jax.shard_map maps here, got "
-            f"{axis!r}"
+            f"{short(axis)}"
         ) from None
+
+
+def as_dtype(name: str, value: Any) -> np.dtype:
+    try:
+        return jnp.dtype(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a dtype, got {describe(value)}") from None
 
 
 def dtype_names(dtypes: tuple[np.dtype, ...]) -> str:
@@ -334,7 +341,30 @@ def one_of(choices: Iterable[Any]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def is_name(value: Any, names: Collection[str]) -> bool:
+    """Whether it is one of the names; of what is no string, hashable or not, it is not."""
+    return isinstance(value, str) and value in names
+
+
 def describe(value: Any) -> str:
     if isinstance(value, jax.core.Tracer):
         return f"a traced value of type {jax.typeof(value)}"
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{short(value)} of type {type(value).__name__}"
+
+
+def short(value: Any) -> str:
+    """The value for a message: shortened, and of arrays what they are."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr1(self, x: Any, level: int) -> str:
+        if _is_deleted(x):
+            return "an array that was donated or deleted"
+        if isinstance(x, jax.Array | np.ndarray) and x.size > self.maxlist:
+            return f"an array {x.dtype}{list(x.shape)}"
+        return super().repr1(x, level)
+
+
+_SHORT = _Short()
+_SHORT.maxother = 200  # a CacheFormat is shown whole

@@ -37,12 +37,15 @@ def kernel_refusal(
         d_v: columns of a value.
         block_size: tokens of a block.
         dtype: of queries and cache.
+
+    Raises:
+        TypeError: `dtype` is none.
     """
     platform = "cuda" if platform == "gpu" else platform
     refusal = platform_refusal(platform)
     if refusal is not None or platform == "cpu":
         return refusal
-    return _dimensions_refusal(d_qk, d_v, block_size, jnp.dtype(dtype))
+    return _dimensions_refusal(d_qk, d_v, block_size, _checks.as_dtype("dtype", dtype))
 
 
 def _dimensions_refusal(d_qk: int, d_v: int, block_size: int, dtype: Any) -> str | None:

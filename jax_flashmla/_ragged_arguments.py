@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_flashmla import _checks
 
@@ -115,12 +114,4 @@ def as_bounds(name: str, x: ArrayLike, max_seqs: int) -> jax.Array:
 
 
 def as_scale(name: str, value: Any) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"{name} must be a Python number (it is compiled in), got {_checks.describe(value)}"
-        )
-    if not _checks.FLOAT32_TINY <= value <= _checks.FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite and positive in float32, got {value}")
-    return float(value)
+    return 1.0 if value is None else _checks.check_number(name, value)

@@ -132,16 +132,22 @@ def flash_mla_with_kvcache(
 
     Returns:
         out: [b, s_q, h_q, d_v] in q's dtype, 0 in a row with nothing to attend.
-        softmax_lse: [b, h_q, s_q] float32, natural log; +inf in a row with nothing to attend.
+        softmax_lse: [b, h_q, s_q] float32, natural log; +inf in a row with nothing to attend,
+            where `merge_lse` wants -inf.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
     del num_splits
     b, s_q, _, d_qk = _checks.check_query(q)
+    _checks.check_int("head_dim_v", head_dim_v, 1, d_qk)
+    if softmax_scale is not None:
+        _checks.check_number("softmax_scale", softmax_scale)
     _checks.check_bool("is_fp8_kvcache", is_fp8_kvcache)
     schedule = tile_scheduler_metadata
     if schedule is not None and not isinstance(schedule, SplitSchedule):
+        name = "tile_scheduler_metadata"
+        _checks.check_array(name, schedule, "[num_parts + 1, 2]", _checks.INT32)
         schedule = SplitSchedule(schedule, b=b if indices is None else b * s_q)
     blocks, format = _as_blocks("k_cache", k_cache, d_qk, q.dtype, is_fp8_kvcache)
     if indices is None:
@@ -241,6 +247,14 @@ def _as_blocks(
     if not is_fp8:
         if getattr(cache, "dtype", None) in _BYTES:
             raise TypeError(f"{name} of {cache.dtype} needs is_fp8_kvcache = True")
+        shape = _checks.check_array(
+            name, cache, "[num_blocks, block_size, h_kv, d_qk]", _checks.CACHE_DTYPES
+        )
+        if (shape[-1], cache.dtype) != (d_qk, dtype):
+            raise ValueError(
+                f"{name} must have q's d_qk = {d_qk} and dtype {dtype}, got shape {shape} of "
+                f"{cache.dtype}"
+            )
         return cache, None
     _checks.refuse_foreign(name, cache, "[num_blocks, ...]")
     if cache.dtype not in _BYTES:

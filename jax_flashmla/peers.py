@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import numbers
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,12 @@ def connect_peers(mesh: Mesh, axis: str, *, timeout: float = 60.0) -> Peers:
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh with devices, got {mesh!r}")
-    if axis not in mesh.axis_names:
-        raise ValueError(f"axis must be one of the mesh's axes {mesh.axis_names}, got {axis!r}")
+    if not _checks.is_name(axis, mesh.axis_names):
+        raise ValueError(
+            f"axis must be one of the mesh's axes {mesh.axis_names}, got {_checks.short(axis)}"
+        )
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+        raise TypeError(f"timeout must be a number of seconds, got {_checks.describe(timeout)}")
     if not 0 < timeout < 1e9:
         raise ValueError(f"timeout must be positive seconds, below 1e9, got {timeout!r}")
     key = _key(mesh, axis)

@@ -121,7 +121,7 @@ def mla_ragged_paged_attention(
             )
         pages_per_seq = expected
     scales = [as_scale("q_scale", q_scale), as_scale("k_scale", k_scale)]
-    _checks.check_scale(sm_scale)
+    _checks.check_number("sm_scale", sm_scale)
     _checks.check_implementation(implementation)
     return _step(
         ql_nope,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
+from jax_flashmla._checks import check_bool
+
 
 class DecodeSpecs(NamedTuple):
     """PartitionSpecs of dense_decode's arrays."""
@@ -61,8 +63,10 @@ def decode_specs(
         context: mesh axis that shares out each sequence's tokens, or None.
 
     Raises:
+        TypeError: shard_kv_heads is no bool.
         ValueError: shard_kv_heads without heads, or one axis named for what it cannot split twice.
     """
+    check_bool("shard_kv_heads", shard_kv_heads)
     if shard_kv_heads and heads is None:
         raise ValueError("heads must name a mesh axis where shard_kv_heads is True, got None")
     if batch is not None and batch == heads:

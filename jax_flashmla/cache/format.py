@@ -78,9 +78,9 @@ class CacheFormat:
     row_stride: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in _limits.FORMATS:
+        if not _checks.is_name(self.name, _limits.FORMATS):
             names = _checks.one_of(f'"{name}"' for name in _limits.FORMATS)
-            raise ValueError(f"name must be {names}, got {self.name!r}")
+            raise ValueError(f"name must be {names}, got {_checks.short(self.name)}")
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         layout = LAYOUTS.get(self.name, Layout(576, 512, ()))
         for name in ("d_qk", "d_v"):
@@ -91,7 +91,7 @@ class CacheFormat:
             set_(name, _checks.check_int(name, getattr(self, name), 1, _limits.INT32_MAX))
         if self.d_v > self.d_qk:
             raise ValueError(f"d_v must be at most d_qk = {self.d_qk}, got {self.d_v}")
-        dtype = jnp.dtype(self.dtype)
+        dtype = _checks.as_dtype("dtype", self.dtype)
         dtypes = _checks.CACHE_DTYPES if self.name == "dense" else _checks.CACHE_DTYPES[:2]
         if dtype not in dtypes:
             raise TypeError(f"dtype must be {_checks.dtype_names(dtypes)}, got {dtype}")
@@ -156,8 +156,14 @@ class CacheFormat:
             device: a `jax.Device` or `jax.sharding.Sharding` to put them on; JAX's default if None.
 
         Raises:
-            ValueError, TypeError: `num_blocks` is not an int between 1 and 2^31 - 1.
+            ValueError, TypeError: `num_blocks` is not an int between 1 and 2^31 - 1, or `device` is
+                neither.
         """
+        if not isinstance(device, jax.Device | jax.sharding.Sharding | None):
+            raise TypeError(
+                "device must be a jax.Device, a jax.sharding.Sharding or None, got "
+                f"{_checks.describe(device)}"
+            )
         num_blocks = _checks.check_int("num_blocks", num_blocks, 1, _limits.INT32_MAX)
         return jnp.zeros((num_blocks, *self.block_shape), self.storage_dtype, device=device)
 

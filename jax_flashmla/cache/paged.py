@@ -128,7 +128,8 @@ class PagedCache:
             device: a `jax.Device` or `jax.sharding.Sharding` for each array of blocks.
 
         Raises:
-            ValueError, TypeError: the table's block_size is not the format's, or a bad count.
+            ValueError, TypeError: an argument is not as described, or table's block_size is not
+                format's.
         """
         blocks, layers, index_blocks, index_layers = pool.allocate_both(
             format, table, num_blocks, layers, index_format, index_layers,

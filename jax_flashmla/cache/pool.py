@@ -57,6 +57,7 @@ def allocate(
     format: CacheFormat, num_blocks: int, layers: int, *, array_per_layer: bool, device: Any
 ) -> Blocks:
     """Zeroed blocks of all layers."""
+    _checks.check_bool("array_per_layer", array_per_layer)
     if array_per_layer:
         return tuple(format.allocate(num_blocks, device=device) for _ in range(layers))
     num_blocks = _checks.check_int("num_blocks", num_blocks, 1, _limits.INT32_MAX // layers)
@@ -74,6 +75,8 @@ def allocate_both(
 ) -> tuple[Blocks, int, Blocks | None, int]:
     """A cache's blocks and layers, and those of its index pool: None and 0 without one."""
     layers = _checks.check_int("layers", layers, 1, _limits.INT32_MAX)
+    if not isinstance(table, BlockTable):
+        raise TypeError(f"table must be a BlockTable, got {_checks.describe(table)}")
     for name, of in (("format", format), ("index_format", index_format)):
         if of is None and name == "index_format":
             continue

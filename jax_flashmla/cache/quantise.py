@@ -10,15 +10,14 @@ rounded to bfloat16, NaN to 0x7fc0. csrc/quantise.h says the same, bit for bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla import _checks
-
-if TYPE_CHECKING:
-    from jax_flashmla.cache.format import CacheFormat
+from jax_flashmla.cache.format import CacheFormat
 
 
 class Coding(NamedTuple):
@@ -56,24 +55,23 @@ def quantise(
         One array uint8 [..., bytes] for each plane. Padding is 0.
 
     Raises:
-        ValueError, TypeError: rows that the format does not store.
+        ValueError, TypeError: an argument is not as described.
     """
+    _coding(format)
+    _check_columns("rows", rows, "[..., d_qk]", format.d_qk, _checks.CACHE_DTYPES)
+    return encode(format, jnp.asarray(rows), _checks.as_kv_scale(kv_scale, format.name))
+
+
+def encode(format: CacheFormat, rows: jax.Array, kv_scale: jax.Array) -> tuple[jax.Array, ...]:
+    """quantise of checked arguments."""
     coding = _coding(format)
-    if rows.shape[-1] != format.d_qk:
-        raise ValueError(
-            f"rows must have d_qk = {format.d_qk} columns for {format.name!r}, got shape "
-            f"{rows.shape}"
-        )
-    if rows.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise TypeError(f"rows must have dtype bfloat16, float16 or float32, got {rows.dtype}")
     largest = float(jnp.finfo(rows.dtype).max)
     x = rows.astype(jnp.float32)
     coded = jnp.clip(x[..., : coding.codes], -largest, largest)
     groups = coded.reshape(*coded.shape[:-1], coding.codes // coding.group, coding.group)
     scales: list[jax.Array] = []
     if coding.scale == "cache":
-        scale = jnp.float32(1.0) if kv_scale is None else jnp.asarray(kv_scale, jnp.float32)
-        codes = e4m3_codes(groups / scale)
+        codes = e4m3_codes(groups / kv_scale)
     elif coding.scale == "e4m3":
         amax = _float(jnp.max(_magnitude(groups), axis=-1))
         scale_codes = jnp.maximum(e4m3_codes(amax * jnp.float32(1 / 6)), 1)
@@ -103,14 +101,35 @@ def dequantise(
     *,
     kv_scale: jax.Array | float | None = None,
 ) -> jax.Array:
-    """Rows [..., d_qk] of `format.dtype` from the arrays of bytes that `quantise` returns.
+    """The rows of bytes in a format. A value is code * scale in float32, rounded to the dtype.
 
-    A value is code * scale in float32, rounded to the dtype.
+    Args:
+        format: any but "dense".
+        planes: the arrays that `quantise` returns: uint8 [..., bytes] for each plane.
+        kv_scale: as for `quantise`.
+
+    Returns:
+        Rows [..., d_qk] of `format.dtype`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
     """
-    values = dequantise_f32(format, planes)
-    if format.name == "fp8_row" and kv_scale is not None:
-        values = values * jnp.asarray(kv_scale, jnp.float32)
-    return values.astype(format.dtype)
+    _coding(format)
+    if not isinstance(planes, tuple | list) or len(planes) != len(format.planes):
+        raise TypeError(
+            f"planes must be a tuple of {len(format.planes)} arrays in format {format.name!r}, got "
+            f"{_checks.describe(planes)}"
+        )
+    for i, (plane, size) in enumerate(zip(planes, format.planes, strict=True)):
+        _check_columns(f"planes[{i}]", plane, "[..., bytes]", size, (np.dtype(np.uint8),))
+        if plane.shape[:-1] != planes[0].shape[:-1]:
+            raise ValueError(
+                f"planes[{i}] must be of as many tokens as planes[0], {planes[0].shape[:-1]}, got "
+                f"shape {plane.shape}"
+            )
+    scale = _checks.as_kv_scale(kv_scale, format.name)
+    values = dequantise_f32(format, tuple(map(jnp.asarray, planes)))
+    return (values * scale if format.name == "fp8_row" else values).astype(format.dtype)
 
 
 def dequantise_f32(format: CacheFormat, planes: tuple[jax.Array, ...]) -> jax.Array:
@@ -141,7 +160,21 @@ def dequantise_f32(format: CacheFormat, planes: tuple[jax.Array, ...]) -> jax.Ar
     return row.astype(format.dtype).astype(jnp.float32)
 
 
-def _coding(format: CacheFormat) -> Coding:
+def _check_columns(
+    name: str, x: Any, dims: str, columns: int, dtypes: tuple[np.dtype, ...]
+) -> None:
+    """That it is an array of any rank with so many columns."""
+    _checks.refuse_foreign(name, x, dims)
+    _checks.refuse_deleted(name, x)
+    if x.shape[-1:] != (columns,):
+        raise ValueError(f"{name} must be {dims} of {columns} columns, got shape {x.shape}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_checks.dtype_names(dtypes)}, got {x.dtype}")
+
+
+def _coding(format: Any) -> Coding:
+    if not isinstance(format, CacheFormat):
+        raise TypeError(f"format must be a CacheFormat, got {_checks.describe(format)}")
     if format.name not in CODINGS:
         raise ValueError(
             f"format must be {_checks.one_of(CODINGS)}, got {format.name}: its rows are stored as "

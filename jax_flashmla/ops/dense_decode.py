@@ -134,7 +134,7 @@ def dense_decode(
     cache_seqlens = _checks.as_per_sequence("cache_seqlens", cache_seqlens, b)
     _checks.check_bool("causal", causal)
     if sm_scale is not None:
-        _checks.check_scale(sm_scale)
+        _checks.check_number("sm_scale", sm_scale)
     kv_scale = _checks.as_kv_scale(kv_scale, format.name)
     here = as_context(context)
     _checks.check_implementation(implementation)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+from jax_flashmla import _checks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32
@@ -25,10 +27,10 @@ def merge_lse(
 
     Args:
         outs: the parts' outputs: one array with the parts along `axis`, [n_parts, ..., d_v] for
-            axis 0; or a sequence of arrays [..., d_v].
-        lses: float32 natural logs, likewise, [n_parts, ...] or a sequence of arrays [...].
+            axis 0; or a list or tuple of arrays [..., d_v] of one dtype.
+        lses: float32 natural logs, likewise, [n_parts, ...] or a list or tuple of arrays [...].
         axis: the axis of lses, and of outs, along which the parts lie; not negative. Of no matter
-            for a sequence.
+            for a list.
 
     Returns:
         out: [..., d_v] in outs' dtype; 0 where every part is empty.
@@ -65,20 +67,27 @@ def _merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out.astype(outs.dtype), lse[0]
 
 
-def _parts_first(name: str, parts: jax.Array | Sequence[jax.Array], axis: int) -> jax.Array:
+def _parts_first(name: str, parts: Any, axis: int) -> jax.Array:
     """[n_parts, ...]."""
-    if isinstance(parts, Sequence):
-        shapes = {jnp.shape(part) for part in parts}
-        if len(shapes) != 1:
-            raise ValueError(
-                f"{name} must be at least one part, all of one shape, got shapes {sorted(shapes)}"
-            )
-        return jnp.stack(list(parts))
-    if not hasattr(parts, "shape"):
-        raise TypeError(f"{name} must be an array or a sequence of arrays, got {parts!r}")
-    rank = jnp.ndim(parts)
-    if not 0 <= axis < rank:
-        raise ValueError(f"axis must be between 0 and {rank - 1} for {name}, got {axis}")
+    if isinstance(parts, list | tuple):
+        for i, part in enumerate(parts):
+            _checks.refuse_foreign(f"{name}[{i}]", part, "[...]")
+            _checks.refuse_deleted(f"{name}[{i}]", part)
+        for what, got in (
+            ("shape", {part.shape for part in parts}),
+            ("dtype", {part.dtype.name for part in parts}),
+        ):
+            if len(got) != 1:
+                raise ValueError(
+                    f"{name} must be at least one part, all of one {what}, got {what}s "
+                    f"{sorted(got)}"
+                )
+        return jnp.stack(parts)
+    _checks.refuse_foreign(name, parts, "[n_parts, ...] or a list of them [...]")
+    _checks.refuse_deleted(name, parts)
+    if parts.ndim == 0:
+        raise ValueError(f"{name} must be [n_parts, ...], got shape ()")
+    axis = _checks.check_int(f"axis of {name}", axis, 0, parts.ndim - 1)
     if parts.shape[axis] == 0:
         raise ValueError(
             f"{name} must have at least one part along axis {axis}, got shape {parts.shape}"

@@ -116,9 +116,10 @@ def sparse_decode(
             extra_topk_length=extra_topk_length,
             extra_layer_blocks=extra_layer_blocks,
         )
-        if not isinstance(extra_first_block, int) or extra_first_block != 0:
+        if not isinstance(extra_first_block, int | np.integer) or extra_first_block != 0:
             raise ValueError(
-                f"extra_first_block must be 0 without extra_blocks, got {extra_first_block}"
+                "extra_first_block must be 0 without extra_blocks, got "
+                f"{_checks.short(extra_first_block)}"
             )
     else:
         extra = as_source(
@@ -138,7 +139,7 @@ def sparse_decode(
                 f"{extra.format.name}"
             )
     if sm_scale is not None:
-        _checks.check_scale(sm_scale)
+        _checks.check_number("sm_scale", sm_scale)
     kv_scale = _checks.as_kv_scale(kv_scale, main.format.name)
     _checks.check_implementation(implementation)
     if schedule is None:

@@ -93,7 +93,7 @@ def sparse_prefill(
             f"d_v must be at most d_qk = {d_qk} (a value is a row's first d_v columns), got {d_v}"
         )
     if sm_scale is not None:
-        _checks.check_scale(sm_scale)
+        _checks.check_number("sm_scale", sm_scale)
     _checks.check_implementation(implementation)
     out, lse, max_logits = prefill_op(
         q,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from jax_flashmla.cache.format import CacheFormat
-from jax_flashmla.cache.quantise import dequantise_f32, quantise
+from jax_flashmla.cache.quantise import dequantise_f32, encode
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Float32, Int32, Num, UInt8
@@ -73,7 +73,7 @@ def store_rows(
         if blocks.shape[-1] == rows.shape[-1]:
             return blocks.at[block, offset].set(rows, mode="drop")
         return blocks.at[block, offset, :, : rows.shape[-1]].set(rows, mode="drop")
-    planes = quantise(format, rows[..., 0, :], kv_scale=kv_scale)
+    planes = encode(format, rows[..., 0, :], kv_scale)
     if len(planes) == 1:
         return blocks.at[block, offset, 0].set(planes[0], mode="drop")
     for plane, stored in enumerate(planes):

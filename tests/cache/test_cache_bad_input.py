@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
         ({"block_size": 0}, ValueError, "block_size must be between 1"),
         ({"h_kv": 1.0}, TypeError, "h_kv must be a Python int"),
         ({"dtype": "int8"}, TypeError, "dtype must be bfloat16, float16 or float32, got int8"),
+        ({"dtype": "fp8"}, TypeError, "dtype must be a dtype, got 'fp8' of type str"),
+        ({"name": ["v32"]}, ValueError, r"name must be .*, got \['v32'\]"),
     ],
 )
 def test_wrong_formats_are_refused(arguments, error, message):
@@ -69,6 +71,26 @@ def apart():
             lambda: PagedCache.create(CacheFormat(), single().table, num_blocks=2),
             ValueError,
             "table must have format's block_size = 64, got 4",
+        ),
+        (
+            lambda: PagedCache.create(FORMAT, np.zeros((1, 2), np.int32), num_blocks=2),
+            TypeError,
+            "table must be a BlockTable, got",
+        ),
+        (
+            lambda: PagedCache.create(FORMAT, single().table, num_blocks=2, array_per_layer=2),
+            TypeError,
+            "array_per_layer must be a Python bool .*, got 2",
+        ),
+        (
+            lambda: PagedCache.create(FORMAT, single().table, num_blocks=2, device="cpu"),
+            TypeError,
+            "device must be a jax.Device, .* got 'cpu' of type str",
+        ),
+        (
+            lambda: single().specs(heads="x", shard_kv_heads="no"),
+            TypeError,
+            "shard_kv_heads must be a Python bool .*, got 'no'",
         ),
         (lambda: single().advance(0), ValueError, "s_new must be between 1"),
         (lambda: single().advance(jnp.int32(1)), TypeError, "s_new must be a Python int"),

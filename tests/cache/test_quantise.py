@@ -224,7 +224,51 @@ def test_under_vmap() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"format must be v32, .* got dense"):
         q.quantise(CacheFormat(), jnp.zeros((1, 576), jnp.bfloat16))
-    with pytest.raises(ValueError, match="rows must have d_qk = 576 columns"):
+    with pytest.raises(
+        ValueError, match=r"rows must be \[\.\.\., d_qk\] of 576 columns, got shape"
+    ):
         q.quantise(CacheFormat(name="v32"), jnp.zeros((1, 512), jnp.bfloat16))
     with pytest.raises(TypeError, match="rows must have dtype"):
         q.quantise(CacheFormat(name="v32"), jnp.zeros((1, 576), jnp.int32))
+    with pytest.raises(TypeError, match=r"rows must be an array .* got None"):
+        q.quantise(CacheFormat(name="v32"), None)
+    with pytest.raises(TypeError, match="format must be a CacheFormat, got 'v32' of type str"):
+        q.quantise("v32", jnp.zeros((1, 576), jnp.bfloat16))
+    with pytest.raises(ValueError, match='kv_scale must be None but in format "fp8_row"'):
+        q.quantise(CacheFormat(name="v32"), jnp.zeros((1, 576), jnp.bfloat16), kv_scale=2.0)
+    with pytest.raises(ValueError, match="kv_scale must be finite in float32, got inf"):
+        q.quantise(CacheFormat(name="fp8_row"), np.zeros((1, 576), np.float32), kv_scale=np.inf)
+
+
+PLANE, LONG, SHORT = (jnp.zeros((3, n), jnp.uint8) for n in (656, 576, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "planes", "kv_scale", "error", "message"),
+    [
+        (
+            "v32",
+            PLANE,
+            None,
+            TypeError,
+            r"planes must be a tuple of 1 .* got an array uint8\[3, 656\]",
+        ),
+        ("v32", (PLANE, PLANE), None, TypeError, r"planes must be a tuple of 1 .* got \(an array"),
+        ("v4", (LONG,), None, TypeError, "planes must be a tuple of 2 arrays in format 'v4'"),
+        ("v4", (SHORT, LONG), None, ValueError, r"planes\[0\] must be .* of 576 columns"),
+        ("v4", (LONG, SHORT[:2]), None, ValueError, r"planes\[1\] must be of as many tokens"),
+        (
+            "v32",
+            (PLANE[:, :-1],),
+            None,
+            ValueError,
+            r"planes\[0\] .* 656 columns, got shape \(3, 655",
+        ),
+        ("v32", (PLANE.astype(jnp.int8),), None, TypeError, "must have dtype uint8, got int8"),
+        ("v32", (PLANE,), 2.0, ValueError, 'kv_scale must be None but in format "fp8_row"'),
+        ("dense", (PLANE,), None, ValueError, "format must be v32, .* got dense"),
+    ],
+)
+def test_what_is_no_plane_is_refused(name, planes, kv_scale, error, message) -> None:
+    with pytest.raises(error, match=message):
+        q.dequantise(CacheFormat(name=name), planes, kv_scale=kv_scale)

@@ -147,6 +147,11 @@ WRONG_CALLS: list[tuple[Callable, dict[str, Any], type[Exception], str]] = [
     (decode, {"cache_seqlens": np.ma.masked_array([1, 2])}, TypeError, "cache_seqlens must be a JAX or NumPy array [b] without a mask"),
     (decode, {"q": Foreign()}, TypeError, "q must be a JAX or NumPy array [b, s_q, h_q, d_qk], got torch.Tensor: convert it with jax.dlpack.from_dlpack"),
     (append, {"positions": Foreign()}, TypeError, "positions must be a JAX or NumPy array [b], got torch.Tensor: convert it"),
+    # what is long to print, cannot be printed or is no string
+    (decode, {"q": [[0.5] * 1000] * 1000}, TypeError, "q must be an array [b, s_q, h_q, d_qk], got [[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, ...], [0.5,"),
+    (decode, {"d_v": zeros(2, 64)}, TypeError, "d_v must be a Python int (it is compiled in), got an array bfloat16[2, 64] of type ndarray"),
+    (decode, {"causal": donated()}, TypeError, "causal must be a Python bool (it is compiled in), got an array that was donated or deleted"),
+    (decode, {"implementation": zeros(2, 64)}, ValueError, "implementation must be None, \"kernel\" or \"xla\", got an array bfloat16[2, 64]"),
     # formats
     (decode, {"format": "v32"}, TypeError, "format must be a CacheFormat or None, got 'v32' of type str"),
     (decode, {"format": CacheFormat(d_qk=24, d_v=16, h_kv=2, block_size=8, row_stride=32)}, ValueError, "blocks must be [num_blocks, 8, 2, 32] in the given format, got shape (5, 8, 2, 24)"),

@@ -145,7 +145,7 @@ def test_wrong_metadata_calls(args: tuple, kwargs: dict, error: type, message: s
         (
             {"softmax_scale": -1.0},
             ValueError,
-            "sm_scale must be finite and positive in float32, got -1.0",
+            "softmax_scale must be finite and positive in float32, got -1.0",
         ),
         ({"causal": 1}, TypeError, "causal must be a Python bool"),
         (
@@ -153,15 +153,33 @@ def test_wrong_metadata_calls(args: tuple, kwargs: dict, error: type, message: s
             ValueError,
             r"schedule.cuts must have shape \[num_parts \+ 1, 2\] .* got shape \(3, 8\)",
         ),
-        ({"head_dim_v": 81}, ValueError, "d_v must be at most d_qk = 80 .* got 81"),
+        (
+            {"tile_scheduler_metadata": (1, 2)},
+            TypeError,
+            r"tile_scheduler_metadata must be an array \[num_parts \+ 1, 2\], got \(1, 2\)",
+        ),
+        ({"head_dim_v": 81}, ValueError, "head_dim_v must be between 1 and 80, got 81"),
+        ({"k_cache": [1.5]}, TypeError, r"k_cache must be an array .*, got \[1.5\] of type list"),
+        (
+            {"k_cache": np.zeros((9, 64, 1, 72), jnp.bfloat16)},
+            ValueError,
+            "k_cache must have q's d_qk = 80 and dtype bfloat16, got shape .* of bfloat16",
+        ),
+        (
+            {"indices": np.zeros((4, 2, 3), np.int32), "extra_k_cache": "x"},
+            TypeError,
+            "extra_k_cache must be an array .*, got 'x' of type str",
+        ),
     ],
 )
 def test_wrong_decode_calls(
     inputs: cases.DecodeInputs, kwargs: dict, error: type, message: str
 ) -> None:
-    kwargs = {"head_dim_v": 64, "tile_scheduler_metadata": None} | kwargs
+    names = ("q", "k_cache", "block_table", "cache_seqlens")
+    right = dict(zip(names, inputs.arguments, strict=True))
+    right |= {"head_dim_v": 64, "tile_scheduler_metadata": None}
     with pytest.raises(error, match=message):
-        flash_mla_with_kvcache(*inputs.arguments, **kwargs)
+        flash_mla_with_kvcache(**{**right, **kwargs})
 
 
 # Sparse attention.
