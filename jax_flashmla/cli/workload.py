@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_flashmla._limits import INT32_MAX, MAX_BATCH
+
 DEFAULT_BATCH = 8
 MAX_DRAWN_LENGTH = 1024  # tokens
 DTYPES = ("bfloat16", "float16", "float32")
@@ -33,6 +35,17 @@ class Workload:
         for name in ("heads", "layers", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch > MAX_BATCH:
+            raise ValueError(f"batch must be at most {MAX_BATCH}, got {self.batch}")
+        for what, count in (
+            (
+                "layers * batch * (longest length + steps)",
+                self.layers * self.batch * self.max_tokens,
+            ),
+            ("batch * heads", self.batch * self.heads),
+        ):
+            if count > INT32_MAX:
+                raise ValueError(f"{what} must be at most {INT32_MAX}, got {count}")
 
     @property
     def batch(self) -> int:

@@ -70,6 +70,13 @@ def test_drawn_lengths_are_ragged_and_follow_the_seed():
         (["--lengths", "5", "--lengths-file", "f"], "not allowed with"),
         (["--dtype", "float64"], "invalid choice"),
         (["--lengths", "# 5"], "lengths must name at least one sequence"),
+        (["--lengths", "5," * 16385], "batch must be at most 16384, got 16385"),
+        (
+            ["--lengths", "99999999999", "--steps", "1"],
+            "must be at most 2147483647, got 400000000000",
+        ),
+        (["--layers", "99999999"], "layers * batch * (longest length + steps) must be at most"),
+        (["--heads", "2147483647"], "batch * heads must be at most 2147483647, got 17179869176"),
     ],
 )
 def test_bad_options_are_named(options, message, capsys):
