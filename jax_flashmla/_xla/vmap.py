@@ -17,6 +17,11 @@ def mapped_size(operands: tuple[jax.Array, ...], dims: Dims) -> int:
     return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
 
 
+def shape_of_one(x: jax.Array, dim: int | None) -> tuple[int, ...]:
+    """Without the mapped axis, wherever that is."""
+    return x.shape if dim is None else (*x.shape[:dim], *x.shape[dim + 1 :])
+
+
 def fold(x: jax.Array, dim: int | None, n: int) -> jax.Array:
     """[b, ...] per mapped index as [n * b, ...]."""
     x = jnp.broadcast_to(x, (n, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
@@ -55,7 +60,7 @@ def slots_fit(
 ) -> bool:
     """Whether `fold_slots` can count all slots."""
     del layer_blocks
-    num_blocks, times = _num_blocks(operands[0], dims[0]), 1 if dims[0] is None else n
+    num_blocks, times = shape_of_one(operands[0], dims[0])[0], 1 if dims[0] is None else n
     shifted = dims[0] is not None or dims[3] is not None
     return not shifted or times * num_blocks * block_size <= _limits.INT32_MAX
 
@@ -73,7 +78,7 @@ def fold_slots(
     indices, lengths = fold(indices, indices_dim, n), fold(lengths, lengths_dim, n)
     if blocks_dim is None and first_dim is None:
         return (blocks, indices, lengths, first), layer_blocks
-    num_blocks = _num_blocks(blocks, blocks_dim)
+    num_blocks = shape_of_one(blocks, blocks_dim)[0]
     first = jnp.broadcast_to(jnp.clip(first, 0, num_blocks - layer_blocks), n)
     if blocks_dim is not None:
         first = first + jnp.arange(n, dtype=jnp.int32) * num_blocks
@@ -98,7 +103,7 @@ def fold_layer(
     block_table = fold(block_table, table_dim, n)
     if blocks_dim is None and first_dim is None:
         return (blocks, block_table, first), layer_blocks
-    num_blocks, times = _num_blocks(blocks, blocks_dim), 1 if blocks_dim is None else n
+    num_blocks, times = shape_of_one(blocks, blocks_dim)[0], 1 if blocks_dim is None else n
     if times * num_blocks * block_size > _limits.INT32_MAX:
         raise ValueError(
             "blocks under vmap must hold at most 2^31 - 1 slots over the mapped axis, got "
@@ -111,11 +116,6 @@ def fold_layer(
     inside = (block_table >= 0) & (block_table < layer_blocks)
     ids = block_table + jnp.repeat(first, block_table.shape[0] // n)[:, None]
     return (blocks, jnp.where(inside, ids, -1), jnp.zeros((), jnp.int32)), blocks.shape[0]
-
-
-def _num_blocks(blocks: jax.Array, dim: int | None) -> int:
-    """Of each mapped index."""
-    return blocks.shape[1 if dim == 0 else 0]
 
 
 def call_each(

@@ -134,9 +134,9 @@ def _batch(
 ) -> tuple[list[jax.Array], list[int]]:
     n = vmap.mapped_size(operands, dims)
     q, kv, indices, lengths, attn_sink = operands
-    rows = n * (q.size // q.shape[-1] // (1 if dims[0] is None else n))
-    s_kv = kv.size // q.shape[-1] if dims[1] is None else kv.size // n // q.shape[-1]
-    folds = rows <= _limits.INT32_MAX and (dims[1] is None or n * s_kv <= _limits.INT32_MAX)
+    (s_q, h_q, _), (s_kv, *_) = vmap.shape_of_one(q, dims[0]), vmap.shape_of_one(kv, dims[1])
+    rows_fit = n * s_q * h_q <= _limits.INT32_MAX
+    folds = rows_fit and (dims[1] is None or n * s_kv <= _limits.INT32_MAX)
     if not folds or dims[4] is not None:
         return vmap.call_each(lambda *x: prefill_op.bind(*x, **params), operands, dims), [0] * 3
     q, indices, lengths = (

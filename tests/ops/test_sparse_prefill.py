@@ -185,7 +185,15 @@ def test_any_indices_and_lengths(indices: list[int], lengths: list[int]) -> None
 
 @pytest.mark.parametrize(
     ("mapped", "axis"),
-    [(("q",), -1), (("kv",), 1), (("indices", "topk_length"), -1), (("attn_sink", "kv", "q"), -1)],
+    [
+        (("q",), -1),
+        (("kv",), 1),
+        (("kv", "q"), -1),
+        (("kv", "q"), 2),
+        (("indices", "kv", "q", "topk_length"), -1),
+        (("indices", "topk_length"), -1),
+        (("attn_sink", "kv", "q"), -1),
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("on_cpu")
