@@ -206,6 +206,10 @@ def test_connecting() -> None:
         connect_peers(mesh.abstract_mesh, "model")
     with pytest.raises(ValueError, match="timeout must be positive seconds"):
         connect_peers(mesh, "model", timeout=0)
+    with pytest.raises(TypeError, match="timeout must be a number of seconds, got '60'"):
+        connect_peers(mesh, "model", timeout="60")
+    with pytest.raises(ValueError, match=r"axis must be one of the mesh's axes .* got \['model'\]"):
+        connect_peers(mesh, ["model"])
 
 
 def test_a_sum_without_connection_is_an_error(cpu_mesh: Mesh) -> None:

@@ -136,7 +136,7 @@ def test_wrong_call(wrong: dict, error: type[Exception], message: str) -> None:
 
 
 def test_the_calls_that_they_are_made_from_are_right() -> None:
-    calls = [{}, EXTRA, V4, {**V4, **extra_of("v4")}]
+    calls = [{}, EXTRA, V4, {**V4, **extra_of("v4")}, {"extra_first_block": np.int64(0)}]
     for call in calls:
         out, lse = jax.eval_shape(lambda: decode(**call))  # noqa: B023 (called at once)
         assert (out.dtype, lse.shape) == (BF16, (2, 1, 6))
