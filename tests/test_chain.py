@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ffi_calls import refused, result, zeros
@@ -218,7 +219,7 @@ def test_a_decoding_layer_is_one_call_on_a_gpu(sparse: bool) -> None:
 def test_a_layer_whose_heads_are_split_is_one_call_on_a_gpu(sparse: bool) -> None:
     """And all devices are known to have the same cache, index keys among it, and the same y."""
     config = sparse_or_dense(sparse)
-    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices("cpu")[:2])
+    mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("model",))
     cache = two_layers(config, B)
     specs = MLAParams.specs(config, "model"), P(), cache.specs()
     split = jax.shard_map(
