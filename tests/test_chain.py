@@ -314,8 +314,12 @@ def chain_of_project(**wrong: Any) -> list[jax.Array]:
         ("words must name operands", {"words": words_of([(-1, 0)], RESULTS)}),
         ("words must name operands", {"words": words_of([(0, 3, 3, 2, 5)], RESULTS)}),
         ("words must name operands", {"words": np.array([1, 0, 9, 3, 2, 4], np.int64)}),
+        ("words must name operands", {"words": words_of([(0, 3, -3, -2, 4)], RESULTS)}),
+        ("words must name operands", {"words": words_of([(2, 3, 2**62, 4, 0)], RESULTS)}),
         ("words must name operands", {"words": np.array([9], np.int64)}),
         ("words must place results", {"words": words_of(OPERANDS, [(1, 16, 3, 3, 2, 8)])}),
+        ("words must place results", {"words": words_of(OPERANDS, [(0, 16, 3, 3, 2, 9)])}),
+        ("words must place results", {"words": words_of(OPERANDS, [(0, 11, 3, 3, 2, 8)])}),
         ("words must place results", {"words": words_of(OPERANDS, [(-1, 11, 3, 3, 2, 1)])}),
         ("words must place results", {"words": words_of(OPERANDS, [(-9, 11, 3, 3, 2, 0)])}),
         (

@@ -54,8 +54,8 @@ class Chain {
 
   XLA_FFI_Error* fail(const std::string& message) const {
     const std::string whole = "chain: " + message;
-    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr,
-                                      whole.c_str(), XLA_FFI_Error_Code_INVALID_ARGUMENT};
+    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, whole.c_str(),
+                                      XLA_FFI_Error_Code_INVALID_ARGUMENT};
     return frame_.api->XLA_FFI_Error_Create(&args);
   }
 
@@ -74,35 +74,41 @@ class Chain {
     if (rank < 0 || static_cast<size_t>(rank) > left_) return false;
     buffer->rank = rank, buffer->dims = next_;
     next_ += rank, left_ -= rank;
-    return true;
+    return elements(*buffer) >= 0;
   }
 
+  // -1 where there can be no such buffer.
   static int64_t elements(const XLA_FFI_Buffer& buffer) {
     int64_t n = 1;
-    for (int64_t i = 0; i < buffer.rank; ++i) n *= buffer.dims[i];
+    for (int64_t i = 0; i < buffer.rank; ++i) {
+      if (buffer.dims[i] < 0 || __builtin_mul_overflow(n, buffer.dims[i], &n)) return -1;
+    }
     return n;
   }
 
   bool take_operand(XLA_FFI_Buffer* operand) {
     const int64_t index = take(), args = frame_.args.size;
     if (index < 0 || index >= args + static_cast<int64_t>(results_.size())) return false;
-    const auto& whole = index < args
-                            ? *static_cast<const XLA_FFI_Buffer*>(frame_.args.args[index])
-                            : results_[index - args];
+    const auto& whole = index < args ? *static_cast<const XLA_FFI_Buffer*>(frame_.args.args[index])
+                                     : results_[index - args];
     *operand = whole;
     return take_shape(operand) && elements(*operand) == elements(whole);
+  }
+
+  static int64_t bytes(const XLA_FFI_Buffer& buffer) {
+    return elements(buffer) * xla::ffi::ByteWidth(static_cast<xla::ffi::DataType>(buffer.dtype));
   }
 
   bool take_result(XLA_FFI_Buffer* result) {
     const int64_t place = take(), type = take(), last = frame_.rets.size - 1;
     if (last < 0 || place >= last) return false;
-    *result = *static_cast<const XLA_FFI_Buffer*>(frame_.rets.rets[place < 0 ? last : place]);
-    const int64_t bytes = elements(*result), begin = -1 - place;
-    if (place < 0) result->data = static_cast<char*>(result->data) + begin;
+    const auto& whole =
+        *static_cast<const XLA_FFI_Buffer*>(frame_.rets.rets[place < 0 ? last : place]);
+    const int64_t begin = place < 0 ? -1 - place : 0;
+    *result = whole;
+    result->data = static_cast<char*>(whole.data) + begin;
     result->dtype = static_cast<XLA_FFI_DataType>(type);
-    if (!take_shape(result)) return false;
-    const int64_t size = xla::ffi::ByteWidth(static_cast<xla::ffi::DataType>(type));
-    return place >= 0 || begin + elements(*result) * size <= bytes;
+    return take_shape(result) && begin + bytes(*result) <= bytes(whole);
   }
 
   std::string_view name_of(int64_t i) const {
@@ -160,7 +166,8 @@ class Chain {
 
 // What XLA asks of a handler before it calls it, any operation's answers.
 inline XLA_FFI_Error* run_chain(XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start != nullptr) {
+  const auto* extension = frame->extension_start;
+  if (extension != nullptr && extension->type == XLA_FFI_Extension_Metadata) {
     const auto other = [](const Registration& entry) { return entry.handler != run_chain; };
     return std::ranges::find_if(registrations(), other)->handler(frame);
   }

@@ -74,8 +74,7 @@ Status launch(void (*kernel)(Params...), const LaunchOptions& options, cudaStrea
     if (error != cudaSuccess) return to_status(error, name);
   }
   const bool dependent = options.dependent && !(options.needs_l1 && little_l1);
-  little_l1 =
-      options.most_shared || options.shared_bytes > kMuchShared || (dependent && little_l1);
+  little_l1 = options.most_shared || options.shared_bytes > kMuchShared || (dependent && little_l1);
   cudaLaunchAttribute attributes[3];
   int count = 0;
   if (dependent) {
