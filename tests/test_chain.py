@@ -237,7 +237,7 @@ def test_results_of_a_chain_take_turns_in_its_workspace() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         types = [
-            [jax.core.ShapedArray((int(rng.integers(1, 2000)),), np.dtype(np.float32))] * int(n)
+            [jax.ShapeDtypeStruct((int(rng.integers(1, 2000)),), np.float32)] * int(n)
             for n in rng.integers(1, 4, 6)
         ]
         numbers = np.cumsum([0, *map(len, types)])

@@ -52,6 +52,14 @@ def test_a_stop_string_ends_a_request_where_it_does_in_the_whole_text(seed: int)
     assert end_of(request, steps, detokenize) == (expected, reason)
 
 
+@pytest.mark.parametrize("stop", ["stop!", "\ud800"])
+def test_any_string_may_end_a_request(stop: str) -> None:
+    request = request_of((stop,), [1], 50)
+    pieces = {97: "a", 98: stop}
+    steps = [[97]] * 40 + [[98]]
+    assert end_of(request, steps, lambda tokens: "".join(map(pieces.get, tokens))) == (41, "stop")
+
+
 def test_stop_strings_are_sought_in_the_last_tokens_alone() -> None:
     seen = []
 
