@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.export
 
-from jax_flashmla._xla import chain
+from jax_flashmla._xla import chain_call
 from jax_flashmla._xla.operation import targets
 
 
@@ -15,4 +15,6 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     targets' names carry a version for that. jax_flashmla must be imported where the result is run.
     Extents must be known when exporting: symbolic ones raise NotImplementedError.
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in [*targets(), chain.TARGET]]
+    return [
+        jax.export.DisabledSafetyCheck.custom_call(name) for name in [*targets(), chain_call.TARGET]
+    ]

@@ -24,7 +24,8 @@ from jax_flashmla import (
     latent_append,
     project,
 )
-from jax_flashmla._xla.chain import Call, Operand, chain, make_plan
+from jax_flashmla._xla.chain import chain
+from jax_flashmla._xla.chain_call import Call, Operand, make_plan
 from jax_flashmla.bench.pools import random_blocks
 from jax_flashmla.layers import IndexerConfig, MLAConfig, MLAParams, RopeConfig, decode
 

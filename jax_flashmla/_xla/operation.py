@@ -54,7 +54,7 @@ class Operation:
             be asked for.
         invariant: the mesh axis over whose devices results are the same, from the parameters.
         made_of: the operands that a result depends on, by result, where it is not all of them.
-        chained: whether a chain (chain.py) may have it.
+        chained: whether a chain (chain_call.py) may have it.
     """
 
     def __init__(
