@@ -124,6 +124,22 @@ def test_what_has_no_two_operations_is_no_chain(function: Callable) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_what_is_known_stays_known_within_a_chain() -> None:
+    def function(x, number, text, none, rows):
+        assert (int(number), text, none) == (2, "a", None)
+        return x * int(number) + rows[int(number)]
+
+    def call(x, number):
+        return chain(function, x, number, "a", None, np.arange(3.0))
+
+    for number in (2, np.int64(2), np.array(2), jnp.int32(2)):
+        assert call(jnp.float32(3), number) == 8
+        assert jax.jit(functools.partial(call, number=number))(jnp.float32(3)) == 8
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        jax.jit(call)(jnp.float32(3), 2)
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_transformations_of_a_chain_are_those_of_its_calls() -> None:
     args = arguments()
     chained = functools.partial(chain, attend)
@@ -257,14 +273,15 @@ def test_results_of_a_chain_take_turns_in_its_workspace() -> None:
             for operand in call.operands:
                 lives[operand.index][1] = i
         flat = [aval for each in types for aval in each]
-        for k, place in enumerate(plan.places):
+        places = [place for each in plan.places for place in each]
+        for k, place in enumerate(places):
             if k in kept:
                 assert place == kept.index(k)
                 continue
             begin, end = -1 - place, -1 - place + flat[k].size * 4
             assert begin % 256 == 0
             assert 0 <= begin < end <= plan.workspace_bytes
-            for j, other in enumerate(plan.places[:k]):
+            for j, other in enumerate(places[:k]):
                 if j in kept or lives[j][1] < lives[k][0]:
                     continue
                 assert -1 - other + flat[j].size * 4 <= begin or -1 - other >= end

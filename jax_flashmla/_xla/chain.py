@@ -30,13 +30,17 @@ RESHAPES = ("reshape", "squeeze", "expand_dims")
 
 
 def chain(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of pytrees of arrays."""
-    flat, tree = jax.tree.flatten(args)
-    closed, shapes = jax.make_jaxpr(
-        lambda *flat: function(*jax.tree.unflatten(tree, flat)), return_shape=True
-    )(*flat)
+    """function(*args), of pytrees. What the caller knows of them, the function does too."""
+    leaves, tree = jax.tree.flatten(args)
+    traced = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)}
+
+    def of_traced(*values: jax.Array) -> Any:
+        given = dict(zip(traced, values, strict=True))
+        return function(*jax.tree.unflatten(tree, [given.get(i, x) for i, x in enumerate(leaves)]))
+
+    closed, shapes = jax.make_jaxpr(of_traced, return_shape=True)(*traced.values())
     division = _Division()
-    out = division.divide(closed.jaxpr, closed.consts, flat)
+    out = division.divide(closed.jaxpr, closed.consts, list(traced.values()))
     bind = chain_p.bind if len(division.calls) > 1 else run_calls
     kept = division.kept(out)
     results = bind(*division.operands, calls=tuple(division.calls), kept=kept)

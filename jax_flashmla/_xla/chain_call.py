@@ -6,6 +6,7 @@ Each kernel may start while the one before it ends; between two custom calls XLA
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -109,20 +110,19 @@ def _lower(
         run = mlir.lower_fun(run_calls, multiple_results=True)
         return run(ctx, *args, calls=calls, kept=kept)
     plan = make_plan(calls, types, kept)
-    aliases, words, attributes, first = {}, [], {}, 0
-    for i, (call, made) in enumerate(zip(calls, types, strict=True)):
+    aliases, words, attributes = {}, [], {}
+    for i, (call, made, places) in enumerate(zip(calls, types, plan.places, strict=True)):
         words.append(len(call.operands))
         for operand in call.operands:
             index = operand.index + (len(args) if operand.is_result else 0)
             words += [index, len(operand.shape), *operand.shape]
         words.append(len(made))
-        for place, aval in zip(plan.places[first:], made, strict=False):
+        for place, aval in zip(places, made, strict=True):
             words += [place, DTYPES[aval.dtype.name], aval.ndim, *aval.shape]
         for operand_index, result in call.operation.aliases.items():
-            aliases[call.operands[operand_index].index] = plan.places[first + result]
+            aliases[call.operands[operand_index].index] = places[result]
         for name, value in call.operation.attributes(**dict(call.params)).items():
             attributes[f"{i}.{name}"] = value
-        first += len(made)
     workspace = ctx.avals_in[0].update(
         shape=(plan.workspace_bytes,), dtype=np.dtype(np.uint8), weak_type=False
     )
@@ -154,30 +154,31 @@ def _are_handled(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where results are: i, the chain's result i, or -1 - offset, in its workspace."""
+    """Where each call's results are: i, the chain's result i; -1 - offset, in its workspace."""
 
-    places: list[int]
+    places: list[list[int]]
     workspace_bytes: int
 
 
 def make_plan(calls: Sequence[Call], types: Sequence[Sequence[Any]], kept: Sequence[int]) -> Plan:
     """Has results that are needed within the chain alone take turns in its workspace.
 
-    Memory that is written again and again stays in L2. A kernel writes when all before it have
-    ended, so that a result may lie where one was that the call before was the last to read.
+    Memory that is written again and again is likelier to be in L2. A kernel writes when all before
+    it have ended, so that a result may lie where one was that the call before was the last to read.
     """
     last: dict[int, int] = {}  # the last call that has a result as its operand
     for i, call in enumerate(calls):
         last |= {operand.index: i for operand in call.operands if operand.is_result}
-    places: list[int] = []
+    places: list[list[int]] = []
     live: list[tuple[int, int, int]] = []  # begin, end, last call
-    size = 0
+    size, numbers = 0, itertools.count()
     for i, made in enumerate(types):
         live = [taken for taken in live if taken[2] >= i]
+        places.append([])
         for aval in made:
-            number = len(places)
+            number = next(numbers)
             if number in kept:
-                places.append(list(kept).index(number))
+                places[i].append(kept.index(number))
                 continue
             bytes = -(-aval.size * aval.dtype.itemsize // ALIGNMENT) * ALIGNMENT
             begin = 0
@@ -187,7 +188,7 @@ def make_plan(calls: Sequence[Call], types: Sequence[Sequence[Any]], kept: Seque
                 begin = max(begin, end)
             live.append((begin, begin + bytes, last.get(number, i)))
             size = max(size, begin + bytes)
-            places.append(-1 - begin)
+            places[i].append(-1 - begin)
     return Plan(places, size)
 
 

@@ -132,7 +132,7 @@ class Operation:
         ]
 
     def no_derivative(self, *_: Any, **__: Any) -> Any:
-        """Says so."""
+        """Raises NotImplementedError."""
         raise NotImplementedError(
             f"{self.name} cannot be differentiated: its kernels are for inference. To "
             f'differentiate, call {self.name}(..., implementation="xla"), which is pure JAX.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -78,27 +79,15 @@ def decode(
         TypeError, ValueError: an argument is not as described.
     """
     check_call(config, params, x, cache, slots, heads_axis, context_axis)
-    static = isinstance(layer, int)
-
-    def run(
-        params: MLAParams,
-        x: jax.Array,
-        cache: PagedCache,
-        slots: Slots,
-        traced: jax.Array | None,
-        schedule: SplitSchedule | None,
-        absorbed: AbsorbedWeights | None,
-        selection: Selection | None,
-    ) -> tuple[PagedCache, jax.Array]:
-        return _decode(
-            config, params, x, cache, slots, layer if static else traced, schedule, absorbed,
-            selection, heads_axis, peers, context_axis, implementation,
-        )  # fmt: skip
-
-    return chain(
-        run, params, jnp.asarray(x), cache, slots, None if static else layer, schedule, absorbed,
-        selection,
-    )  # fmt: skip
+    run = functools.partial(
+        _decode,
+        config,
+        heads_axis=heads_axis,
+        peers=peers,
+        context_axis=context_axis,
+        implementation=implementation,
+    )
+    return chain(run, params, jnp.asarray(x), cache, slots, layer, schedule, absorbed, selection)
 
 
 def _decode(
@@ -111,11 +100,13 @@ def _decode(
     schedule: SplitSchedule | None,
     absorbed: AbsorbedWeights | None,
     selection: Selection | None,
+    *,
     heads_axis: str | None,
     peers: Peers | None,
     context_axis: str | None,
     implementation: str | None,
 ) -> tuple[PagedCache, jax.Array]:
+    """As `decode`, past its checks."""
     num_heads = heads_per_device(config, heads_axis)
     cache, down = project_down(
         config, params, x, cache, slots, layer, implementation, indexed=selection is None

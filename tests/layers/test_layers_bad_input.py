@@ -93,6 +93,21 @@ WRONG = {
         r"params.w_uk must be a JAX or NumPy array \[heads, nope, kv_rank\], got .*Foreign",
     ),
     "a layer past the last": ({"layer": 1}, ValueError, "layer must be between 0 and 0, got 1"),
+    "a layer of NumPy past the last": (
+        {"layer": np.int64(5)},
+        ValueError,
+        "layer must be between 0 and 0, got 5",
+    ),
+    "a layer of another type": (
+        {"layer": "a"},
+        TypeError,
+        "layer must be an integer scalar, got 'a' of type str",
+    ),
+    "a layer that is no integer": (
+        {"layer": 1.0},
+        TypeError,
+        "layer must be an integer scalar, got 1.0 of type float",
+    ),
     "an implementation": ({"implementation": "gpu"}, ValueError, "implementation must be None"),
 }
 
